@@ -1,0 +1,186 @@
+"""Side-by-side timings: ours and the plain form in one run, no assertions.
+
+    python -m tests.bench                  everything, on one thread (the CPU) and on the GPU if there is one
+    python -m tests.bench loader graph     only these
+    python -m tests.bench step --threads 2
+
+Each line gives the median of several runs.
+"""
+import argparse
+import statistics
+import tempfile
+import time
+
+import cv2
+import numpy as np
+import torch
+
+import sdfl
+from common import datasets, metrics, synthetic, warp
+
+
+def median_ms(function, repeats: int = 7) -> float:
+    """Median time of one call in ms, after one call to warm up; waits for the GPU."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    times = []
+    for i in range(repeats + 1):
+        wait()
+        began = time.perf_counter()
+        function()
+        wait()
+        times.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(times[1:])
+
+
+def bench_faces():
+    """Drawn faces a second at 128 px."""
+    faces = synthetic.read_faces("train", 200, size=128)
+    ms = median_ms(lambda: [face.image() for face in faces], 3)
+    print(f"faces     drawn at 128 px: {200 / ms * 1e3:,.0f} a second")
+
+
+def bench_loader():
+    """Loader samples a second at 256 px: kept crops (decode none, warp one) beside decoding every time."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        faces = []
+        for i in range(64):  # photographs of 1000 px with a face of 300 px, as they come
+            image = cv2.resize(rng.integers(0, 256, (60, 60, 3), np.uint8), (1000, 1000),
+                               interpolation=cv2.INTER_CUBIC)
+            cv2.imwrite(f"{folder}/{i}.jpg", image)
+            faces.append(datasets.Face(f"{folder}/{i}.jpg",
+                                       rng.uniform(350, 650, (98, 2)).astype(np.float32)))
+        frames = datasets.square_frames(datasets.face_boxes(faces, "landmarks"), 256, 1.25)
+        make = lambda: datasets.CropDataset(faces, frames, 256, sdfl.augment, sdfl.REACH, 1 + sdfl.ZOOM,
+                                            datasets.SCHEMES[98].flip)
+        plain, kept = make(), make()
+        kept.regions.keep(folder, verbose=False)
+        for name, data in (("decoding each time", plain), ("kept crops", kept)):
+            ms = median_ms(lambda: data.__getitems__([(0, i) for i in range(64)]), 5)
+            print(f"loader    256 px, 98 points, {name}: {64 / ms * 1e3:,.0f} samples a second and core")
+
+
+def plain_graph(head, nodes, A):
+    """The graph layers of Fig. 5 as a loop over nodes and their neighbours."""
+    def convolve(conv, nodes):
+        rows = []
+        for i in range(nodes.shape[1]):
+            total = 0
+            for j in A[0, i].nonzero()[:, 0].tolist():
+                total = total + A[:, i, j, None] * (nodes[:, j] @ conv.weight)
+            rows.append(total if conv.bias is None else total + conv.bias)
+        return torch.stack(rows, 1)
+
+    def layer(module, nodes):
+        return torch.relu(module.norm(convolve(module.conv, nodes).flatten(0, 1))).view(*nodes.shape[:2], -1)
+
+    nodes = layer(head.first, nodes)
+    for block in head.blocks:
+        nodes = layer(block.second, layer(block.first, nodes)) + nodes
+    return convolve(head.last, nodes)
+
+
+def bench_graph():
+    """Graph layers forward and backward, 98 nodes, batch 32, beside a loop over nodes; mining neighbours."""
+    landmarks = torch.randn(7500, 98, 2)
+    print(f"graph     neighbour_mask of 7,500 x 98 landmarks: "
+          f"{median_ms(lambda: sdfl.neighbour_mask(landmarks, 3), 3):.0f} ms")
+    head = sdfl.GraphHead(512, sdfl.neighbour_mask(landmarks, 3), cells=64)
+    nodes, maps = torch.randn(32, 98, 256), torch.randn(32, 392, 8, 8)
+    A = head.adjacency(maps).detach()
+
+    def ours():
+        x = head.first(nodes, A)
+        for block in head.blocks:
+            x = block(x, A)
+        head.last(x, A).sum().backward()
+
+    fast, slow = median_ms(ours), median_ms(lambda: plain_graph(head, nodes, A).sum().backward(), 2)
+    print(f"graph     98 nodes, batch 32, forward and backward: {fast:.1f} ms; loop over nodes "
+          f"{slow:.1f} ms: {slow / fast:.0f} x")
+
+
+def bench_tps():
+    """The thin-plate grid of 32 images at 112 px, 64 points, beside a solve and a kernel for each batch."""
+    axis = torch.linspace(-0.9, 0.9, 8)
+    targets = torch.cartesian_prod(axis, axis)
+    sources = targets + 0.03 * torch.randn(32, 64, 2)
+    spline = warp.ThinPlateSpline(targets)
+    pixels = warp.to_norm(warp.pixel_centres((112, 112)), (112, 112))
+
+    def plain():  # the system of each image, then the kernel at each pixel
+        def basis(points):
+            square = (points[:, None] - targets).square().sum(-1)
+            kernel = 0.5 * square * square.clamp(min=1e-12).log()
+            return torch.cat([kernel, torch.ones(len(points), 1), points], 1)
+        rows = basis(targets)
+        system = torch.cat([rows, torch.nn.functional.pad(rows[:, 64:].T, (0, 3))]).expand(32, -1, -1)
+        right = torch.nn.functional.pad(sources, (0, 0, 0, 3))
+        return torch.stack([basis(pixels) @ w for w in torch.linalg.solve(system, right)])
+
+    fast, slow = median_ms(lambda: spline.grid(spline.fit(sources), (112, 112))), median_ms(plain, 3)
+    print(f"tps       grid of 32 x 112 px, 64 points: {fast:.1f} ms; solved and evaluated for each image "
+          f"{slow:.0f} ms: {slow / fast:.0f} x")
+
+
+def bench_rank():
+    """Rank-1 of 1,000 probes over 150,000 distractors."""
+    gallery, probe = torch.randn(150_000, 128), torch.randn(1000, 128)
+    ids = torch.cat([torch.arange(1000), torch.full((149_000,), -100)])
+    ms = median_ms(lambda: metrics.rank_k(probe, torch.arange(1000), gallery, ids), 1)
+    print(f"rank      1,000 probes x 150,000 gallery rows of 128: {ms / 1e3:.2f} s")
+
+
+def bench_step():
+    """Images a second of a training step: MobileNetV2 at 128 px on the CPU, ResNet34 at 256 px on a GPU."""
+    mask = sdfl.neighbour_mask(torch.randn(100, 98, 2), 3)
+    cuda = torch.cuda.is_available()
+    settings = [("eager float32", False, False, False), ("channels_last", False, False, True)]
+    if cuda:
+        settings += [("bf16, channels_last", True, False, True),
+                     ("bf16, channels_last, compiled", True, True, True)]
+    name, size, count = ("resnet34", 256, 64) if cuda else ("mobilenetv2", 128, 32)
+    device = torch.device("cuda" if cuda else "cpu")
+    for label, amp, compiled, last in settings:
+        layout = torch.channels_last if last else torch.contiguous_format
+        net = sdfl.SDFL(name, mask, size).to(device, memory_format=layout)
+        model = torch.compile(net) if compiled else net
+        L = sdfl.laplacian(net.mask)
+        optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4)
+        image = torch.randn(count, 3, size, size, device=device).contiguous(memory_format=layout)
+        target = torch.full((count, 98, 2), 128.0, device=device)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+        def step():
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                pred = model(image)
+            optimizer.zero_grad(set_to_none=True)
+            sdfl.sdfl_loss(pred, target, L, 1.0, sdfl.soft_wing).backward()
+            optimizer.step()
+
+        ms = median_ms(step, 30 if cuda else 3)
+        memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
+        print(f"step      {name}, {size} px, batch {count}, {label}: {count / ms * 1e3:,.0f} images a second"
+              f"{memory}")
+
+
+def main(argv=None):
+    """Runs the timings that are named, or all."""
+    benches = {name[6:]: function for name, function in globals().items() if name.startswith("bench_")}
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(benches))
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.names if name not in benches]
+    if unknown:
+        parser.error(f"{unknown[0]}: expected some of {', '.join(benches)}")
+    torch.set_num_threads(args.threads)
+    cv2.setNumThreads(args.threads)
+    for name in args.names or benches:
+        benches[name]()
+
+
+if __name__ == "__main__":
+    main()

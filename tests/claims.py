@@ -1,0 +1,142 @@
+"""The papers' claims as experiments: run what is missing, print the table.
+
+    python -m tests.claims sdfl --seeds 3 --data folder --data-root DIR --small
+    python -m tests.claims sdfl --seeds 3 --data faces --only head --epochs 10
+    python -m tests.claims sdfl --data faces --small --table          # what has been run so far, nothing new
+
+Each finished run leaves a line in runs/claims.jsonl, named by its flags, so that a long series can be broken
+off and taken up again, and claims that share a run share its line. --small is each script's own setting for a
+CPU; other flags of the script may follow `--` and go to every run.
+"""
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim: `variants` maps a label to flags; the first is claimed to be the best by `metric`."""
+
+    name: str
+    paper: str  # what the paper reports, in its own metric
+    variants: dict[str, str]
+    metric: str = "nme"
+    lower_is_better: bool = True
+
+
+CLAIMS = {
+    "sdfl": [
+        Claim("head", "Table I, MobileNetV2: NME 4.70 against 4.86", {"graph": "", "fc": "--head fc"}),
+        Claim("head-resnet18", "Table I, ResNet18: NME 4.65 against 4.95",
+              {"graph": "--backbone resnet18", "fc": "--backbone resnet18 --head fc"}),
+        Claim("loss", "Table VII, eps 0.5: soft wing 4.65, wing 4.76, L1 4.76",
+              {"soft wing": "", "wing": "--loss wing", "L1": "--loss l1"}),
+        Claim("relative", "Table VI, ResNet18: with 4.65, without 4.75",
+              {"lambda 1": "", "lambda 0": "--lam 0"}),
+        Claim("adjacency", "Table VI, ResNet18: dynamic 4.65, binary 4.85",
+              {"dynamic": "", "binary": "--adjacency binary"}),
+        Claim("k", "Fig. 8: best at k = 3 or 6, worse at 1 and N - 1",
+              {"k 3": "", "k 1": "--k 1", "k 6": "--k 6", "k N-1": "--k 67"}),
+        Claim("occluder", "Fig. 2, by eye: the FC head's visible points move, the graph's stay",
+              {"graph": "", "fc": "--head fc"}, "moved@0.2"),
+    ],
+}
+ALWAYS = {"sdfl": "--occluder-test --eval-every 1000"}  # the last epoch is the one that counts
+SMALL = {"sdfl": "--backbone mobilenetv2 --size 96 --batch-size 16 --lr 0.01 --epochs 12"}
+
+
+def run(script: str, flags: str, seed: int, results: Path, threads: int) -> dict:
+    """Runs the script, or what is left of a run broken off, and adds its last numbers to `results`."""
+    key = f"{script} {flags} --seed {seed}"
+    folder = results.parent / "claims" / hashlib.sha1(key.encode()).hexdigest()[:12]
+    resume = ["--resume"] if (folder / "last.pt").exists() else []
+    command = [sys.executable, f"{script}.py", *shlex.split(flags), "--seed", str(seed),
+               "--output", str(folder), *resume]
+    began = time.time()
+    print("+", shlex.join(command[1:]), flush=True)
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    if done.returncode:
+        raise SystemExit(f"exit code {done.returncode} from {shlex.join(command[1:])}\n{done.stderr[-2000:]}")
+    row = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    row = {"key": key, "minutes": round((time.time() - began) / 60, 2), "result": row}
+    with open(results, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    return row
+
+
+def table(script: str, claims, base: str, seeds: int, done: dict) -> str:
+    """Markdown: each claim's mean, spread (standard deviation over seeds) and in how many its order held."""
+    lines = ["| claim | the paper | here: mean ± sd (x 100) | order held |", "|---|---|---|---|"]
+    for claim in claims:
+        values = {label: [done[key]["result"][claim.metric] for seed in range(seeds)
+                          if (key := f"{script} {join(base, flags)} --seed {seed}") in done]
+                  for label, flags in claim.variants.items()}
+        cells, counts = [], {len(v) for v in values.values()}
+        for label, v in values.items():
+            spread = f" ± {100 * statistics.stdev(v):.2f}" if len(v) > 1 else ""
+            cells.append(f"{label} {100 * statistics.mean(v):.2f}{spread} "
+                         f"({len(v)} seed{'s' * (len(v) != 1)})" if v else f"{label} not run")
+        first, *others = values.values()
+        sign = 1 if claim.lower_is_better else -1
+        full = min(counts)
+        held = sum(all(sign * first[s] < sign * other[s] for other in others) for s in range(full))
+        lines.append(f"| {claim.name} | {claim.paper} | {'; '.join(cells)} | "
+                     f"{f'{held} of {full}' if full else 'not run'} |")
+    return "\n".join(lines)
+
+
+def join(*flags: str) -> str:
+    """Flags side by side, without double blanks."""
+    return " ".join(" ".join(flags).split())
+
+
+def main(argv=None):
+    """Runs what is missing, seed by seed, so that a series that is broken off has whole seeds."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", choices=CLAIMS)
+    parser.add_argument("--data", default="faces")
+    parser.add_argument("--data-root", default="")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these claims, in this order")
+    parser.add_argument("--epochs", type=int, default=0, help="0: the preset's")
+    parser.add_argument("--small", action="store_true", help="the script's small setting, for a CPU")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out")
+    parser.add_argument("--table", action="store_true", help="only print what has been run")
+    parser.add_argument("--results", type=Path, default=Path("runs/claims.jsonl"))
+    parser.add_argument("more", nargs="*", help="after --: flags of the script for every run")
+    args = parser.parse_args(argv)
+    known = {claim.name: claim for claim in CLAIMS[args.script]}
+    unknown = [name for name in args.only if name not in known]
+    if unknown:
+        parser.error(f"--only {unknown[0]}: {args.script} has the claims {', '.join(known)}")
+    claims = [known[name] for name in args.only] or list(known.values())
+    base = join(f"--data {args.data}", f"--data-root {shlex.quote(args.data_root)}" if args.data_root else "",
+                ALWAYS[args.script], SMALL[args.script] if args.small else "",
+                f"--epochs {args.epochs}" if args.epochs else "", *args.more)
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    lines = args.results.read_text().splitlines() if args.results.exists() else []
+    done = {row["key"]: row for row in map(json.loads, lines)}
+    wanted = [(join(base, flags), seed) for seed in range(0 if args.table else args.seeds)
+              for flags in dict.fromkeys(flags for claim in claims for flags in claim.variants.values())]
+    missing = [(flags, seed) for flags, seed in wanted if f"{args.script} {flags} --seed {seed}" not in done]
+    threads = max((os.cpu_count() or 1) // args.jobs, 1)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for row in pool.map(lambda one: run(args.script, *one, args.results, threads), missing):
+            done[row["key"]] = row
+    print(f"\n{args.script} {base}\n")
+    print(table(args.script, claims, base, args.seeds, done))
+
+
+if __name__ == "__main__":
+    main()

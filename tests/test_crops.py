@@ -1,0 +1,198 @@
+"""Crops of common/datasets.py: one warp, points that follow, the same pixels from any cache, pure batches."""
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from common import datasets, warp
+
+
+def dotted_face(size=300, seed=0):
+    """An image with a soft white dot at each of six points, and the points."""
+    rng = np.random.default_rng(seed)
+    points = (np.mgrid[100:201:100, 100:201:50].reshape(2, 6).T
+              + rng.uniform(-8, 8, (6, 2))).astype(np.float32)
+    y, x = np.mgrid[:size, :size]
+    dots = sum(np.exp(-((x - px) ** 2 + (y - py) ** 2) / 18) for px, py in points)
+    return datasets.Face(np.repeat((255 * np.clip(dots, 0, 1)).astype(np.uint8)[..., None], 3, 2), points)
+
+
+def dot_at(image, point, radius):
+    """Centroid of the brightness within `radius` px of a point that is at least so far from the border."""
+    x0, y0 = np.round(point).astype(int) - radius
+    patch = image[y0:y0 + 2 * radius + 1, x0:x0 + 2 * radius + 1, 0].astype(float)
+    y, x = np.mgrid[y0:y0 + patch.shape[0], x0:x0 + patch.shape[1]]
+    return np.array([(patch * x).sum(), (patch * y).sum()]) / patch.sum()
+
+
+def turn(rng, size):
+    """An augmentation: rotation, scale, shift and mirror, and the rng's next number."""
+    a, s = rng.uniform(-0.5, 0.5), rng.uniform(0.9, 1.1)
+    linear = s * np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]])
+    middle = np.full(2, (size - 1) / 2)
+    matrix = np.concatenate([linear, (middle - linear @ middle + rng.uniform(-5, 5, 2))[:, None]], 1)
+    return matrix, rng.random() < 0.5, {"extra": rng.random(3)}
+
+
+def crops(count=4, size=96, augment=None, **options):
+    faces = [dotted_face(seed=seed) for seed in range(count)]
+    frames = datasets.square_frames(datasets.face_boxes(faces, "landmarks"), size, 1.5)
+    return datasets.CropDataset(faces, frames, size, augment, reach=1.8, zoom=1.1,
+                                flip=[1, 0, 2, 3, 5, 4], **options)
+
+
+def test_square_frames_put_the_box_in_the_middle():
+    frame = datasets.square_frames(np.array([[10.0, 20, 50, 100]]), 64, 1.25)[0]
+    np.testing.assert_allclose(frame @ [30, 60, 1], [31.5, 31.5])  # centre of the box, centre of the crop
+    np.testing.assert_allclose(frame @ [30, 60 - 50, 1], [31.5, -0.5])  # side 1.25 * 80: to the crop's edge
+    with pytest.raises(ValueError, match="face 1: box .* has no extent"):
+        datasets.square_frames(np.array([[0, 0, 1, 1], [5.0, 5, 5, 5]]), 64, 1.25)
+
+
+def test_face_boxes():
+    face = dotted_face()
+    np.testing.assert_allclose(datasets.face_boxes([face], "landmarks")[0],
+                               [*face.points.min(0), *face.points.max(0)], rtol=1e-6)
+    with pytest.raises(ValueError, match="1 of 1 faces have no box"):
+        datasets.face_boxes([face], "face")
+    face.box = (1, 2, 3, 4)
+    assert datasets.face_boxes([face], "face").tolist() == [[1, 2, 3, 4]]
+    with pytest.raises(ValueError, match="--box head"):
+        datasets.face_boxes([face], "head")
+
+
+@pytest.mark.parametrize("size", [48, 96, 256])  # shrunk, about as it is, enlarged
+def test_points_follow_the_image(size):
+    data = crops(size=size, augment=turn)
+    batch = data.__getitems__([(3, i) for i in range(4)])
+    mirrored = 0
+    for b in range(4):
+        image, points, flip = batch["image"][b].numpy(), batch["points"][b].numpy(), [1, 0, 2, 3, 5, 4]
+        mirror = float(torch.linalg.det(batch["matrix"][b, :, :2])) < 0
+        mirrored += mirror
+        placed = warp.apply_affine(batch["matrix"][b], torch.from_numpy(data.faces[b].points)).numpy()
+        np.testing.assert_allclose(points, placed[flip] if mirror else placed, atol=1e-3)
+        radius = int(np.ceil(11 * np.abs(np.linalg.det(batch["matrix"][b, :, :2])) ** 0.5))  # dots: sigma 3
+        inside = [point for point in points if (point > radius).all() and (point < size - 1 - radius).all()]
+        assert len(inside) >= 2
+        for point in inside:
+            assert np.abs(dot_at(image, point, radius) - point).max() < 0.06
+    assert 0 < mirrored < 4
+
+
+def test_a_crop_is_a_function_of_seed_epoch_and_index():
+    data, again = crops(augment=turn), crops(augment=turn)
+    one = data.__getitems__([(0, 0), (0, 1), (0, 2)])
+    other = again.__getitems__([(1, 2), (0, 2), (0, 1)])
+    for key in ("image", "points", "matrix", "extra"):
+        assert torch.equal(one[key][2], other[key][1]) and torch.equal(one[key][1], other[key][2])
+        assert not torch.equal(one[key][2], other[key][0])
+    assert not torch.equal(crops(augment=turn, seed=1).__getitems__([(0, 1)])["points"][0], one["points"][1])
+
+
+def test_copies_are_drawn_apart():
+    batch = crops(augment=turn, copies=[2, 2]).__getitems__([(0, 0), (0, 1)])
+    assert batch["index"].tolist() == [2, 2] and not torch.equal(batch["points"][0], batch["points"][1])
+
+
+@pytest.mark.parametrize("size", [48, 256])
+def test_kept_regions_give_the_same_crops(tmp_path, size):
+    keys = [(1, i) for i in range(4)]
+    plain, on_disk, in_memory = (crops(size=size, augment=turn) for _ in range(3))
+    on_disk.regions.keep(str(tmp_path), verbose=False)
+    in_memory.regions.keep("device", verbose=False)
+    for data in (on_disk, in_memory):
+        assert torch.equal(data.__getitems__(keys)["image"], plain.__getitems__(keys)["image"])
+    side = plain.regions.side
+    assert (side <= np.ceil(1.8 * 1.1 * size) + 4).all()  # no larger than the augmentation can use
+    assert (side <= plain.regions.extent).all()  # nor than the source
+    [file] = tmp_path.iterdir()
+    assert file.stat().st_size == 3 * (side**2).sum()
+
+
+def test_a_second_run_opens_the_cache_and_another_set_does_not(tmp_path, monkeypatch):
+    crops().regions.keep(str(tmp_path), verbose=False)
+    monkeypatch.setattr(datasets.Regions, "_fill", lambda *_: pytest.fail("decoded again"))
+    crops().regions.keep(str(tmp_path), verbose=False)
+    with pytest.raises(pytest.fail.Exception):
+        crops(count=3).regions.keep(str(tmp_path), verbose=False)
+
+
+def test_a_cache_that_does_not_fit_is_refused_with_its_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=r"--cache .* needs 1 MB, the disk has 0 MB free"):
+        crops(count=8).regions.keep(str(tmp_path))
+    assert "cache: 8 faces, 1 MB" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_outside_the_image_is_grey():
+    face = datasets.Face(np.full((20, 30, 3), 255, np.uint8), np.array([[0, 0], [29, 19]], np.float32))
+    data = datasets.CropDataset(
+        [face], datasets.square_frames(np.array([[-60.0, -60, -30, -30]]), 32, 1.0), 32)
+    assert (data.__getitems__([(0, 0)])["image"] == datasets.BORDER).all()
+    data = datasets.CropDataset([face], datasets.square_frames(np.array([[-15.0, -15, 15, 15]]), 60, 1.0), 60)
+    image = data.__getitems__([(0, 0)])["image"][0]
+    assert (image[:26, :26] == datasets.BORDER).all() and (image[34:, 34:] == 255).all()
+
+
+def test_shrinking_does_not_alias():
+    y, x = np.mgrid[:512, :512]
+    stripes = np.repeat((255 * ((x // 2 + y // 2) % 2)).astype(np.uint8)[..., None], 3, 2)
+    face = datasets.Face(stripes, np.array([[0, 0], [511, 511]], np.float32))
+    data = datasets.CropDataset([face], datasets.square_frames(np.array([[96.0, 96, 416, 416]]), 37, 1.0), 37)
+    image = data.__getitems__([(0, 0)])["image"].float()
+    assert (image - 127.5).abs().max() < 40  # a bilinear look at single pixels would give 0 to 255
+
+
+def test_batches_are_a_permutation_cut_over_the_ranks():
+    ranks = [datasets.EpochBatches(23, 6, seed=5, rank=rank, world=2) for rank in range(2)]
+    alone = datasets.EpochBatches(23, 6, seed=5)
+    for epoch in (0, 7):
+        for batches in (*ranks, alone):
+            batches.epoch = epoch
+        both = [first + second for first, second in zip(*ranks)]
+        assert both == list(alone) and len(both) == 3 == len(alone)
+        indices = [i for batch in both for _, i in batch]
+        assert len(set(indices)) == 18 and all(e == epoch for batch in both for e, _ in batch)
+    alone.epoch = 8
+    assert [i for batch in alone for _, i in batch] != indices
+    few = datasets.EpochBatches(2, 6)
+    assert len(few) == 1 and sorted(i for _, i in next(iter(few))) == [0, 0, 0, 1, 1, 1]
+    with pytest.raises(ValueError, match="--batch-size 7 does not divide over 2 processes"):
+        datasets.EpochBatches(23, 7, world=2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_gives_every_face_once_in_order(workers):
+    data = crops(count=5)
+    loader = datasets.make_loader(data, datasets.in_order(5, 2), workers, torch.device("cpu"))
+    assert torch.cat([batch["index"] for batch in loader]).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_device_loader_gives_the_same_crops():
+    data = crops(augment=turn)
+    loaded = list(datasets.DeviceLoader(data, [[(2, 3), (2, 0)]], torch.device("cpu")))[0]
+    made = data.__getitems__([(2, 3), (2, 0)])
+    assert torch.equal(loaded["points"], made["points"])
+    difference = loaded["image"].permute(0, 2, 3, 1) - made["image"].float()
+    # cv2 rounds to 1/32 px and to whole grey levels
+    assert difference.abs().mean() < 0.5 and difference.abs().max() < 12
+
+
+def test_faces_without_points_are_cropped_too():
+    face = datasets.Face(np.zeros((20, 30, 3), np.uint8))
+    data = datasets.CropDataset([face], datasets.square_frames(np.array([[0.0, 0, 29, 19]]), 32, 1.0), 32)
+    assert "points" not in data.__getitems__([(0, 0)])
+
+
+def test_image_paths(tmp_path):
+    for name in ("a b.jpg", "sub/c.PNG", "sub/note.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert set(datasets.image_paths([str(tmp_path)])) == {"a b", "sub/c"}
+    assert set(datasets.image_paths([str(tmp_path / "sub/c.PNG")])) == {"c"}
+    with pytest.raises(FileNotFoundError, match="no image"):
+        datasets.image_paths([str(tmp_path / "nothing")])
+    with pytest.raises(ValueError, match="would both be written as c"):
+        datasets.image_paths([str(tmp_path / "sub"), str(tmp_path / "sub/c.PNG")])

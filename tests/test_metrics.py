@@ -1,0 +1,537 @@
+"""Metrics against hand-worked numbers, slow loops and the definitions spelled out in numpy."""
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from common import metrics
+
+NAN = float("nan")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def f64(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------- landmark errors
+
+
+def test_nme_by_hand():
+    target = torch.tensor([[[0.0, 0.0], [10.0, 0.0]], [[5.0, 5.0], [5.0, 25.0]]])
+    pred = target + torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[0.0, -1.0], [6.0, 8.0]]])
+    errors = metrics.nme(pred, target, torch.tensor([10.0, 50.0]))
+    # Image 0: (5 + 0) / 2 / 10; image 1: (1 + 10) / 2 / 50. A mean of squares or of |dx| + |dy| gives others.
+    assert errors.tolist() == [0.25, 0.11]
+    assert errors.dtype == torch.float64 and errors.shape == (2,)
+
+
+def test_nme_takes_integers_half_precision_and_transposed_memory():
+    target = torch.randint(0, 100, (4, 7, 2), generator=generator())
+    pred = target + 2
+    norm = torch.full((4,), 20)
+    expected = torch.full((4,), math.sqrt(8) / 20, dtype=torch.float64)
+    torch.testing.assert_close(metrics.nme(pred, target, norm), expected)
+    torch.testing.assert_close(metrics.nme(pred.half(), target.half(), norm), expected)
+    column_major = pred.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(metrics.nme(column_major, target, norm), expected)
+
+
+def test_nme_does_not_change_under_a_mirror_or_a_common_scale():
+    target, pred = torch.rand(2, 3, 68, 2, generator=generator()).double() * 112
+    norm = torch.tensor([40.0, 50.0, 60.0])
+    swap = torch.randperm(68, generator=generator())
+
+    def mirror(points):
+        return torch.stack([112 - 1 - points[..., 0], points[..., 1]], -1)[:, swap]
+
+    errors = metrics.nme(pred, target, norm)
+    torch.testing.assert_close(metrics.nme(mirror(pred), mirror(target), norm), errors)
+    torch.testing.assert_close(metrics.nme(3 * pred, 3 * target, 3 * norm), errors)
+    torch.testing.assert_close(metrics.nme(pred, target, 2 * norm), errors / 2)
+
+
+@pytest.mark.parametrize("bad", [0.0, -3.0, NAN, math.inf])
+def test_nme_names_the_image_whose_normaliser_is_bad(bad):
+    points = torch.zeros(3, 5, 2)
+    with pytest.raises(ValueError, match=rf"image 1 is {bad:g}"):
+        metrics.nme(points, points, torch.tensor([1.0, bad, bad]))
+
+
+@pytest.mark.parametrize("pred, target, norm", [
+    ((2, 5, 2), (2, 6, 2), (2,)), ((2, 5, 3), (2, 5, 3), (2,)), ((5, 2), (5, 2), (5,)),
+    ((2, 5, 2), (1, 5, 2), (2,)), ((2, 5, 2), (2, 5, 2), (2, 1)), ((2, 5, 2), (2, 5, 2), ())])
+def test_nme_refuses_shapes_that_would_broadcast(pred, target, norm):
+    with pytest.raises(ValueError, match=re.escape(str(pred))):
+        metrics.nme(torch.zeros(pred), torch.zeros(target), torch.ones(norm))
+
+
+def test_failure_is_strictly_above_the_threshold_in_both_precisions():
+    for dtype in (torch.float32, torch.float64):
+        errors = torch.tensor([0.05, 0.10, 0.10, 0.1001], dtype=dtype)
+        assert metrics.failure_rate(errors, 0.10) == 0.25
+        assert metrics.failure_rate(errors, 0.05) == 0.75
+    five_pixels_of_fifty = metrics.nme(torch.zeros(1, 3, 2), f64([3, 4]).expand(1, 3, 2), f64([50]))
+    assert metrics.failure_rate(five_pixels_of_fifty, 0.10) == 0
+
+
+def test_auc_by_hand():
+    # 0.00 encloses all, 0.05 half, 0.10 and above nothing: (1 + 0.5 + 0 + 0) / 4.
+    assert metrics.auc(f64([0.0, 0.05, 0.10, 7.0]), 0.10) == pytest.approx(0.375, abs=1e-15)
+    assert metrics.auc(torch.tensor([0, 1]), 0.5) == 0.5                       # integers are cast
+
+
+def test_auc_is_the_integral_of_the_distribution():
+    errors = (torch.randn(300, generator=generator(), dtype=torch.float64) / 2 - 3.0).exp()
+    for threshold in (0.07, 0.10):
+        t = np.linspace(0, threshold, 200_001)
+        share = np.searchsorted(np.sort(errors.numpy()), t, side="right") / len(errors)
+        integral = np.trapezoid(share, t) / threshold
+        assert metrics.auc(errors, threshold) == pytest.approx(integral, abs=1e-5)
+
+
+def test_auc_steps_is_sdfls_trapezoid_rule():
+    errors = (torch.randn(300, generator=generator(), dtype=torch.float64) / 2 - 3.2).exp()
+    share = [np.mean(errors.numpy() <= 0.005 * i) for i in range(1, 21)]
+    trapezoids = sum(0.005 * (share[i] + share[i + 1]) / 2 for i in range(19)) * 10
+    assert metrics.auc_steps(errors) == pytest.approx(trapezoids, abs=1e-12)
+    assert abs(metrics.auc_steps(errors) - metrics.auc(errors, 0.1)) < 0.01
+    # By hand: 0.10 is reached at the last threshold only, 0.05 from the tenth on: half a step, 10.5 steps.
+    assert metrics.auc_steps(f64([0.10])) == pytest.approx(10 * 0.005 / 2)
+    assert metrics.auc_steps(f64([0.05])) == pytest.approx(10 * 0.005 * 10.5)
+
+
+def test_perfect_predictions():
+    points = torch.rand(4, 68, 2, generator=generator()) * 100
+    errors = metrics.nme(points, points, torch.ones(4))
+    assert errors.tolist() == [0] * 4
+    assert metrics.failure_rate(errors, 0.1) == 0 and metrics.auc(errors, 0.1) == 1
+    assert metrics.auc_steps(errors) == pytest.approx(0.95)
+
+
+def test_nan_is_a_failure_and_stays_in_the_count():
+    pred, target = torch.zeros(4, 5, 2), torch.zeros(4, 5, 2)
+    pred[2, 3, 1] = NAN
+    errors = metrics.nme(pred, target, torch.ones(4))
+    assert errors.isnan().tolist() == [False, False, True, False]
+    assert metrics.failure_rate(errors, 0.1) == 0.25
+    assert metrics.auc(errors, 0.1) == 0.75
+    assert metrics.auc_steps(errors) == pytest.approx(0.95 * 0.75)
+    assert metrics.auc(torch.tensor([math.inf, 0.0]), 0.1) == 0.5
+    curve = metrics.curve_error(pred, target, {"a": [0, 1, 2], "b": [3, 4]}, torch.ones(4))
+    assert not curve["a"].isnan().any() and curve["b"].isnan().tolist() == errors.isnan().tolist()
+    assert metrics.failure_rate(curve["overall"], 0.1) == 0.25
+
+
+def test_metrics_work_inside_autocast_and_on_tensors_with_a_gradient():
+    pred, target = torch.rand(2, 6, 68, 2, generator=generator()) * 100
+    data, ks = identification_set(), tuple(range(1, 30))
+    curves = metrics.ced_plot({"run": metrics.nme(pred, target, torch.full((6,), 600.0))})
+    rates = metrics.rank_k(data[0].float(), data[1], data[2].float(), data[3], ks)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        errors = metrics.nme(pred.requires_grad_(), target, torch.full((6,), 600.0))
+        probe, gallery = data[0].float().requires_grad_(), data[2].float()
+        assert metrics.rank_k(probe, data[1], gallery, data[3], ks) == rates
+    assert (metrics.ced_plot({"run": errors}) == curves).all()
+    assert type(metrics.failure_rate(errors, 0.1)) is type(metrics.auc(errors, 0.1)) is float
+
+
+def test_rates_refuse_an_empty_set_and_a_meaningless_threshold():
+    for function in (metrics.failure_rate, metrics.auc):
+        for errors, threshold in ((torch.zeros(0), 0.1), (torch.zeros(3, 2), 0.1), (torch.zeros(3), 0.0)):
+            with pytest.raises(ValueError, match="threshold"):
+                function(errors, threshold)
+
+
+# ----------------------------------------------------------------------------------------------- curve error
+
+
+def loop_curve_error(pred, target, parts, norm):
+    result = {}
+    for name, indices in parts.items():
+        result[name] = []
+        for p, t, d in zip(pred[:, indices].numpy(), target[:, indices].numpy(), norm.tolist()):
+            distances = [min(np.hypot(*(a - b)) for b in t) for a in p]
+            distances += [min(np.hypot(*(a - b)) for a in p) for b in t]
+            result[name].append(sum(distances) / len(distances) / d)
+    result["overall"] = [sum(v) / len(v) for v in zip(*result.values())]
+    return result
+
+
+def test_curve_error_by_hand():
+    target = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [9.0, 0.0], [50.0, 50.0]]])
+    pred = torch.tensor([[[0.0, 3.0], [0.0, 4.0], [9.0, 4.0], [50.0, 60.0]]])
+    # Part a: to the target 3, 4, 4; back from the target 3, sqrt(1 + 9), 4. Part b: 10 both ways.
+    errors = metrics.curve_error(pred, target, {"a": [0, 1, 2], "b": [3]}, torch.tensor([20.0]))
+    assert errors["a"].item() == pytest.approx((3 + 4 + 4 + 3 + math.sqrt(10) + 4) / 6 / 20)
+    assert errors["b"].item() == 0.5
+    # Parts weigh alike, whatever their number of points.
+    assert errors["overall"].item() == pytest.approx((errors["a"].item() + 0.5) / 2)
+
+
+def test_curve_error_equals_a_loop():
+    target, pred = torch.rand(2, 3, 12, 2, generator=generator(1)).double() * 30
+    parts = {"contour": list(range(7)), "mouth": range(7, 12)}
+    norm = torch.tensor([9.0, 10.0, 11.0])
+    errors = metrics.curve_error(pred, target, parts, norm)
+    expected = loop_curve_error(pred, target, parts, norm)
+    assert list(errors) == ["contour", "mouth", "overall"]
+    for name in errors:
+        np.testing.assert_allclose(errors[name].numpy(), expected[name], rtol=1e-12)
+
+
+def test_curve_error_ignores_the_numbering_within_a_part_only():
+    target = torch.rand(2, 10, 2, generator=generator(2)) * 30
+    parts = {"a": [0, 1, 2, 3, 4], "b": [5, 6, 7, 8, 9]}
+    within = metrics.curve_error(target[:, [4, 2, 0, 1, 3, 9, 8, 7, 6, 5]], target, parts, torch.ones(2))
+    assert all(v.tolist() == [0, 0] for v in within.values())
+    across = metrics.curve_error(target[:, [5, 6, 7, 8, 9, 0, 1, 2, 3, 4]], target, parts, torch.ones(2))
+    assert (across["overall"] > 0).all()
+
+
+def turned(points, degrees, shift):
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    centre = points.mean(1, keepdim=True)
+    return (points - centre) @ f64([[c, s], [-s, c]]) + centre + f64(shift)
+
+
+def test_icp_undoes_a_small_rigid_motion_and_nothing_else():
+    x = torch.arange(9).double() * 10
+    target = torch.stack([torch.stack([x, y], 1) for y in (0.02 * (x - 20) ** 2, 30 * torch.sin(x / 25))])
+    part, norm = {"curve": range(9)}, torch.tensor([50.0, 50.0])
+    moved = turned(target, 4.0, [1.5, -2.0])
+    assert (metrics.curve_error(moved, target, part, norm)["curve"] > 0.02).all()
+    assert (metrics.curve_error(moved, target, part, norm, icp=True)["curve"] < 1e-12).all()
+    far = turned(target, 12.0, [6.0, -5.0])                       # one step is not enough
+    assert (metrics.curve_error(far, target, part, norm, icp=True)["curve"] < 1e-12).all()
+    # A change of size is no rigid motion: 5 % of an arc some 80 px long stays visible.
+    assert (metrics.curve_error(1.05 * target, target, part, norm, icp=True)["curve"] > 0.01).all()
+    # A part of a single point has no direction; it is moved and gives 0, not nan.
+    assert metrics.curve_error(moved, target, {"tip": [3]}, norm, icp=True)["tip"].abs().max() < 1e-12
+
+
+def test_icp_step_is_the_least_squares_rigid_fit():
+    # Points so far apart that the first pairing is the right one: the fit must equal Arun's SVD solution.
+    target = torch.tensor([[0.0, 0.0], [100.0, 10.0], [40.0, 90.0], [150.0, 160.0]]).double()
+    noise = torch.randn(4, 2, generator=generator(3), dtype=torch.float64) * 4
+    source = turned(target[None], 5.0, [2.0, 3.0])[0] + noise
+    a, b = (source - source.mean(0)).numpy(), (target - target.mean(0)).numpy()
+    u, _, vt = np.linalg.svd(a.T @ b)
+    fitted = a @ (u @ np.diag([1, np.linalg.det(u @ vt)]) @ vt) + target.mean(0).numpy()
+    complex_fit = metrics._rigid_icp(*(torch.complex(x[:, 0], x[:, 1])[None] for x in (source, target)))[0]
+    np.testing.assert_allclose(torch.view_as_real(complex_fit).numpy(), fitted, atol=1e-10)
+
+
+# ---------------------------------------------------------------------------------------- alignment strength
+
+
+def test_anme_by_hand():
+    # Landmark 0 lies 5 px from its mean (0, 0) in both faces, landmark 1 never moves: (5 + 5 + 0 + 0)/4/20.
+    points = torch.tensor([[[3.0, 4.0], [7.0, 7.0]], [[-3.0, -4.0], [7.0, 7.0]]])
+    assert metrics.anme(points, 20.0) == 0.125
+    assert metrics.anme(points, torch.tensor([10.0, 30.0])) == 0.125          # d is the mean of the distances
+    assert metrics.anme(points[:1].expand(5, 2, 2), 20.0) == 0
+
+
+def test_anme_of_gaussian_scatter_and_its_invariance():
+    points = 50 + 2 * torch.randn(4000, 5, 2, generator=generator(), dtype=torch.float64)
+    # E|y - ybar| of a 2-D Gaussian about its sample mean: sigma sqrt(pi / 2) sqrt(1 - 1 / N).
+    assert metrics.anme(points, 1.0) == pytest.approx(2 * math.sqrt(math.pi / 2), rel=0.01)
+    rotated = turned(points.reshape(1, -1, 2), 30.0, [9.0, -4.0]).reshape(points.shape)
+    assert metrics.anme(3 * rotated, 3 * 40.0) == pytest.approx(metrics.anme(points, 40.0), rel=1e-9)
+
+
+def test_anme_refuses_a_bad_distance_and_a_single_face_without_its_axis():
+    with pytest.raises(ValueError, match="image 1 is 0"):
+        metrics.anme(torch.rand(2, 5, 2), torch.tensor([3.0, 0.0]))
+    with pytest.raises(ValueError, match="B, P, 2"):
+        metrics.anme(torch.rand(5, 2), 3.0)
+
+
+# ---------------------------------------------------------------------------------------------- verification
+
+
+def unit_pairs(squared_distances):
+    """Unit vectors of the plane at the given squared distances: |a - b|^2 = 2 - 2 cos."""
+    angle = torch.acos(1 - torch.as_tensor(squared_distances, dtype=torch.float64) / 2)
+    return torch.tensor([1.0, 0.0]).double().expand(len(angle), 2), torch.stack([angle.cos(), angle.sin()], 1)
+
+
+def loop_verification(a, b, same, folds):
+    """Every threshold between training distances and outside them is tried on every training pair."""
+    a, b = (x.numpy() / np.linalg.norm(x.numpy(), axis=1, keepdims=True) for x in (a, b))
+    distance = ((a - b) ** 2).sum(1).tolist()
+    accuracies = []
+    for test in np.array_split(np.arange(len(same)), folds):
+        train = [i for i in range(len(same)) if i not in set(test.tolist())]
+        ordered = sorted({distance[i] for i in train})
+        candidates = [-1.0] + [(x + y) / 2 for x, y in zip(ordered, ordered[1:])] + [9.0]
+        right = [sum((distance[i] < t) == bool(same[i]) for i in train) for t in candidates]
+        threshold = candidates[right.index(max(right))]
+        accuracies.append(np.mean([(distance[i] < threshold) == bool(same[i]) for i in test]))
+    return np.mean(accuracies), np.std(accuracies)
+
+
+@pytest.mark.parametrize("pairs, folds", [(60, 10), (47, 10), (30, 3)])
+def test_verification_equals_brute_force(pairs, folds):
+    g = generator(pairs)
+    same = torch.rand(pairs, generator=g) < 0.5
+    a = torch.randn(pairs, 4, generator=g).double()
+    b = torch.where(same[:, None], a, 0 * a) + torch.randn(pairs, 4, generator=g) * 0.9
+    mean, std = metrics.verification_accuracy(a, b, same, folds)
+    expected_mean, expected_std = loop_verification(a, b, same, folds)
+    assert 0.6 < mean < 0.95                                                     # neither trivial nor chance
+    assert mean == pytest.approx(expected_mean, abs=1e-12) and std == pytest.approx(expected_std, abs=1e-12)
+
+
+def test_verification_with_tied_distances_equals_brute_force():
+    g = generator(9)
+    same = torch.rand(60, generator=g) < 0.5
+    level = torch.randint(0, 5, (60,), generator=g) + 2 * (~same)
+    a, b = torch.eye(7)[[0] * 60].double(), torch.eye(7)[[0] * 60].double()
+    b[:, 1] += level                                         # equal entries give distances equal to the bit
+    result = metrics.verification_accuracy(a, b, same)
+    assert result == pytest.approx(loop_verification(a, b, same, 10), abs=1e-12)
+    # All distances equal: no threshold accepts the same-pairs alone, though they come first; best is all.
+    same = torch.tensor([1, 1, 1, 0, 0, 1, 1, 1, 0, 0])
+    assert metrics.verification_accuracy(a[:1].expand(10, 7), b[:1].expand(10, 7), same, 2) == (0.6, 0.0)
+
+
+def test_verification_by_hand_over_two_consecutive_folds():
+    # Fold 0 alone asks for a threshold between 0.2 and 1.0, fold 1 for one between 1.2 and 1.6. Judged with
+    # 1.4, fold 0 accepts its pair at 1.0 wrongly (3 of 4); with 0.6, fold 1 refuses its pair at 1.2 (3 of 4).
+    a, b = unit_pairs([0.1, 1.0, 0.2, 1.8, 0.3, 1.2, 1.6, 1.9])
+    same = torch.tensor([1, 0, 1, 0, 1, 1, 0, 0])
+    assert metrics.verification_accuracy(a, b, same, folds=2) == (0.75, 0.0)
+    # Other blocks, other numbers: if pairs are dealt alternately, each fold sees both kinds of threshold.
+    order = [0, 4, 1, 5, 2, 6, 3, 7]
+    assert metrics.verification_accuracy(a[order], b[order], same[order], folds=2) != (0.75, 0.0)
+
+
+def test_verification_of_separable_pairs_at_any_scale_is_perfect():
+    same = torch.arange(200) % 2 == 0
+    for scale in (1.0, 1e-3):                    # 1e-3: all distances below the first step of a grid of 0.01
+        a, b = unit_pairs(torch.where(same, 0.2, 1.8) * scale)
+        assert metrics.verification_accuracy(5 * a, 0.1 * b, same) == (1.0, 0.0)
+
+
+def test_verification_does_not_reward_constant_embeddings():
+    same = torch.tensor([True] * 5 + [False] * 5).repeat(10)
+    constant = torch.ones(100, 8)
+    assert metrics.verification_accuracy(constant, constant, same) == (0.5, 0.0)
+
+
+def test_verification_refuses_bad_input():
+    a = torch.rand(20, 4)
+    for bad in ((a, a[:19], torch.ones(20)), (a, a, torch.ones(19)), (a[:9], a[:9], torch.ones(9))):
+        with pytest.raises(ValueError, match="folds"):
+            metrics.verification_accuracy(*bad)
+    a[3, 1] = NAN
+    with pytest.raises(ValueError, match="1 of 20 embeddings"):
+        metrics.verification_accuracy(a, a, torch.ones(20))
+
+
+# -------------------------------------------------------------------------------------------- identification
+
+
+def loop_rank(probe, probe_ids, gallery, gallery_ids, k):
+    hits = 0
+    for x, i in zip(probe.numpy(), probe_ids.tolist()):
+        cosine = [float(x @ y / np.linalg.norm(x) / np.linalg.norm(y)) for y in gallery.numpy()]
+        order = sorted(range(len(cosine)), key=lambda j: -cosine[j])
+        hits += any(gallery_ids[j] == i for j in order[:k])
+    return hits / len(probe)
+
+
+def identification_set(seed=0):
+    g = generator(seed)
+    centres = torch.randn(12, 6, generator=g).double()
+    mates = torch.randint(0, 12, (18,), generator=g)
+    gallery_ids = torch.cat([torch.arange(12), mates, torch.full((70,), -100)])
+    gallery = torch.randn(100, 6, generator=g).double()
+    gallery[:30] += 1.2 * centres[gallery_ids[:30]]
+    probe_ids = torch.randint(0, 12, (40,), generator=g)
+    probe = 1.2 * centres[probe_ids] + torch.randn(40, 6, generator=g)
+    shuffle = torch.randperm(100, generator=g)
+    return probe, probe_ids, gallery[shuffle] * 3, gallery_ids[shuffle]
+
+
+def test_rank_k_equals_sorting_the_gallery():
+    data = identification_set()
+    rates = metrics.rank_k(*data, ks=(1, 2, 5, 20))
+    assert rates == {k: pytest.approx(loop_rank(*data, k)) for k in (1, 2, 5, 20)}
+    assert 0.1 < rates[1] < rates[5] < rates[20] < 1
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 40, 99])
+def test_rank_k_in_small_blocks_equals_one_block(chunk):
+    data, ks = identification_set(1), (1, 3, 10)
+    assert metrics.rank_k(*data, ks=ks, chunk=chunk) == metrics.rank_k(*data, ks=ks, chunk=1000)
+
+
+def test_rank_k_never_holds_more_than_a_block(monkeypatch):
+    largest = []
+    matmul = torch.Tensor.__matmul__
+
+    def spy(a, b):
+        largest.append(len(a) * b.shape[1])
+        return matmul(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", spy)
+    metrics.rank_k(*identification_set(), chunk=16)
+    assert len(largest) > 9 and max(largest) == 16 * 16
+
+
+def test_rank_k_by_hand_with_several_mates_and_ties():
+    gallery = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [-1.0, 0.0]])
+    ids = torch.tensor([7, 8, 7, -100])
+    # Probe 0 of id 7 is nearest to its second mate; probe 1 of id 8 has one stranger ahead.
+    probe = torch.tensor([[0.6, 0.8], [0.6, 0.8]])
+    assert metrics.rank_k(probe, torch.tensor([7, 8]), gallery, ids, ks=(1, 2)) == {1: 0.5, 2: 1.0}
+    # A non-mate that ties counts first, also when it is longer and in another block.
+    tied = torch.tensor([[0.3, 0.1, 0.7], [3.0, 1.0, 7.0]])
+    for chunk in (1, 2):
+        assert metrics.rank_k(tied[:1], [1], tied, [1, 2], ks=(1, 2), chunk=chunk) == {1: 0.0, 2: 1.0}
+    constant, ids = torch.ones(10, 64), torch.arange(10)
+    assert metrics.rank_k(constant, ids, constant, ids, ks=(1, 9, 10)) == {1: 0, 9: 0, 10: 1}
+
+
+def test_rank_k_refuses_probes_without_a_mate_and_nan():
+    x = torch.rand(4, 3)
+    with pytest.raises(ValueError, match="2 of 4 queries have no mate.*first id 5"):
+        metrics.rank_k(x, torch.tensor([0, 5, 1, 6]), x, torch.tensor([0, 1, 2, -100]))
+    with pytest.raises(ValueError, match="one each"):
+        metrics.rank_k(x, torch.zeros(5), x, torch.zeros(4))
+    gallery = x.clone()
+    gallery[3, 0] = NAN                             # a stranger that is nan must not vanish from the count
+    with pytest.raises(ValueError, match="nan"):
+        metrics.rank_k(x, torch.zeros(4), gallery, torch.tensor([0, 0, 0, 1]))
+
+
+# ------------------------------------------------------------------------------------------------ TAR at FAR
+
+
+def loop_tar(scores, same, far):
+    """Every score, and one above all, is tried as a threshold: score >= threshold is accepted."""
+    genuine = [s for s, x in zip(scores, same) if x]
+    impostor = [s for s, x in zip(scores, same) if not x]
+    best = 0.0
+    for threshold in [*scores, max(scores) + 1]:
+        if sum(s >= threshold for s in impostor) <= far * len(impostor) + 1e-9:
+            best = max(best, sum(s >= threshold for s in genuine) / len(genuine))
+    return best
+
+
+def test_tar_at_far_equals_trying_every_threshold_with_ties():
+    for seed in range(5):
+        g = generator(seed)
+        same = torch.rand(150, generator=g) < 0.4
+        scores = torch.randint(0, 12, (150,), generator=g) + 4 * same          # integers: many ties
+        fars = (0.0, 0.001, 0.01, 0.05, 0.1, 0.29, 0.5, 1.0)
+        rates = metrics.tar_at_far(scores, same, fars)
+        assert rates == {far: pytest.approx(loop_tar(scores.tolist(), same.tolist(), far)) for far in fars}
+        assert rates[0.0] < rates[0.29] < rates[1.0] == 1
+
+
+def test_tar_at_far_by_hand():
+    impostor = torch.arange(100).double() / 100                                  # 0.00 ... 0.99
+    genuine = f64([0.705, 0.985, 0.99, 1.5])
+    scores, same = torch.cat([genuine, impostor]), torch.arange(104) < 4
+    # FAR 0: above 0.99. FAR 0.01: 0.99 may pass, 0.98 not. FAR 0.29: 29 impostors may pass, 0.70 not.
+    assert metrics.tar_at_far(scores, same, (0.0, 0.008, 0.01, 0.28, 0.29)) == {
+        0.0: 0.25, 0.008: 0.25, 0.01: 0.75, 0.28: 0.75, 0.29: 1.0}
+    # Two impostors at the top: at FAR 0.01 neither may pass, although one could.
+    scores[4 + 98] = 0.99
+    assert metrics.tar_at_far(scores, same, (0.01, 0.02)) == {0.01: 0.25, 0.02: 0.75}
+
+
+def test_tar_with_too_few_impostors_reads_above_them_all_and_constant_scores_give_nothing():
+    assert metrics.tar_at_far([0.9, 0.4, 0.5], [True, True, False], (1e-4,)) == {1e-4: 0.5}
+    assert metrics.tar_at_far(torch.ones(50), torch.arange(50) % 2 == 0, (1e-4, 0.5)) == {1e-4: 0.0, 0.5: 0.0}
+
+
+@pytest.mark.parametrize("scores, same", [([1.0, NAN], [1, 0]), ([1.0, 2.0], [1, 1]), ([1.0, 2.0], [0, 0]),
+                                          ([1.0, 2.0, 3.0], [0, 1]), ([[1.0, 2.0]], [[0, 1]])])
+def test_tar_refuses_nan_one_kind_and_unequal_lengths(scores, same):
+    with pytest.raises(ValueError, match="both kinds"):
+        metrics.tar_at_far(scores, same)
+
+
+# ------------------------------------------------------------------------------------------------- retrieval
+
+
+def loop_map_minp(distance, query_ids, gallery_ids):
+    precision, penalty = [], []
+    for row, i in zip(distance.tolist(), query_ids.tolist()):
+        order = sorted(range(len(row)), key=lambda j: (row[j], gallery_ids[j] == i))
+        places = [n for n, j in enumerate(order, 1) if gallery_ids[j] == i]
+        precision.append(np.mean([(m + 1) / n for m, n in enumerate(places)]))
+        penalty.append(len(places) / places[-1])
+    return np.mean(precision), np.mean(penalty)
+
+
+def test_map_and_minp_by_hand():
+    # Query 0 has mates at places 1 and 3, query 1 its only one at place 4.
+    distance = torch.tensor([[0.1, 0.3, 0.4, 0.2], [1.0, 2.0, 3.0, 4.0]])
+    ids = torch.tensor([1, 2]), torch.tensor([1, 1, 3, 2])
+    assert metrics.mean_average_precision(distance, *ids) == pytest.approx(((1 + 2 / 3) / 2 + 1 / 4) / 2)
+    assert metrics.mean_inverse_negative_penalty(distance, *ids) == pytest.approx((2 / 3 + 1 / 4) / 2)
+
+
+@pytest.mark.parametrize("levels", [4, 10 ** 6])                             # with many ties and with none
+def test_map_and_minp_equal_loops(levels):
+    g = generator(levels)
+    ids = torch.arange(6).repeat(5), torch.cat([torch.arange(6), torch.randint(0, 9, (40,), generator=g)])
+    distance = torch.randint(0, levels, (30, 46), generator=g).float()
+    average_precision, inverse_negative_penalty = loop_map_minp(distance, *ids)
+    assert metrics.mean_average_precision(distance, *ids) == pytest.approx(average_precision)
+    assert metrics.mean_inverse_negative_penalty(distance, *ids) == pytest.approx(inverse_negative_penalty)
+
+
+def test_map_and_minp_of_perfect_and_tied_rankings():
+    ids = torch.tensor([0, 0, 1, 1])
+    distance = (ids[:2, None] != ids).float()
+    for function in (metrics.mean_average_precision, metrics.mean_inverse_negative_penalty):
+        assert function(distance, ids[:2], ids) == 1
+        assert function(torch.zeros(2, 4), ids[:2], ids) < 0.51                  # mates at places 3 and 4
+
+
+def test_map_refuses_queries_without_mates_nan_and_unequal_lengths():
+    with pytest.raises(ValueError, match="1 of 2 queries have no mate"):
+        metrics.mean_average_precision(torch.zeros(2, 3), torch.tensor([0, 5]), torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match="1 distances are nan"):
+        metrics.mean_average_precision(torch.tensor([[0.0, NAN]]), torch.tensor([0]), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="one each"):
+        metrics.mean_inverse_negative_penalty(torch.zeros(2, 3), torch.tensor([0, 0]), torch.tensor([0, 1]))
+
+
+# --------------------------------------------------------------------------------------------------- picture
+
+
+def test_ced_plot_draws_each_curve_where_it_belongs():
+    image = metrics.ced_plot({"half": torch.full((7,), 0.05), "quarter": torch.tensor([0.02, 1.0, 1.0, NAN])})
+    assert image.shape == (600, 900, 3) and image.dtype == np.uint8
+    first, second = (np.all(image == colour, axis=2) for colour in metrics.CURVE_COLOURS[:2])
+    # The axes span x 70 to 870 and y 50 (all images) to 530 (none). All errors 0.05: a step at half way.
+    assert first[200:400, 468:473].any(1).all() and not first[200:400, 100:465].any()
+    assert first[49:52, 500:860].any(0).all()
+    # One image of four at 0.02: a step at a fifth of the width, up to a quarter of the height, for good.
+    assert second[408:412, 240:540].any(0).all() and second[430:520, 228:233].any(1).all()
+    assert not second[50:400].any()
+    perfect = np.all(metrics.ced_plot({"perfect": torch.zeros(3)}) == metrics.CURVE_COLOURS[0], axis=2)
+    assert perfect[49:52, 70:870].any(0).all() and not perfect[60:480].any()     # no step at 0
+
+
+def test_ced_plot_legend_and_grid_do_not_depend_on_the_curves_colours():
+    many = {f"method {i}": torch.rand(20, generator=generator(i)) * 0.1 for i in range(8)}
+    image = metrics.ced_plot(many, threshold=0.08)
+    for colour in metrics.CURVE_COLOURS:
+        assert np.all(image == colour, axis=2).sum() > 200
+    assert (image[:40] < 100).any() and (image[545:] < 100).any()             # titles of the axes are there
+    with pytest.raises(ValueError, match="errors"):
+        metrics.ced_plot({"empty": torch.zeros(0)})

@@ -1,0 +1,692 @@
+"""sdfl.py: equations against slow or closed forms, published sizes, the command line as a user meets it."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sdfl
+from common import datasets, synthetic, warp
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def landmarks(count=40, points=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    base = 60 * torch.randn(1, points, 2, generator=generator)
+    return (128 + base * (1 + 0.2 * torch.randn(count, 1, 2, generator=generator))
+            + 6 * torch.randn(count, points, 2, generator=generator))
+
+
+def small_mask(points=12, k=3):
+    return sdfl.neighbour_mask(landmarks(points=points), k)
+
+
+# ---- Eq. (1), (2) --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("k", [0, 1, 3, 11])
+def test_neighbour_mask_is_equations_1_and_2(k):
+    points = landmarks()
+    mask = sdfl.neighbour_mask(points, k)
+    C = 0.5 * (np.abs(np.corrcoef(points[..., 0].numpy().T)) + np.abs(np.corrcoef(points[..., 1].numpy().T)))
+    for i in range(12):
+        best = sorted(range(12), key=lambda j: -C[i, j])[:k + 1]
+        assert set(mask[i].nonzero()[:, 0].tolist()) == set(best)
+    assert mask.dtype == torch.bool and mask.diagonal().all() and (mask.sum(1) == k + 1).all()
+
+
+def test_neighbour_mask_follows_a_permutation_and_ignores_scale_and_sign():
+    points, order = landmarks(), torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    mask = sdfl.neighbour_mask(points, 3)
+    assert torch.equal(sdfl.neighbour_mask(points[:, order], 3), mask[order][:, order])
+    assert torch.equal(sdfl.neighbour_mask(points * torch.tensor([-3.0, 0.5]) + 7, 3), mask)
+
+
+def test_neighbour_mask_keeps_the_diagonal_among_equal_points():
+    points = landmarks()
+    points[:, 5:9] = points[:, 4:5]  # five landmarks that always coincide
+    mask = sdfl.neighbour_mask(points, 2)
+    assert mask.diagonal().all() and (mask.sum(1) == 3).all()
+
+
+def test_neighbour_mask_refuses_what_has_no_answer():
+    points = landmarks()
+    with pytest.raises(ValueError, match="--k 12: expected 0 to 11"):
+        sdfl.neighbour_mask(points, 12)
+    with pytest.raises(ValueError, match="at least 2 training images, found 1"):
+        sdfl.neighbour_mask(points[:1], 3)
+    still = points.clone()
+    still[:, 7] = torch.tensor([3.0, 4.0])
+    with pytest.raises(ValueError, match="landmark 7 has the same place in all 40"):
+        sdfl.neighbour_mask(still, 3)
+    with pytest.raises(ValueError, match="not finite"):
+        sdfl.neighbour_mask(points * torch.nan, 3)
+
+
+def test_a_coordinate_that_is_constant_counts_as_uncorrelated():
+    points = landmarks()
+    points[:, 7, 0] = 3.0
+    with pytest.warns(UserWarning, match="landmark 7 is constant in one coordinate"):
+        mask = sdfl.neighbour_mask(points, 3)
+    C = np.abs(np.corrcoef(points[..., 1].numpy().T))[7]  # only y is left, for every candidate
+    assert set(mask[7].nonzero()[:, 0].tolist()) == set(np.argsort(-C)[:4].tolist())
+
+
+# ---- Eq. (3) to (5) ------------------------------------------------------------------------------
+
+def test_map_to_node_gives_each_node_four_channels():
+    torch.manual_seed(0)
+    module = sdfl.MapToNode(16, 5).eval()
+    maps = module(torch.randn(2, 16, 3, 4))
+    assert maps.shape == (2, 20, 3, 4) and (maps >= 0).all()
+    nodes = maps.view(2, 5, -1)
+    for i in range(5):
+        assert torch.equal(nodes[1, i], maps[1, 4 * i:4 * i + 4].reshape(-1))
+
+
+def test_dynamic_adjacency_is_a_softmax_over_the_edges_alone():
+    torch.manual_seed(0)
+    mask = small_mask()
+    module = sdfl.DynamicAdjacency(mask)
+    maps = torch.randn(3, 48, 4, 4, requires_grad=True)
+    A = module(maps)
+    a = module.mlp(maps.mean((2, 3))).tolist()
+    for b in range(3):
+        edge = 0
+        for i in range(12):
+            columns = [j for j in range(12) if mask[i, j]]
+            weights = torch.tensor([math.exp(a[b][edge + n]) for n in range(len(columns))])
+            edge += len(columns)
+            torch.testing.assert_close(A[b, i, columns], weights / weights.sum())
+    assert (A[:, ~mask] == 0).all()
+    torch.testing.assert_close(A.sum(2), torch.ones(3, 12))
+    A[:, mask].square().sum().backward()
+    assert maps.grad.isfinite().all() and all(p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+def test_graph_convolution_is_equation_4():
+    torch.manual_seed(0)
+    conv, A, H = sdfl.GraphConv(5, 7, bias=True), torch.rand(2, 6, 6), torch.randn(2, 6, 5)
+    with torch.no_grad():
+        conv.bias.normal_()
+    expected = torch.zeros(2, 6, 7)
+    for b in range(2):
+        for i in range(6):
+            for j in range(6):
+                expected[b, i] += A[b, i, j] * (H[b, j] @ conv.weight)
+    torch.testing.assert_close(conv(H, A), expected + conv.bias)
+    assert conv.weight.shape == (5, 7) and sdfl.GraphConv(5, 7, bias=False).bias is None
+
+
+def test_graph_layer_normalises_features_over_images_and_nodes():
+    torch.manual_seed(0)
+    layer, A, H = sdfl.GraphLayer(5, 7), torch.rand(4, 6, 6).softmax(2), torch.randn(4, 6, 5)
+    X = torch.einsum("bij,bjc,cd->bid", A, H, layer.conv.weight)
+    mean, var = X.mean((0, 1)), X.var((0, 1), correction=0)
+    torch.testing.assert_close(layer(H, A), ((X - mean) / (var + 1e-5).sqrt()).relu())
+
+
+def test_graph_block_is_equation_5():
+    torch.manual_seed(0)
+    block, A, H = sdfl.GraphBlock(5).eval(), torch.rand(2, 6, 6), torch.randn(2, 6, 5)
+    torch.testing.assert_close(block(H, A), block.second(block.first(H, A), A) + H)
+    assert (block(H, A) < 0).any()  # no ReLU after the addition
+
+
+def head_of(mask, dynamic=False):
+    torch.manual_seed(0)
+    head = sdfl.GraphHead(8, mask, cells=4, dynamic=dynamic).eval()
+    for module in head.modules():  # batch norms that do something
+        if isinstance(module, nn.BatchNorm1d):
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return head
+
+
+def graph_only(head, nodes):
+    A = head.uniform.expand(len(nodes), -1, -1)
+    nodes = head.first(nodes, A)
+    for block in head.blocks:
+        nodes = block(nodes, A)
+    return head.last(nodes, A)
+
+
+def test_a_node_reaches_only_what_ten_steps_along_the_edges_reach():
+    ring = torch.zeros(40, 40, dtype=torch.bool)
+    for i in range(40):
+        ring[i, i] = ring[i, (i + 1) % 40] = True  # node i listens to i + 1
+    head, nodes = head_of(ring), torch.randn(1, 40, 16)
+    changed = nodes.clone()
+    changed[0, 20] += 1
+    moved = (graph_only(head, nodes) - graph_only(head, changed)).abs().sum((0, 2)) > 0
+    assert set(moved.nonzero()[:, 0].tolist()) == set(range(10, 21))
+
+
+def test_the_graph_follows_a_permutation_of_its_nodes():
+    mask, order = small_mask(), torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    nodes = torch.randn(2, 12, 16)
+    plain = graph_only(head_of(mask), nodes)
+    torch.testing.assert_close(graph_only(head_of(mask[order][:, order]), nodes[:, order]), plain[:, order])
+
+
+def test_binary_adjacency_weighs_all_edges_alike():
+    mask = small_mask()
+    head = head_of(mask)
+    assert head.adjacency is None and torch.equal(head.uniform, mask.float() / 4)
+
+
+# ---- Eq. (6) to (11) -----------------------------------------------------------------------------
+
+def test_laplacian_is_equations_6_to_8():
+    mask, P = small_mask(), torch.randn(12, 2)
+    L = sdfl.laplacian(mask)
+    for i in range(12):
+        others = [j for j in range(12) if mask[i, j] and j != i]
+        assert len(others) == 3
+        delta = sum((P[i] - P[j]) / len(others) for j in others)
+        torch.testing.assert_close((L @ P)[i], delta)
+    torch.testing.assert_close(L @ torch.ones(12, 2), torch.zeros(12, 2))
+    assert torch.equal(sdfl.laplacian(torch.eye(4, dtype=torch.bool)), torch.eye(4))
+
+
+def slope(function, x):
+    x = torch.tensor(float(x), dtype=torch.float64, requires_grad=True)
+    return torch.autograd.grad(function(x), x)[0].item()
+
+
+def test_soft_wing_is_equation_9():
+    x = torch.tensor([0.0, 1.0, -1.999, 2.0, 5.0, -128.0], dtype=torch.float64)
+    B = 2 - 20 * math.log(1 + 2 / 0.5)
+    expected = [0, 1, 1.999, 2, 20 * math.log(11) + B, 20 * math.log(257) + B]
+    torch.testing.assert_close(sdfl.soft_wing(x), torch.tensor(expected, dtype=torch.float64))
+    assert B == pytest.approx(-30.1888, abs=1e-4) and expected[-1] == pytest.approx(80.79, abs=5e-3)
+    assert slope(sdfl.soft_wing, 1.5) == 1 and slope(sdfl.soft_wing, -1.5) == -1
+    assert slope(sdfl.soft_wing, 2 + 1e-9) == pytest.approx(8, rel=1e-6)
+    assert slope(sdfl.soft_wing, 19.5) == pytest.approx(1)
+    assert sdfl.soft_wing(torch.tensor(3.0), omega1=1, omega2=5, eps=2).item() == \
+        pytest.approx(5 * math.log(2.5) + 1 - 5 * math.log(1.5))
+
+
+def test_wing_is_equation_11():
+    x = torch.tensor([0.0, 3.0, -19.999999, 20.0, 50.0], dtype=torch.float64)
+    C = 20 - 20 * math.log(41)
+    expected = [0, 20 * math.log(7), 20 * math.log(1 + 19.999999 / 0.5), 20 - C, 50 - C]
+    torch.testing.assert_close(sdfl.wing(x), torch.tensor(expected, dtype=torch.float64))
+    assert slope(sdfl.wing, 30) == 1 and slope(sdfl.wing, 1e-9) == pytest.approx(40, rel=1e-6)
+    assert sdfl.LOSSES["l1"](torch.tensor([-2.5]), eps=3).item() == 2.5
+
+
+@pytest.mark.parametrize("name", sdfl.LOSSES)
+def test_loss_is_equation_10(name):
+    torch.manual_seed(0)
+    mask, loss = small_mask(), sdfl.LOSSES[name]
+    pred, target = 128 + 20 * torch.randn(3, 12, 2), 128 + 20 * torch.randn(3, 12, 2)
+    L = sdfl.laplacian(mask)
+    total = 0.0
+    for b in range(3):
+        for i in range(12):
+            delta = [sum(p[b, i] - p[b, j] for j in range(12) if mask[i, j] and j != i) / 3
+                     for p in (pred, target)]
+            total += float(loss(pred[b, i] - target[b, i]).sum() + 0.7 * loss(delta[0] - delta[1]).sum())
+    assert sdfl.sdfl_loss(pred, target, L, 0.7, loss).item() == pytest.approx(total / (3 * 12 * 2), rel=1e-5)
+    moved = sdfl.sdfl_loss(target + 3, target, L, 100.0, loss)  # the relative term does not see a translation
+    assert moved.item() == pytest.approx(float(loss(torch.tensor(3.0))), rel=1e-3)
+
+
+# ---- Sizes ---------------------------------------------------------------------------------------
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def conv_macs(build, *inputs):
+    """Multiply-adds of convolutions and linear layers, counted where nothing is computed."""
+    total = []
+    with torch.device("meta"):
+        module = build().eval()
+        for layer in module.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.register_forward_hook(lambda m, i, o: total.append(o[0].numel() * m.weight[0].numel()))
+        module(*(torch.empty(shape) for shape in inputs))
+    return sum(total)
+
+
+BACKBONES = [  # parameters, multiply-adds of the convolutions at 256 px, channels
+    ("mobilenetv2", 1_811_712, 364_961_792, 320), ("efficientnet_b0", 4_007_548, 502_057_472, 1280),
+    ("efficientnet_b1", 6_513_184, 742_023_680, 1280), ("vgg16", 14_723_136, 20_044_578_816, 512),
+    ("resnet18", 11_176_512, 2_368_733_184, 512), ("resnet34", 21_284_672, 4_784_652_288, 512),
+    ("res2net50", 23_650_120, 5_555_093_504, 2048), ("hrnet_w18", 9_562_260, 4_286_671_872, 270)]
+
+
+@pytest.mark.parametrize("name, parameters, macs, channels", BACKBONES)
+def test_backbone_sizes(name, parameters, macs, channels):
+    with torch.device("meta"):
+        backbone = sdfl.BACKBONES[name]().eval()
+        assert backbone(torch.empty(2, 3, 256, 256)).shape == (2, channels, 8, 8)
+        assert backbone(torch.empty(1, 3, 128, 128)).shape == (1, channels, 4, 4)
+    assert (count(backbone), backbone.channels) == (parameters, channels)
+    assert conv_macs(sdfl.BACKBONES[name], (1, 3, 256, 256)) == macs
+
+
+def wflw_sized_mask(k=3):
+    return torch.eye(98, dtype=torch.bool) | sum(torch.eye(98).roll(n, 1) for n in range(1, k + 1)).bool()
+
+
+def test_head_sizes_for_98_landmarks():
+    mask = wflw_sized_mask()
+    head = sdfl.GraphHead(512, mask, cells=64)
+    assert count(head) == 2_404_766
+    assert count(head.map_to_node) == 1_180_160 + 903_952 and count(head.adjacency) == 154_252
+    assert conv_macs(lambda: sdfl.MapToNode(512, 98), (1, 512, 8, 8)) == 133_300_224
+    assert count(sdfl.FCHead(512, 98, cells=64)) == 8_439_236
+    assert count(head) + 21_284_672 == 23_689_438
+
+
+def test_the_papers_flops_by_its_own_formula():
+    N, I, F, O, k = 98, 256, 128, 2, 3
+    paper = 2 * N * (k + 1 + F) * I + 14 * N * (k + 1 + F) * F + 2 * N * (k + 1 + O) * F
+    assert paper == 29_955_072  # 29.95 M; 14 = 2 x 7 hidden convolutions
+    layers = [m for m in sdfl.GraphHead(512, wflw_sized_mask(), cells=64).modules()
+              if isinstance(m, sdfl.GraphConv)]
+    ours = sum(2 * N * (k + 1 + m.weight.shape[1]) * m.weight.shape[0] for m in layers)
+    assert len(layers) == 10 and ours == paper + 2 * N * (k + 1 + F) * F == 33_266_688  # 4 blocks of 2 are 8
+
+
+# ---- The network ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("head", ["graph", "fc"])
+def test_forward_and_gradients(head):
+    torch.manual_seed(0)
+    net = sdfl.SDFL("mobilenetv2", small_mask(), size=64, head=head)
+    pred = net(torch.randn(4, 3, 64, 64))
+    assert pred.shape == (4, 12, 2) and (pred - 32).abs().max() < 16  # starts about the middle of the crop
+    sdfl.sdfl_loss(4 * pred, torch.full_like(pred, 80), sdfl.laplacian(net.mask), 1.0,
+                   sdfl.soft_wing).backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
+    assert net.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 12, 2)
+    assert torch.equal(net.state_dict()["mask"], small_mask())
+
+
+def test_the_loss_and_the_optimiser_fit_eight_faces_to_two_pixels():
+    args = sdfl.parse_args(["--size", "64", "--limit", "8"])
+    data = sdfl.make_dataset(args, sdfl.read_faces(args, "train"), augmented=False)
+    batch = data.__getitems__([(0, i) for i in range(8)])
+    image, target = sdfl.prepare(batch, torch.device("cpu")), 4 * batch["points"]  # px of a 256 px crop
+    torch.manual_seed(0)
+    net = sdfl.SDFL("mobilenetv2", sdfl.neighbour_mask(data.crop_points(), 3), size=64)
+    net.mean_face.copy_(target.mean(0))
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+    L = sdfl.laplacian(net.mask)
+    for step in range(110):
+        optimizer.param_groups[0]["lr"] = 0.01 if step < 80 else 0.002
+        error = 4 * net(image) - target
+        optimizer.zero_grad()
+        sdfl.sdfl_loss(error, 0 * error, L, 1.0, sdfl.soft_wing).backward()
+        optimizer.step()
+    assert error.norm(dim=2).mean() < 2  # from 23
+
+
+def test_coordinates_stay_float32_under_autocast():
+    net = sdfl.SDFL("mobilenetv2", small_mask(), size=64).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(torch.randn(2, 3, 64, 64)).dtype == torch.float32
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="backbone 'alexnet': expected one of mobilenetv2"):
+        sdfl.SDFL("alexnet", small_mask())
+    with pytest.raises(ValueError, match="head 'mlp'"):
+        sdfl.SDFL("resnet18", small_mask(), head="mlp")
+
+
+def test_init_takes_what_matches_by_name(tmp_path):
+    source, target = sdfl.BACKBONES["resnet18"](), sdfl.BACKBONES["resnet18"]()
+    state = {"module." + name: value + 1
+             for name, value in source.state_dict().items() if name != "bn1.weight"}
+    torch.save({"state_dict": state | {"fc.weight": torch.zeros(3)}}, tmp_path / "a.pth")
+    before = target.state_dict()["bn1.weight"].clone()
+    report = sdfl.init_backbone(target, str(tmp_path / "a.pth"))
+    own = target.state_dict()
+    assert f"{len(own) - 1} of {len(own)}" in report and "bn1.weight" in report and "fc.weight" in report
+    assert torch.equal(own["layer3.1.conv2.weight"], source.state_dict()["layer3.1.conv2.weight"] + 1)
+    assert torch.equal(own["bn1.weight"], before)
+    torch.save({"a.weight": torch.zeros(3)}, tmp_path / "b.pth")
+    with pytest.raises(ValueError, match="none of its 1 names"):
+        sdfl.init_backbone(target, str(tmp_path / "b.pth"))
+    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match=r"conv1.weight is \(3,\), the backbone's is \(64, 3, 7, 7\)"):
+        sdfl.init_backbone(target, str(tmp_path / "c.pth"))
+
+
+# ---- Data ----------------------------------------------------------------------------------------
+
+def test_augmentation_stays_within_what_it_says():
+    mirrors, hidden = 0, 0
+    for seed in range(400):
+        matrix, mirror, extras = sdfl.augment(np.random.default_rng(seed), 200)
+        mirrors, hidden = mirrors + mirror, hidden + (extras["occluder"][0] != -1)
+        zoom = math.sqrt(np.linalg.det(matrix[:, :2]))
+        angle = math.degrees(math.atan2(matrix[0, 1], matrix[0, 0]))
+        shift = matrix @ [99.5, 99.5, 1] - 99.5
+        assert 0.9 <= zoom <= 1.1 and abs(angle) <= 40 and np.abs(shift).max() <= 200 * 30 / 256
+        corners = np.array([[-0.5, -0.5], [199.5, -0.5], [-0.5, 199.5], [199.5, 199.5]])
+        source = (corners - matrix[:, 2]) @ np.linalg.inv(matrix[:, :2]).T  # what the crop looks at
+        assert np.abs(source - 99.5).max() <= sdfl.REACH * 100
+        if extras["occluder"][0] != -1:
+            x0, y0, x1, y1 = extras["occluder"][:4]
+            assert (x1 - x0) * (y1 - y0) == pytest.approx(0.2 * 200 * 200)
+            assert 0.4 <= (x1 - x0) / (y1 - y0) <= 2.5
+    assert 160 < mirrors < 240 and 160 < hidden < 240
+
+
+def test_prepare_occludes_and_z_scores():
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, (2, 10, 12, 3), dtype=torch.uint8)
+    occluder = torch.tensor([[2.5, 3, 6, 7.5, 10, 20, 30], [-1] * 7]).float()
+    out = sdfl.prepare({"image": image, "occluder": occluder}, torch.device("cpu"))
+    for b in range(2):
+        pixels = image[b].double().numpy().copy()
+        for y in range(10):
+            for x in range(12):
+                if occluder[b, 0] <= x < occluder[b, 2] and occluder[b, 1] <= y < occluder[b, 3]:
+                    pixels[y, x] = occluder[b, 4:].numpy()
+        z = (pixels - pixels.mean((0, 1))) / pixels.std((0, 1))
+        np.testing.assert_allclose(out[b].permute(1, 2, 0), z, atol=1e-5)
+    flat = sdfl.prepare({"image": torch.full((1, 4, 4, 3), 7, dtype=torch.uint8)}, torch.device("cpu"))
+    assert (flat == 0).all()
+
+
+def turned_heads(yaw):
+    """Orthographic views of fixed 3-D points, symmetric in x, turned by yaw, at random places and sizes."""
+    generator = torch.Generator().manual_seed(0)
+    half = torch.rand(8, 3, generator=generator, dtype=torch.float64)
+    shape = torch.cat([half * torch.tensor([-1.0, 1, 1]), half])
+    x = shape[:, 0] * yaw.cos()[:, None] + shape[:, 2] * yaw.sin()[:, None]
+    views = torch.stack([x, shape[:, 1].expand_as(x)], -1)
+    size = 50 + 100 * torch.rand(len(yaw), 1, 1, generator=generator, dtype=torch.float64)
+    return views * size + 30 * torch.rand(len(yaw), 1, 2, generator=generator, dtype=torch.float64)
+
+
+def test_pose_bins_follow_the_yaw_and_not_its_sign():
+    yaw = torch.linspace(-0.9, 0.9, 181, dtype=torch.float64)
+    bins = sdfl.pose_bins(turned_heads(yaw), 9)
+    assert bins.dtype == torch.long and bins.min() == 0 and bins.max() == 8
+    assert (bins - bins.flip(0)).abs().max() <= 1  # left and right alike
+    right = bins[90:]
+    assert (right.diff() >= 0).all() and len(right.unique()) == 9
+
+
+def test_balancing_repeats_rare_poses():
+    torch.manual_seed(0)
+    faces = turned_heads(0.25 * torch.randn(300, dtype=torch.float64).clamp(-3, 3))
+    index, bins = sdfl.balanced(faces, 9), sdfl.pose_bins(faces, 9)
+    before, after = np.bincount(bins, minlength=9), np.bincount(bins[index], minlength=9)
+    assert set(index) == set(range(300))
+    for b in range(9):
+        assert after[b] == before[b] * round(before.max() / max(before[b], 1))
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+
+class Oracle(nn.Module):
+    """Answers with the truth, moved by `shift` px of the crop."""
+
+    def __init__(self, data, shift=0.0):
+        super().__init__()
+        self.points, self.shift, self.size, self.calls = data.crop_points(), shift, data.size, 0
+        self.register_buffer("mask", torch.eye(data.points.shape[1], dtype=torch.bool))
+        self.register_buffer("mean_face", data.crop_points().mean(0) * (256 / data.size))
+
+    def forward(self, image):
+        out = self.points[self.calls:self.calls + len(image)] + torch.tensor([self.shift, 0.0])
+        self.calls += len(image)
+        return out
+
+
+def test_evaluate_measures_in_image_pixels_and_by_subset():
+    args = sdfl.parse_args(["--size", "64", "--limit", "24"])
+    data = sdfl.make_dataset(args, sdfl.read_faces(args, "test"), augmented=False)
+    loader = datasets.make_loader(data, datasets.in_order(24, 7), 0, torch.device("cpu"))
+    perfect = sdfl.evaluate(Oracle(data), loader, args)
+    assert perfect["nme"] < 1e-6 and perfect["fr"] == 0 and perfect["auc"] == pytest.approx(1, abs=1e-5)
+    assert perfect["nme/mean face"] > 0.05
+    moved = sdfl.evaluate(Oracle(data, 1.0), loader, args)
+    eyes = torch.from_numpy(np.stack([f.points[[36, 45]] for f in data.faces])).double()
+    px = 1 / data.frames[:, 0, 0]  # one crop px in image px
+    expected = px / (eyes[:, 0] - eyes[:, 1]).norm(dim=1)
+    torch.testing.assert_close(moved["errors"], expected, atol=1e-5, rtol=1e-4)
+    for tag in {tag for face in data.faces for tag in face.tags}:
+        chosen = expected[[tag in face.tags for face in data.faces]]
+        assert moved[f"nme/{tag}"] == pytest.approx(float(chosen.mean()), rel=1e-3)
+
+
+def test_flip_test_maps_the_mirrored_answer_back():
+    class Still(nn.Module):  # answers with fixed points: an average with its own mirror image must come out
+        size = 64
+
+        def forward(self, image):
+            return torch.tensor([[[10.0, 5.0], [40.0, 6.0], [20.0, 30.0]]])
+
+    pred = sdfl.predict_points(Still(), torch.zeros(1, 3, 64, 64), flip=(1, 0, 2))
+    torch.testing.assert_close(
+        pred[0], torch.tensor([[(10 + 63 - 40) / 2, 5.5], [(40 + 63 - 10) / 2, 5.5], [(20 + 43) / 2, 30]]))
+
+
+def test_occluder_test_sees_only_visible_points():
+    args = sdfl.parse_args(["--size", "64", "--limit", "6"])
+    data = sdfl.make_dataset(args, sdfl.read_faces(args, "test"), augmented=False)
+    loader = datasets.make_loader(data, datasets.in_order(6, 4), 0, torch.device("cpu"))
+
+    class Mean(nn.Module):  # all points sit where the image's mean value says: any occluder moves them alike
+        size = 64
+        mask = torch.eye(68, dtype=torch.bool)
+
+        def forward(self, image):
+            return image.amax((1, 2, 3))[:, None, None].expand(-1, 68, 2)
+
+    result = sdfl.occluder_test(Mean(), loader, args)
+    assert list(result) == [f"moved@{s}" for s in (0.05, 0.1, 0.2, 0.3, 0.4)]
+    assert all(v > 0 for v in result.values())
+
+    class Fixed(Mean):
+        def forward(self, image):
+            return torch.zeros(len(image), 68, 2)
+
+    assert all(value == 0 for value in sdfl.occluder_test(Fixed(), loader, args).values())
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+TINY = ["--size", "64", "--limit", "32", "--batch-size", "8", "--epochs", "3", "--device", "cpu",
+        "--points", "29"]
+
+
+def test_presets_are_flags_and_flags_beat_presets():
+    for name, preset in sdfl.PRESETS.items():
+        args = sdfl.parse_args(["--data", name])
+        for key, value in preset.items():
+            assert getattr(args, key) == value
+    args = sdfl.parse_args(["--data", "wflw", "--epochs", "7", "--no-amp"])
+    assert args.epochs == 7 and args.batch_size == 64 and args.given == ["amp", "data", "epochs"]
+
+
+def test_learning_rate_falls_by_five_after_each_fifth():
+    rates = [sdfl.learning_rate(step, 500, 0.01) for step in (0, 99, 100, 250, 499)]
+    assert rates == pytest.approx([0.01, 0.01, 0.002, 0.0004, 0.000016])
+
+
+def args_lr():
+    return sdfl.parse_args(TINY).lr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole run, in process: its folder and numbers."""
+    folder = tmp_path_factory.mktemp("run") / "a"
+    return folder, sdfl.train(sdfl.parse_args([*TINY, "--output", str(folder), "--occluder-test"]))
+
+
+def test_a_run_leaves_its_log_checkpoint_and_pictures(finished):
+    folder, result = finished
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3] and rows[-1]["lr"] == pytest.approx(args_lr() * 0.2**4)
+    assert rows[-1]["nme"] == result["nme"] and "moved@0.2" in rows[-1] and "nme/mean face" in rows[-1]
+    for name in ("graph.png", "predictions.png", "ced.png"):
+        assert cv2.imread(str(folder / name)) is not None
+    state = sdfl.load(folder / "last.pt")
+    assert state["epoch"] == 3 and state["args"]["data"] == "faces" and state["model"]["mask"].sum() == 29 * 4
+    assert not list(folder.glob("*.part"))
+
+
+def test_eval_repeats_the_numbers(finished, capsys):
+    folder, result = finished
+    again = sdfl.train(sdfl.parse_args(["--eval", str(folder / "last.pt"), "--limit", "32",
+                                        "--device", "cpu"]))
+    assert again["nme"] == pytest.approx(result["nme"], rel=1e-6)
+    assert again["auc"] == pytest.approx(result["auc"])
+    text = capsys.readouterr().out
+    assert "NME (%)" in text and "crop landmarks x 1.25" in text and "NME by io" in text
+
+
+def test_predict_writes_points_and_pictures(finished, tmp_path):
+    folder, _ = finished
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    face = synthetic.read_faces("test", 1, size=128, points=29)[0]
+    for name in ("one two.png", "sub/b.jpg"):
+        cv2.imwrite(str(tmp_path / "in" / name), datasets.load_image(face.image)[..., ::-1])
+    sdfl.train(sdfl.parse_args(["--predict", str(tmp_path / "in"), "--weights", str(folder / "last.pt"),
+                                "--output", str(tmp_path / "out"), "--device", "cpu"]))
+    for name in ("one two", "sub/b"):
+        assert datasets.read_pts(tmp_path / "out" / f"{name}.pts").shape == (29, 2)
+        assert cv2.imread(str(tmp_path / "out" / f"{name}.png")).shape == (128, 128, 3)
+    with pytest.raises(ValueError, match="--box 1,2,3: expected four numbers"):
+        sdfl.train(sdfl.parse_args(["--predict", str(tmp_path / "in"), "--weights", str(folder / "last.pt"),
+                                    "--output", str(tmp_path / "out2"), "--box", "1,2,3", "--device", "cpu"]))
+
+
+def test_a_run_is_never_written_over(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    with pytest.raises(FileExistsError, match="holds a run: continue it by --resume"):
+        sdfl.train(sdfl.parse_args([*TINY, "--output", str(folder)]))
+    monkeypatch.chdir(tmp_path)
+    args = sdfl.parse_args(TINY)
+    assert [sdfl.open_run(args, "sdfl", 0).name for _ in range(3)] == [
+        "sdfl-faces", "sdfl-faces-2", "sdfl-faces-3"]
+    args.resume = True
+    with pytest.raises(FileNotFoundError, match="--resume: no checkpoint"):
+        sdfl.open_run(args, "sdfl", 0)
+    Path("runs/sdfl-faces-2/last.pt").touch()
+    assert sdfl.open_run(args, "sdfl", 0).name == "sdfl-faces-2"  # the newest that holds a checkpoint
+
+
+def test_a_checkpoint_cut_short_is_refused_by_name(finished, tmp_path):
+    whole = (finished[0] / "last.pt").read_bytes()
+    for size in (0, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.pt").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="cut.pt is cut short"):
+            sdfl.load(tmp_path / "cut.pt")
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        sdfl.load(tmp_path / "none.pt")
+
+
+def test_flags_that_contradict_the_checkpoint_are_named(finished):
+    folder, _ = finished
+    with pytest.raises(ValueError, match="--lr 0.5: the checkpoint was made with"):
+        sdfl.train(sdfl.parse_args(["--resume", "--output", str(folder), "--lr", "0.5", "--device", "cpu"]))
+    with pytest.raises(ValueError, match="--backbone vgg16"):
+        sdfl.train(sdfl.parse_args(["--eval", str(folder / "last.pt"), "--backbone", "vgg16",
+                                    "--device", "cpu"]))
+
+
+def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
+    log = tmp_path / "log.jsonl"
+    for epoch in (1, 2, 3):
+        sdfl.write_log(log, epoch=epoch)
+    with open(log, "a") as file:
+        file.write('{"epoch": 4, "lo')  # killed while writing
+    sdfl.cut_log(log, 2)
+    assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [1, 2]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    calls = []
+
+    def poisoned(*args):
+        calls.append(1)
+        loss = original(*args)
+        return loss * float("nan") if len(calls) == 7 else loss  # four steps an epoch: epoch 2, step 3
+
+    original = sdfl.sdfl_loss
+    monkeypatch.setattr(sdfl, "sdfl_loss", poisoned)
+    with pytest.raises(FloatingPointError, match="the loss is nan at epoch 2, step 3"):
+        sdfl.train(sdfl.parse_args([*TINY, "--output", str(tmp_path / "run")]))
+    assert sdfl.load(tmp_path / "run" / "last.pt")["epoch"] == 1
+
+
+def test_bad_flags_are_named(tmp_path):
+    run = lambda *flags: sdfl.train(sdfl.parse_args([*TINY, "--output", str(tmp_path / "x"), *flags]))
+    with pytest.raises(FileNotFoundError, match="--data-root"):
+        run("--data", "wflw", "--data-root", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="--k 29: expected 0 to 28"):
+        run("--k", "29")
+    with pytest.raises(ValueError, match="at least 2 training images, found 1"):
+        run("--limit", "1")
+    with pytest.raises(ValueError, match="--batch-size 9 does not divide over 2"):
+        datasets.EpochBatches(100, 9, 0, 0, 2)
+    for flags in (["--backbone", "alexnet"], ["--size", "100"], ["--predict", "a.jpg"], ["--dat", "faces"]):
+        with pytest.raises(SystemExit):
+            sdfl.parse_args(flags)
+
+
+def start(flags, folder):
+    command = [sys.executable, "sdfl.py", *TINY, "--epochs", "6", "--output", str(folder), *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def kill_all(folder):
+    """SIGKILL to every process of a run: the workers of torchrun live in sessions of their own."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if f"\0{folder}\0" in entry.read_text():
+                os.kill(int(entry.parent.name), signal.SIGKILL)
+        except OSError:  # it has ended meanwhile
+            pass
+
+
+def weights(folder):
+    state = sdfl.load(Path(folder) / "last.pt")
+    return state["epoch"], state["model"], state["optimizer"]["state"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds the processes of a run in /proc")
+@pytest.mark.parametrize("gpus", ["1", "2"])
+def test_killed_and_resumed_is_the_same_run_bit_for_bit(tmp_path, gpus):
+    broken = start(["--gpus", gpus], tmp_path / "broken")
+    deadline = time.time() + 120
+    while not (tmp_path / "broken" / "last.pt").exists() and time.time() < deadline:
+        time.sleep(0.005)
+    kill_all(tmp_path / "broken")  # somewhere after the first checkpoint
+    broken.communicate()
+    assert 1 <= weights(tmp_path / "broken")[0] < 6
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    processes = start(["--gpus", gpus], whole), start(["--gpus", gpus, "--resume"], broken)
+    for process in processes:
+        out, _ = process.communicate(timeout=180)
+        assert process.returncode == 0, out
+    (epoch_a, model_a, moments_a), (epoch_b, model_b, moments_b) = weights(whole), weights(broken)
+    assert epoch_a == epoch_b == 6
+    assert all(torch.equal(model_a[name], model_b[name]) for name in model_a)
+    assert all(torch.equal(moments_a[i]["momentum_buffer"], moments_b[i]["momentum_buffer"]) for i in moments_a)
+    logs = [list(map(json.loads, (folder / "log.jsonl").read_text().splitlines())) for folder in (whole, broken)]
+    assert len(logs[0]) == len(logs[1]) == 6
+    assert all(a[key] == b[key] for a, b in zip(*logs) for key in ("epoch", "loss", "nme"))
