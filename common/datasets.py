@@ -958,10 +958,6 @@ class DeviceLoader:
             yield batch
 
 
-def _one_thread(_):
-    cv2.setNumThreads(1)  # the workers are the parallelism
-
-
 def _as_made(batch):
     return batch
 
@@ -970,8 +966,9 @@ def make_loader(dataset: CropDataset, batches, workers: int, device, on_device: 
     """Loader over `batches` (lists of keys): a DataLoader, or a DeviceLoader if the regions lie on a GPU."""
     if on_device and device.type == "cuda":
         return DeviceLoader(dataset, batches, device)
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                                       collate_fn=_as_made, worker_init_fn=_one_thread,
+    if workers:  # they are the parallelism; and a fork that finds OpenCV's threads running can hang
+        cv2.setNumThreads(1)
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_as_made,
                                        persistent_workers=workers > 0, pin_memory=device.type == "cuda")
 
 

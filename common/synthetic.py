@@ -1,13 +1,14 @@
 """Drawn faces: landmarks and identities without a download, with exact ground truth in every scheme.
 
-A head is a stack of horizontal elliptic sections with a relief (nose, sockets, lips, chin) on its front, and
-features are smooth curves on it. A weak-perspective camera sees it turned by yaw, pitch and roll. A point that has
-turned out of sight stands on the visible outline at its height, where the annotators of 300-W and WFLW put it. The
-pixels are painted from the same curves. Unusual conditions are tagged with the names of WFLW's subsets.
+A head is a stack of elliptic sections with a relief (nose, sockets, lips, chin) on its front, and features
+are smooth curves on it. A weak-perspective camera sees it turned by yaw, pitch and roll. A point that has
+turned out of sight stands on the visible outline at its height, where the annotators of 300-W and WFLW put
+it. The pixels are painted from the same curves. Unusual conditions are tagged with the names of WFLW's
+subsets.
 
-Face i of a split is a function of (seed, split, i) alone: the same points on every machine, the same pixels on one
-installation. Faces with the same i // per_identity share shape and look; "train" and "test" share nobody.
-Head frame: x to image-right, y down from the line of the eyes, z to the camera; unit: half a mean face's width.
+Face i of a split is a function of (seed, split, i) alone: the same points on every machine, the same pixels
+on one installation. Faces with the same i // per_identity share shape and look; the splits share nobody.
+Head frame: x to image-right, y down from the eyes, z to the camera; unit: half the width of a mean face.
 """
 
 from __future__ import annotations
@@ -22,21 +23,24 @@ import numpy as np
 from common.datasets import Face
 
 SPLITS = {"train": 0, "test": 1}
-TAGS = {"pose": .18, "expression": .16, "illumination": .2, "makeup": .1, "occlusion": .26, "blur": .22}  # rates
-# Identity: mean and standard deviation of each shape number (draws are cut at two deviations); uniform numbers.
-SHAPE = {"cheek": (1, .045), "chin": (1.66, .09), "crown": (1.42, .06), "depth": (.68, .05), "jaw_p": (2.3, .25),
-         "jaw_q": (2, .2), "hairline": (-.93, .06), "eye_x": (.43, .018), "eye_w": (.195, .012),
-         "eye_h": (.095, .012), "slant": (.02, .018), "brow_y": (-.31, .035), "brow_arch": (.075, .03),
-         "brow_thick": (.085, .02), "nose_y": (.56, .045), "nose_w": (.225, .022), "nose_z": (.48, .055),
-         "bridge_z": (.17, .03), "mouth_y": (1.03, .035), "mouth_w": (.37, .035), "lip_upper": (.1, .022),
-         "lip_lower": (.125, .025)}
+TAGS = {"pose": .18, "expression": .16, "illumination": .2, "makeup": .1, "occlusion": .26, "blur": .22}
+# Identity: mean and standard deviation of each shape number, cut at two deviations (jaw_p and jaw_q are the
+# exponents of the jaw's curve), and uniform numbers.
+SHAPE = {"cheek": (1, .045), "chin": (1.66, .09), "crown": (1.42, .06), "depth": (.68, .05),
+         "jaw_p": (2.3, .25), "jaw_q": (2, .2), "hairline": (-.93, .06), "eye_x": (.43, .018),
+         "eye_w": (.195, .012), "eye_h": (.095, .012), "slant": (.02, .018), "brow_y": (-.31, .035),
+         "brow_arch": (.075, .03), "brow_thick": (.085, .02), "nose_y": (.56, .045), "nose_w": (.225, .022),
+         "nose_z": (.48, .055), "bridge_z": (.17, .03), "mouth_y": (1.03, .035), "mouth_w": (.37, .035),
+         "lip_upper": (.1, .022), "lip_lower": (.125, .025)}
 LOOK = "skin red hair iris style beard lips specs volume".split()
 # One face: normal numbers; uniform numbers.
 NORMAL = "open smile lids brows frown skew gaze_x gaze_y yaw pitch roll light_x light_y".split()
-UNIFORM = [*TAGS, *"turn act much lit hue cover soft noise jpeg fill tone at_x at_y box_x box_y box_size".split()]
+UNIFORM = [*TAGS, *("turn act much lit hue cover soft noise jpeg fill tone at_x at_y box_x box_y box_size"
+                    .split())]
 # Strong expressions (shout, laugh, eyes shut, scowl) in the first five of NORMAL.
-ACTS = np.array([(.8, -.2, 1.25, .05, .1), (.35, .9, .65, .03, 0), (.05, .2, .06, -.02, .2), (0, -.5, .7, -.06, .9)])
-SKIN = np.array([(250, 220, 202), (238, 198, 170), (222, 174, 140), (190, 138, 102), (142, 98, 72), (98, 66, 50)])
+ACTS = np.array([(.8, -.2, 1.25, .05, .1), (.35, .9, .65, .03, 0),
+                 (.05, .2, .06, -.02, .2), (0, -.5, .7, -.06, .9)])
+SKIN = np.array([(250, 220, 202), (236, 194, 164), (212, 164, 130), (160, 114, 84), (98, 66, 50)])
 HAIR = np.array([(26, 22, 22), (60, 42, 32), (110, 76, 50), (200, 164, 106), (146, 70, 40), (150, 148, 145)])
 IRIS = np.array([(52, 32, 22), (84, 52, 30), (112, 84, 44), (96, 116, 70), (84, 124, 160), (120, 130, 140)])
 
@@ -44,47 +48,49 @@ IRIS = np.array([(52, 32, 22), (84, 52, 30), (112, 84, 44), (96, 116, 70), (84, 
 # ------------------------------------------------------------------------------- curves and landmark schemes
 
 def _plan(text: str) -> list[tuple]:
-    """[(curve, side, edge, s)] from "curve first last n; ..." with s = first/n, ..., last/n.
+    """[(curve, side, edge, s)] from "curve,curve first last n; ..." with s = first/n, ..., last/n.
 
-    A curve ending in - (image-left, side -1) or + (image-right) is one of a pair and runs from its outer end inward;
-    others run from image-left to image-right or from top to bottom. _upper (edge -1) and _lower are its edges.
+    A curve ending in - (image-left, side -1) or + (image-right) is one of a pair and runs from its outer end
+    in; others run from image-left to image-right or from top to bottom. _upper (edge -1), _lower: its edges.
     """
     plan = []
-    for name, *numbers in map(str.split, text.split(";")):
+    for names, *numbers in map(str.split, text.split(";")):
         first, last, n = map(int, numbers)
-        side, edge = {"-": -1, "+": 1}.get(name[-1], 0), ("_lower" in name) - ("_upper" in name)
-        s = np.linspace(first, last, abs(last - first) + 1) / n
-        plan.append((name.split("_")[0].rstrip("-+"), side, edge, s))
+        for name in names.split(","):
+            side, edge = {"-": -1, "+": 1}.get(name[-1], 0), ("_lower" in name) - ("_upper" in name)
+            s = np.linspace(first, last, abs(last - first) + 1) / n
+            plan.append((name.split("_")[0].rstrip("-+"), side, edge, s))
     return plan
 
 
-_PUPILS = "pupil- 0 0 1; pupil+ 0 0 1"
+_PUPILS = "pupil-,pupil+ 0 0 1"
 _BROWS = "brow_upper- 0 4 4; brow_lower- 4 1 4; brow_upper+ 4 0 4; brow_lower+ 1 4 4"
 _LEFT_EYE, _RIGHT_EYE = "eye_upper- 0 4 4; eye_lower- 3 1 4", "eye_upper+ 4 0 4; eye_lower+ 1 3 4"
 _MOUTH = "lip_upper 0 6 6; lip_lower 5 1 6; inner_upper 0 4 4; inner_lower 3 1 4"
+# 106 in LaPa's order; 194 with corners in the upper lips, and eyes and brows from the inner end over the top.
 SCHEMES = {points: _plan(text) for points, text in {
     5: f"{_PUPILS}; bridge 1 1 1; lip 0 1 1",
     19: "brow- 0 2 2; brow+ 2 0 2; eye- 0 2 2; eye+ 2 0 2; nose 1 1 4; bridge 1 1 1; nose 3 3 4; lip 0 2 2;"
         "contour 1 1 2",
-    29: "brow- 0 0 1; brow+ 0 0 1; brow- 1 1 1; brow+ 1 1 1; brow_upper- 1 1 2; brow_lower- 1 1 2;"
-        "brow_upper+ 1 1 2; brow_lower+ 1 1 2; eye- 0 0 1; eye+ 0 0 1; eye- 1 1 1; eye+ 1 1 1; eye_upper- 1 1 2;"
-        f"eye_lower- 1 1 2; eye_upper+ 1 1 2; eye_lower+ 1 1 2; {_PUPILS}; nose 1 1 4; nose 3 3 4; bridge 1 1 1;"
-        "nose 1 1 2; lip 0 1 1; lip_upper 1 1 2; inner_upper 1 1 2; inner_lower 1 1 2; lip_lower 1 1 2;"
-        "contour 1 1 2",
-    68: "contour 0 16 16; brow- 0 4 4; brow+ 4 0 4; bridge 0 3 3; nose 3 7 10; eye_upper- 0 3 3; eye_lower- 2 1 3;"
-        f"eye_upper+ 3 0 3; eye_lower+ 1 2 3; {_MOUTH}",
-    98: f"contour 0 32 32; {_BROWS}; bridge 0 3 3; nose 3 7 10; {_LEFT_EYE}; {_RIGHT_EYE}; {_MOUTH}; {_PUPILS}",
+    29: "brow-,brow+ 0 0 1; brow-,brow+ 1 1 1; brow_upper-,brow_lower-,brow_upper+,brow_lower+ 1 1 2;"
+        "eye-,eye+ 0 0 1; eye-,eye+ 1 1 1; eye_upper-,eye_lower-,eye_upper+,eye_lower+ 1 1 2;"
+        f"{_PUPILS}; nose 1 1 4; nose 3 3 4; bridge 1 1 1; nose 1 1 2; lip 0 1 1;"
+        "lip_upper,inner_upper,inner_lower,lip_lower,contour 1 1 2",
+    68: "contour 0 16 16; brow- 0 4 4; brow+ 4 0 4; bridge 0 3 3; nose 3 7 10; eye_upper- 0 3 3;"
+        f"eye_lower- 2 1 3; eye_upper+ 3 0 3; eye_lower+ 1 2 3; {_MOUTH}",
+    98: f"contour 0 32 32; {_BROWS}; bridge 0 3 3; nose 3 7 10; {_LEFT_EYE}; {_RIGHT_EYE}; {_MOUTH};"
+        + _PUPILS,
     106: f"contour 0 32 32; {_BROWS}; bridge 0 3 3; nose 0 10 10; {_LEFT_EYE}; eye- 1 1 2; {_RIGHT_EYE};"
          f"eye+ 1 1 2; {_MOUTH}; {_PUPILS}",
     194: "contour 5 45 50; nose 0 16 16; lip_upper 0 13 13; lip_lower 14 1 15; inner_upper 0 13 13;"
          "inner_lower 14 1 15; eye_upper+ 10 0 10; eye_lower+ 1 9 10; eye_upper- 10 0 10; eye_lower- 1 9 10;"
          "brow_upper+ 10 0 10; brow_lower+ 1 9 9; brow_upper- 10 0 10; brow_lower- 1 9 9"}.items()}
-# The outline of the nose is an odd and an even polynomial of c through x / width and y - tip at c = 0, 0.2, ..., 1:
+# The nose's outline: an odd and an even polynomial of c through x / width and y - tip at c = 0, 0.2, ..., 1,
 # from the middle of the base out to the wing and up beside the bridge.
 _ODD, _EVEN, _AT = np.arange(1, 10, 2), np.arange(0, 12, 2), np.linspace(0, 1, 6)[:, None]
 _NOSE_X = np.linalg.solve(_AT[1:] ** _ODD, [.52, .95, 1, .62, .5])
 _NOSE_Y = np.linalg.solve(_AT ** _EVEN, [.125, .115, .07, -.05, -.27, -.48]) / 0.56
-EAR, NASION = -0.05, 0.02                             # heights at which the contour and the bridge of the nose start
+EAR, NASION = -0.05, 0.02                                # heights at which contour and nose start
 
 
 def _curve(q, curve: str, side: int, edge: int, s: np.ndarray):
@@ -111,8 +117,9 @@ def _curve(q, curve: str, side: int, edge: int, s: np.ndarray):
             y = y + (q.lip_lower * np.cos(turn) ** 0.85 if edge > 0 else -q.lip_upper * bow * np.cos(turn))
         return c * (q.mouth_w + 0.08 * q.smile - 0.05 * q.open) * (0.88 if curve == "inner" else 1), y
     if curve == "brow":
-        y = q.brow_y - q.brow_arch * np.sin(np.pi * s ** 0.7) - q.brows * (1 + 2 * q.skew * side) + q.slant * c
-        y = y - 0.03 * s + q.frown * 0.09 * (s - 0.4) + edge * q.brow_thick / 2 * np.sqrt(s) * (1.15 - 0.35 * s)
+        y = q.brow_y - q.brow_arch * np.sin(np.pi * s ** 0.7) - q.brows * (1 + 2 * q.skew * side)
+        y = y + q.slant * c - 0.03 * s + 0.09 * q.frown * (s - 0.4)
+        y = y + edge * q.brow_thick / 2 * np.sqrt(s) * (1.15 - 0.35 * s)
         return side * (q.eye_x + 0.02 - 0.03 * q.frown - (0.31 + 0.02 * q.frown) * c), y
     if curve == "pupil":
         return side * q.eye_x + q.gaze_x + 0 * s, q.gaze_y - 0.15 * q.eye_h + 0 * s
@@ -144,11 +151,11 @@ def _surface(q, angle, y):
     ridge = (q.bridge_z + (q.nose_z - q.bridge_z) * along ** 1.4) * np.clip((y - NASION + 0.4) / 0.4, 0, 1)
     ridge = ridge * np.maximum(1 - (np.maximum(y - q.nose_y, 0) / 0.155) ** 2, 0)
     relief = (ridge * np.maximum(1 - (x / (0.17 + (1.35 * q.nose_w - 0.17) * along ** 2)) ** 2, 0) ** 2
-              + 0.10 * _bump(side - 0.62 * q.nose_w, y - q.nose_y - 0.02, 0.14, 0.15)                    # wings
-              - 0.10 * _bump(side - q.eye_x, y, 0.34, 0.24)                                              # sockets
+              + 0.10 * _bump(side - 0.62 * q.nose_w, y - q.nose_y - 0.02, 0.14, 0.15)  # wings
+              - 0.10 * _bump(side - q.eye_x, y, 0.34, 0.24)  # sockets
               + 0.05 * _bump(x, y - q.brow_y + 0.03, 0.85, 0.17)
-              + 0.05 * _bump(side - 0.55, y - 0.5, 0.36, 0.36)                                           # cheeks
-              + 0.09 * _bump(x, y - q.mouth_y - 0.1 * q.open, 0.5, 0.32 + 0.2 * q.open)                  # lips
+              + 0.05 * _bump(side - 0.55, y - 0.5, 0.36, 0.36)  # cheeks
+              + 0.09 * _bump(x, y - q.mouth_y - 0.1 * q.open, 0.5, 0.32 + 0.2 * q.open)  # lips
               + 0.09 * _bump(x, y - q.jaw + 0.2, 0.36, 0.26))
     return x, y, back + depth * np.cos(angle) + relief
 
@@ -171,7 +178,7 @@ def _points(q, plan) -> np.ndarray:
     """(..., P, 2) in the unit image, in the order of the plan; what is out of sight is on the outline."""
     x, y = (np.concatenate(v, -1) for v in zip(*(_curve(q, *row) for row in plan)))
     width, depth, _ = _section(q, y)
-    # Along a section the camera's x, width sin(a) cos(yaw) + depth cos(a) sin(yaw), is extreme at edge, edge - pi.
+    # The camera's x, width sin(a) cos(yaw) + depth cos(a) sin(yaw), is extreme at a = edge and edge - pi.
     edge = np.arctan2(width * np.cos(q.yaw), depth * np.sin(q.yaw))
     angle = np.arcsin(np.clip(x / np.maximum(width, 1e-9), -1, 1))
     return _project(q, *_surface(q, np.clip(angle, edge - np.pi, edge), y))
@@ -191,13 +198,14 @@ def _parameters(seed: int, split: str, indices: Sequence[int], per_identity: int
     if per_identity < 1:
         raise ValueError(f"per_identity is {per_identity}, wanted 1 or more faces")
     people = {i: _draws(seed, split, 0, i, SHAPE, LOOK) for i in {i // per_identity for i in indices}}
-    draws = np.stack([np.r_[people[i // per_identity], _draws(seed, split, 1, i, NORMAL, UNIFORM)] for i in indices])
+    draws = np.stack([np.r_[people[i // per_identity], _draws(seed, split, 1, i, NORMAL, UNIFORM)]
+                      for i in indices])
     mean, deviation = np.array([*SHAPE.values()]).T
     draws[:, :len(SHAPE)] = mean + deviation * draws[:, :len(SHAPE)].clip(-2, 2)
     q = SimpleNamespace(**dict(zip([*SHAPE, *LOOK, *NORMAL, *UNIFORM], draws.T[..., None])))
     for tag, rate in TAGS.items():
         setattr(q, tag, getattr(q, tag) < rate)
-    far = 2 * q.turn - 1                                                 # strong pose: 30 to 60 degrees to a side
+    far = 2 * q.turn - 1                                 # strong pose: 30 to 60 degrees to a side
     q.yaw = np.radians(np.where(q.pose, 30 * far + 30 * np.sign(far), 12 * q.yaw.clip(-2.3, 2.3)))
     q.pitch, q.roll = np.radians(7 * q.pitch.clip(-3, 3)), np.radians(9 * q.roll.clip(-2.8, 2.8))
     mild = np.hstack([0.09 * np.maximum(q.open - 0.3, 0), (0.2 + 0.3 * q.smile).clip(-0.3, 0.8),
@@ -215,7 +223,7 @@ OUTLINE = _plan("contour 0 16 16; brow_upper- 0 5 5; brow_upper+ 0 5 5")
 
 
 def _place(q, outline) -> None:
-    """Set scale, shift and box (a loose one, as a detector's) from the points (..., P, 2) of OUTLINE without them.
+    """Set scale, shift and box (a loose one, as a detector's) from OUTLINE's points (..., P, 2) without them.
 
     The face is 0.55 to 0.75 of the image wide, less where that does not fit: from brows to chin it is inside.
     """
@@ -233,15 +241,16 @@ def _place(q, outline) -> None:
 # -------------------------------------------------------------------------------------------------- painting
 
 # Lines to draw and into how many parts; the first three hold the points of OUTLINE.
-LINES = {"contour": 48, "brow_upper-": 10, "brow_upper+": 10, "brow_lower-": 10, "brow_lower+": 10, "eye_upper-": 14,
-         "eye_upper+": 14, "eye_lower-": 14, "eye_lower+": 14, "pupil-": 0, "pupil+": 0, "bridge": 6, "nose": 32,
-         "hairline": 24, "lip_upper": 24, "lip_lower": 24, "inner_upper": 24, "inner_lower": 24}
+LINES = {"contour": 48, "brow_upper-": 10, "brow_upper+": 10, "brow_lower-": 10, "brow_lower+": 10,
+         "eye_upper-": 14, "eye_upper+": 14, "eye_lower-": 14, "eye_lower+": 14, "pupil-": 0, "pupil+": 0,
+         "bridge": 6, "nose": 32, "hairline": 24, "lip_upper": 24, "lip_lower": 24, "inner_upper": 24,
+         "inner_lower": 24}
 DRAWN = _plan(";".join(f"{name} 0 {parts} {parts or 1}" for name, parts in LINES.items()))
 _ENDS = np.cumsum([parts + 1 for parts in LINES.values()])[:-1]
-_CIRCLE = np.stack([np.cos(np.arange(32) * np.pi / 16), np.sin(np.arange(32) * np.pi / 16)])             # (2, 32)
+_CIRCLE = np.stack([np.cos(np.arange(32) * np.pi / 16), np.sin(np.arange(32) * np.pi / 16)])  # (2, 32)
 _DOWN = np.linspace(0, 1, 58, dtype=np.float32)
 _ANGLE = np.linspace(-np.pi / 2, np.pi / 2, 56, dtype=np.float32)[:, None]
-_MAP, _PER_UNIT, _LEFT, _TOP = (76, 58), 16, -1.8, -2.2                  # the map of light in the camera's x, y
+_MAP, _PER_UNIT, _LEFT, _TOP = (76, 58), 16, -1.8, -2.2           # the map of light, in the camera's x, y
 
 
 def _pick(table, at):
@@ -255,7 +264,7 @@ def _between(line, other):
 
 
 def _draw(canvas, lines, colour, width=None):
-    """Lines of some width in px or, without one, polygons. cv2's antialiasing adds half a pixel all around."""
+    """Lines of some width in px or, without one, polygons; cv2 draws them half a pixel too far out."""
     lines, colour = [np.rint(line * 16).astype(np.int32) for line in lines], tuple(map(float, colour))
     if width is None:
         cv2.fillPoly(canvas, lines, colour, cv2.LINE_AA, 4)
@@ -270,8 +279,8 @@ def _flat(shape, colour):
 def _paint(canvas, polygons, paint, alpha=1.0, soft=0.0):
     """Lay `paint`, a colour or a picture of the canvas' size, inside polygons.
 
-    Coverage is counted at 4 x 4 places of a pixel, so that an edge is where its polygon is. Where that does not
-    matter, `soft` px blur the edge; below 0.5 it is cv2's, half a pixel too far out.
+    Coverage is counted at 4 x 4 places of a pixel, so that an edge is where its polygon is. Where that is of
+    no importance, `soft` px blur the edge (up to 0.5, it is cv2's plain one).
     """
     x, y, width, height = cv2.boundingRect(np.concatenate(polygons).astype(np.float32))
     pad, fine = 1 + int(2.5 * soft), 1 if soft else 4
@@ -317,7 +326,8 @@ class _Painter:
         elif q.illumination:                                             # dark, bright, warm or cold
             colour = (0.5, 0.7, 1.2) if side > 0 else (1.2, 0.7, 0.45)
             self.gain *= 0.35 if q.lit < 0.7 else 1.6 if q.lit < 0.85 else colour
-        self.light = np.array([np.sin(azimuth) * np.cos(height), np.sin(height), np.cos(azimuth) * np.cos(height)])
+        flat = np.cos(height)
+        self.light = np.array([np.sin(azimuth) * flat, np.sin(height), np.cos(azimuth) * flat])
         self.flat = self.ambient + 0.4 * self.key                        # on what is not shaded
 
     def shade(self, face) -> np.ndarray:
@@ -334,12 +344,14 @@ class _Painter:
         down, across = [v[:-1, 1:] - v[:-1, :-1] for v in camera], [v[1:, :-1] - v[:-1, :-1] for v in camera]
         nx, ny, nz = (across[i - 2] * down[i - 1] - across[i - 1] * down[i - 2] for i in range(3))
         length = turn_x * turn_y * np.sqrt(nx * nx + ny * ny + nz * nz) + 1e-9
-        (lx, ly, lz), half = self.light.tolist(), (2 + 2 * self.light[2].item()) ** 0.5      # half: |light + view|
+        lx, ly, lz = self.light.tolist()
+        half = (2 + 2 * lz) ** 0.5                                       # length of light + view
         lit = self.ambient + self.key / 1.25 * np.maximum((lx * nx + ly * ny + lz * nz) / length + 0.25, 0)
         shine = np.maximum((lx * nx + ly * ny + (lz + 1) * nz) / (half * length), 0) ** 4
         light = tint * lit.ravel() + 0.1 * (shine * shine * shine * shine).ravel()           # (3, cells)
 
-        column, row = (((v[:-1, :-1] - v0) * _PER_UNIT).astype(int).ravel() for v, v0 in ((x, _LEFT), (y, _TOP)))
+        column, row = (((v[:-1, :-1].ravel() - start) * _PER_UNIT).astype(int)
+                       for v, start in ((x, _LEFT), (y, _TOP)))
         sums = np.zeros((*_MAP, 4), np.float32)                          # light, weight
         sums[row, column] = np.vstack([light, np.ones_like(light[:1])]).T
         sums = (cv2.blur(sums, (3, 3)) + 0.02 * cv2.blur(sums, (13, 13))).transpose(2, 0, 1).copy()
@@ -370,7 +382,7 @@ class _Painter:
         for polygon in size * corners.astype(np.float32):
             _draw(canvas, [cv2.convexHull(polygon)[:, 0]], rng.uniform(20, 230) + rng.normal(0, 25, 3))
         width = 1 + int(rng.integers(0, 5)) * size // 128
-        canvas, style = cv2.blur(canvas, (width, width)), int(6 * q.style)         # 0 bald, 3 fringe, 4 and 5 long
+        canvas, style = cv2.blur(canvas, (width, width)), int(6 * q.style)  # 0 bald, 3 fringe, 4 and 5 long
 
         hair = rng.uniform(90, 256, (4, 40, 1)) * (self.hair * (self.flat / 190))
         hair = cv2.resize(hair.clip(0, 255).astype(np.uint8), (size, size))
@@ -379,15 +391,16 @@ class _Painter:
         neck = self.px((-.62, -.6, -.7, .7, .6, .62), (.7, 1.6, 2.5, 2.5, 1.6, .7), -0.7)
         layer = canvas.copy()
         _draw(layer, [neck], skin * (self.flat - 0.08))
-        _draw(layer, [self.lines["contour"][6:43] + 0.15 * self.down], skin * (self.flat - 0.17))        # shadow
+        _draw(layer, [self.lines["contour"][6:43] + 0.15 * self.down], skin * (self.flat - 0.17))
         _paint(canvas, [neck], layer, soft=0.3)
         _draw(canvas, [self.ellipsoid(0, 3.5, -0.9, 2.3, 1.45, 1.0)], rng.uniform(20, 235, 3) * self.flat)
         full = 1.05 + 0.09 * q.volume if style else 1.02
-        _paint(canvas, [self.ellipsoid(0, -0.42, -0.62, full, full, full + 0.03)], hair if style else face, soft=0.3)
+        skull = self.ellipsoid(0, -0.42, -0.62, full, full, full + 0.03)
+        _paint(canvas, [skull], hair if style else face, soft=0.3)
         for side in (-1, 1):
             if style < 4 and side * q.yaw < 0.7:
-                axes = np.array(((0.07 * side, 0, side * (q.cheek + 0.05)), (0, 0.3, 0.2), (-0.16, -0.05, -q.depth - 0.1)))
-                ear = self.px(*axes @ np.vstack([_CIRCLE, np.ones(32)]))
+                cos, sin = _CIRCLE
+                ear = self.px(side * (q.cheek + 0.05 + 0.07 * cos), 0.2 + 0.3 * sin, -0.8 - 0.16 * cos)
                 _draw(canvas, [ear], skin * (self.flat - 0.04))
                 _draw(canvas, [0.4 * ear.mean(0) + 0.6 * ear], skin * (self.flat - 0.15))
         strands = rng.uniform(-0.05, 0.05, (25, 1)) * (style in (1, 3)) * self.down
@@ -399,24 +412,29 @@ class _Painter:
         uppers, lowers, brows, edges, pupils = ([self.lines[name + side] for side in "-+"] for name in (
             "eye_upper", "eye_lower", "brow_upper", "brow_lower", "pupil"))
         shadow = ((86, 60, 130), (50, 84, 128), (120, 62, 58), (40, 34, 40))[int(4 * q.act)]
-        sockets = [_between(upper - (0.08 + 0.1 * self.makeup) * down, lower) for upper, lower in zip(uppers, lowers)]
-        _paint(face, sockets, shadow if q.makeup else self.skin * (0.74, 0.66, 0.64), 0.6, 0.035 * unit)
+        above = [upper - (0.08 + 0.1 * self.makeup) * down for upper in uppers]
+        shadow = shadow if q.makeup else self.skin * (0.74, 0.66, 0.64)
+        _paint(face, [*map(_between, above, lowers)], shadow, 0.6, soft=0.035 * unit)
         layer, disc = face.copy(), self.px(*(0.09 * _CIRCLE), 0)
         disc -= disc.mean(0)
         glint = (0.03 * unit * np.sign(self.light[0]), 0) - 0.035 * down
         rings = [*map(_between, uppers, lowers)]
         _draw(layer, [1.4 * ring - 0.4 * ring.mean(0) for ring in rings], (238, 231, 228))
-        for radius, at, colour in ((1, 0, iris / 2), (.8, 0, iris), (.4, 0, (12, 10, 10)), (.17, glint, (255,) * 3)):
+        for radius, at, colour in ((1, 0, iris / 2), (.8, 0, iris), (.4, 0, [9] * 3), (.2, glint, [255] * 3)):
             _draw(layer, [pupil + radius * disc + at for pupil in pupils], colour)
         _draw(layer, uppers, (107, 104, 103), 0.04 * unit)               # shadow of the lid
         _paint(face, rings, layer)
         _draw(face, lowers + [line[1:-2] - 0.055 * down for line in uppers], self.skin * 0.64, 0.012 * unit)
-        _draw(face, uppers, np.array((46, 34, 30)) * (1 - 0.7 * self.makeup), 0.028 * unit * (1 + self.makeup))
+        _draw(face, uppers, np.full(3, 40 - 28 * self.makeup), 0.028 * unit * (1 + self.makeup))
         _paint(face, [*map(_between, brows, edges)], 0.72 * self.hair + 0.12 * self.skin, 0.88)
 
     def nose(self, face):
         nose, unit = self.lines["nose"], self.unit
-        self.front = cv2.convexHull(np.concatenate([self.lines["bridge"], nose[5:-5]]).astype(np.float32))[:, 0]
+        tip = self.lines["bridge"][-1]
+        inward = (nose[16] - tip) / (np.hypot(*(nose[16] - tip)) + 1e-6)
+        ball = tip + 0.06 * unit * (inward + _CIRCLE.T)                  # round, and through the tip
+        front = np.concatenate([self.lines["bridge"][:-1], nose[5:-5], ball])
+        self.front = cv2.convexHull(front.astype(np.float32))[:, 0]
         if abs(self.q.yaw) > 0.3:                                        # it stands in front of the far eye
             _draw(face, [self.front], self.skin)
         wings = [_between(wing, wing + 0.03 * self.down) for wing in (nose[5:12], nose[21:28])]
@@ -426,10 +444,10 @@ class _Painter:
 
     def mouth(self, face):
         q, unit, skin = self.q, self.unit, self.skin
-        upper, lower, high, low = (self.lines[k] for k in ("lip_upper", "lip_lower", "inner_upper", "inner_lower"))
+        upper, lower, high, low = [*self.lines.values()][-4:]            # the last of LINES
         if q.beard > 0.7 and not q.makeup:
             beard = self.lines["contour"][10:39] + 0.06 * self.down
-            _paint(face, [beard], self.hair, 2.4 * q.beard - 1.6, 0.1 * unit)
+            _paint(face, [beard], 0.6 * self.hair, 2.4 * q.beard - 1.6, 0.1 * unit)
         lips = skin * (0.84 + 0.08 * q.lips, 0.64, 0.63)
         lips = lips + 0.75 * self.makeup * (np.array((200, 20 + 60 * q.hue, 40 + 60 * q.hue)) - lips)
         _paint(face, [_between(upper, high)], lips * 0.88)
@@ -437,13 +455,13 @@ class _Painter:
         _paint(face, [0.5 * (lower + low)[7:-7]], lips * 1.25, soft=0.03 * unit)
         if q.open > 0:                                                   # dark, teeth, tongue
             layer = face.copy()
-            for a, b, colour in ((-.1, 1.1, (58, 18, 20)), (-.1, .34, (238, 232, 220)), (.68, 1.1, (176, 80, 80))):
+            for a, b, colour in ((0, 1, (58, 18, 20)), (0, .34, (238, 232, 220)), (.68, 1, (176, 80, 80))):
                 _draw(layer, [_between(high + a * (low - high), high + b * (low - high))], colour)
             _paint(face, [_between(high, low)], layer)
         _draw(face, [high], skin * (0.42, 0.26, 0.26), 0.016 * unit)
 
     def glasses(self, canvas, colour, alpha, frame):
-        x, y = np.sign(_CIRCLE) * np.abs(_CIRCLE) ** 0.6 * ((0.27,), (0.2,))              # a rounded rectangle
+        x, y = np.sign(_CIRCLE) * np.abs(_CIRCLE) ** 0.6 * ((0.27,), (0.2,))  # a rounded rectangle
         sides, eye = (-1, 1), self.q.eye_x + 0.02
         lenses = [self.px(side * eye + x, y + 0.03, 0.2 - 0.45 * side * x) for side in sides]
         temples = [self.px((side * 0.72, side * 1.02), (-.03, .05), (.06, -.7)) for side in sides
@@ -454,29 +472,30 @@ class _Painter:
 
     def occlude(self, canvas):
         """Spectacles, where the identity wears them; for the tag a hand, sunglasses, a scarf or a box."""
-        q, rng, unit, contour, bridge = self.q, self.rng, self.unit, self.lines["contour"], self.lines["bridge"]
+        q, rng, unit, flat = self.q, self.rng, self.unit, self.flat
+        contour, bridge = self.lines["contour"], self.lines["bridge"]
         if q.specs < 0.12:
-            self.glasses(canvas, 255, 0.07, rng.uniform(10, 120, 3) * self.flat)
+            self.glasses(canvas, 255, 0.07, rng.uniform(10, 120, 3) * flat)
         if not q.occlusion:
             return
         at = 0.45 * contour[rng.integers(4, 45)] + 0.55 * bridge[-1] + unit * rng.normal(0, 0.15, 2)
-        along = bridge[3] - at + unit * rng.normal(0, 0.3, 2)            # from there to the bridge of the nose
+        along = bridge[3] - at + unit * rng.normal(0, 0.3, 2)          # to the bridge of the nose
         along, colour = unit / np.hypot(*along) * along, rng.uniform(10, 240, 3)
         axes = np.array([(-along[1], along[0]), along])
         if q.cover < 0.35:                                               # hand: forearm, fingers, thumb, palm
-            skin, fingers = self.skin * self.flat, [(-.3, -.39, .1), (-.1, -.13, .22), (.1, .13, .18), (.3, .39, -.05)]
+            skin = self.skin * flat
             _draw(canvas, [at + np.array(((0, -1), (0, -4))) @ axes], skin * 0.95, 0.5 * unit)
-            for root, tip, reach in (*fingers, (.1, .75, -.5)):
-                line = at + np.array(((root, -.8), (tip, reach))) @ axes
+            for root, *tip in ((-.3, -.4, .1), (-.1, -.1, .2), (.1, .1, .2), (.3, .4, 0), (.1, .8, -.5)):
+                line = at + np.array(((root, -.8), tip)) @ axes
                 _draw(canvas, [line], skin * 0.68, 0.24 * unit)
                 _draw(canvas, [line], skin, 0.2 * unit)
             _draw(canvas, [at + np.array(((0, -.85), (0, -1))) @ axes], skin, 0.75 * unit)
         elif q.cover < 0.52:
             self.glasses(canvas, 24, 0.93, (20, 20, 20))
         elif q.cover < 0.7:                                              # scarf, from below the nose downward
-            stripes = (colour * rng.uniform(0.6, 1.1, (rng.integers(1, 14), 3, 1))).clip(0, 255).astype(np.uint8)
+            stripes = (colour * rng.uniform(0.6, 1.1, (rng.integers(1, 14), 3, 1))).clip(0, 255)
             scarf = 1.08 * contour[6:43] - 0.08 * contour[6:43].mean(0)
-            _paint(canvas, [scarf], cv2.resize(stripes, (self.size, self.size)))
+            _paint(canvas, [scarf], cv2.resize(stripes.astype(np.uint8), (self.size, self.size)))
         else:                                                            # box
             corners = rng.uniform(0.3, 0.8, 2) * np.array(((-1, -1), (1, -1), (1, 1), (-1, 1))) @ axes
             _draw(canvas, [at + corners], colour)

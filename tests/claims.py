@@ -51,7 +51,7 @@ CLAIMS = {
     ],
 }
 ALWAYS = {"sdfl": "--occluder-test --eval-every 1000"}  # the last epoch is the one that counts
-SMALL = {"sdfl": "--backbone mobilenetv2 --size 96 --batch-size 16 --lr 0.01 --epochs 12"}
+SMALL = {"sdfl": "--backbone mobilenetv2 --size 96 --batch-size 16 --lr 0.01 --drops 2 --epochs 12"}
 
 
 def run(script: str, flags: str, seed: int, results: Path, threads: int) -> dict:
