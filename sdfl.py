@@ -23,28 +23,26 @@ Where each equation is:
 
 Differs from the paper, or settles what it leaves open ("code" is the authors' repository,
 BeierZhu/Sturcture-Coherency-Face-Alignment at 97513e9):
-  - Softmax over the edges of a node only (Eq. 4): a softmax over the zeros of A as well would join every
-    pair. Code: the same, and then A is transposed; not here.
-  - One W for each graph layer, M as Eq. (2) has it (k + 1 entries in each row, not symmetric), dynamic
-    weights: the paper. Code: two W (self and neighbours), M symmetrised, and static learned edges in the
-    released model.
-  - Losses are means over the coordinates (code); Eq. (10) writes a sum, 2N times larger, with which lr 0.01
-  diverges.
-  - The relative term uses the same l(.) as the absolute one, also for L1 and wing. Code: soft wing always.
+  - sigma in Eq. (4) is taken over the edges of a node only: over the zeros of A as well it would join every
+    pair. Code: over the edges, but the dynamic A is transposed afterwards, so that columns sum to 1.
+  - One W a graph layer, M as Eq. (2) has it (k + 1 entries a row, not symmetric), dynamic weights: paper.
+    Code: two W (self, neighbours), M symmetrised, and in the released model static learned edges.
+  - Losses are means over the coordinates: code. Eq. (10) is a sum, 2N times larger, with which lr 0.01 does
+    not train. The relative term uses the l(.) of the absolute one: paper. Code: soft wing always.
   - Coordinates enter the loss at the scale of a 256 px crop whatever --size is: the constants of Eq. (9) are
-  pixels there.
+    pixels there.
   - The head's output is added to the training set's mean face, a constant. Paper and code: to zero. All nodes
     share the weights and bias of the last layer, so that each landmark's mean place would have to grow out of
-    the batch norms of the node embedding, for tens of epochs; a short run shows nothing else. Also for the FC
-    head, which has 2N biases.
+    the batch norms of the node embedding, for tens of epochs. Also for the FC head, which has 2N biases.
   - A crop is the square about the ground-truth landmarks, 1.25 times as wide, cut from the image by a single
-    warp. Paper: "center-cropped"; code: files cropped beforehand. --margin and --box change it; results
-    depend on it.
-  - Pose balancing aligns the shapes before the principal component is taken ([2] of the paper). Code: raw
-  crops.
+    warp; grey 127 outside. Paper: "center-cropped"; code: files cropped beforehand. See --box and --margin.
+  - Paper silent, as in the code: z-score of each image and channel; 256 channels inside map-to-node, 2N inside
+    the weighting network (there with a batch norm); an occluder in half of the images, 20 % of the area,
+    aspect 0.4 to 2.5, of one random colour; the absolute value and even bins of the pose balancing.
+  - Pose balancing aligns the shapes before the principal component is taken: [2] of the paper. Code: does not.
   - RGB, mirror at x -> W - 1 - x. Code: BGR, W - x. Backbones as torchvision, timm and HRNet lay them out.
   - The last epoch is reported. Code: the best of all epochs on the test set.
-  - The learning rate falls by 5 after every fifth of the run: every 100 epochs of 500, as the paper has it.
+  - With --gpus N each process normalises its own share of the batch, as is usual for batch norms.
   - Table V's 5.165 GFLOPs counts a multi-scale node embedding that the paper does not describe; with the
     embedding that it does describe, ResNet34 has 4.918 G multiply-adds in its convolutions.
 
@@ -58,6 +56,7 @@ Continue, evaluate, use:
   python sdfl.py --predict photo.jpg --weights runs/sdfl-wflw/last.pt
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -84,8 +83,9 @@ from common import datasets, metrics, synthetic, warp
 
 # Sec. IV-B. The paper names no backbone for its best rows; Table I has HRNetW18C at the 4.35 % of Table II.
 PAPER = dict(size=256, epochs=500, batch_size=64, lr=0.01, weight_decay=5e-4, backbone="hrnet_w18", k=3,
-             lam=1.0, pdb=9, norm="io", threshold=0.10, eval_every=10)
-SMALL = dict(size=128, epochs=30, batch_size=32, drops=2, backbone="mobilenetv2", norm="auto", cache="device")
+             lam=1.0, pdb=9, drops=4, norm="io", threshold=0.10, margin=1.25, eval_every=10)
+SMALL = dict(size=128, epochs=30, batch_size=32, drops=2, backbone="mobilenetv2", norm="auto", margin=1.25,
+             cache="device")
 PRESETS = {
     "wflw": dict(PAPER),  # Table II
     "300w": dict(PAPER),  # Table IV
@@ -100,6 +100,7 @@ PRESETS = {
     "faces": dict(SMALL, size=96, batch_size=16, epochs=12),
 }
 DRAWN = {"train": 1600, "test": 400}  # faces of --data faces
+BOXES = ("landmarks", "face")
 
 
 def parse_args(argv=None):
@@ -118,8 +119,8 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=64, help="faces a step, over all GPUs")
     add("--lr", type=float, default=0.01, help="learning rate at the start")
     add("--weight-decay", type=float, default=5e-4, help="weight decay, on every parameter")
-    add("--gpus", type=int, default=1, help="processes to start on this machine, one for each GPU")
-    add("--device", default="auto", help="auto, cuda or cpu")
+    add("--gpus", type=int, default=1, help="processes to start here, one a GPU; batch norms see their own share")
+    add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto: a GPU if there is one")
     add("--workers", type=int, default=-1, help="loader processes a GPU; -1: 8 for a GPU, none for a CPU")
     add("--seed", type=int, default=0, help="seed of weights, order and augmentation")
     add("--amp", action=switch, default=False, help="bfloat16 convolutions on a GPU; the graph in float32")
@@ -165,6 +166,10 @@ def parse_args(argv=None):
     args.given = sorted(key for key, value in vars(typed).items() if value is not None)
     if args.size < 32 or args.size % 32:
         parser.error(f"--size {args.size}: expected a multiple of 32, the stride of the backbones")
+    if args.box not in BOXES and not (args.predict and re.fullmatch(r"(-?[\d.]+,){3}[\d.]+", args.box)):
+        parser.error(f"--box {args.box}: expected {' or '.join(BOXES)}, with --predict four numbers x0,y0,x1,y1")
+    if args.init and not os.path.isfile(args.init):
+        parser.error(f"--init: no file {args.init}")
     if args.predict and not args.weights:
         parser.error("--predict needs --weights CKPT, a checkpoint of this script")
     return args
@@ -482,6 +487,9 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
 
 # ---- Network: Sec. III-A to III-C, Fig. 3 and 5 --------------------------------------------------
 
+EXPANSION = 4  # n of Sec. III-A: channels of the feature map that become one node
+
+
 def neighbour_mask(landmarks: torch.Tensor, k: int) -> torch.Tensor:
     """The neighbourhood M of Eq. (2): each landmark's k most correlated others, and itself.
 
@@ -520,37 +528,34 @@ def neighbour_mask(landmarks: torch.Tensor, k: int) -> torch.Tensor:
 class MapToNode(nn.Module):
     """Sec. III-A: feature map -> node features, by two blocks of convolution, batch norm and ReLU.
 
-    (B, C, h, w) -> (B, 4N, h, w); node i owns channels 4i to 4i + 3, so `.view(B, N, -1)` is H^0 (B, N, 4hw).
+    (B, C, h, w) -> (B, 4N, h, w); node i owns channels 4i to 4i + 3, so `.reshape(B, N, -1)` is H^0.
     """
 
     def __init__(self, in_channels: int, points: int):
         super().__init__()
         self.blocks = nn.Sequential(conv_bn(in_channels, 256, 3, act=nn.ReLU),
-                                    conv_bn(256, 4 * points, 3, act=nn.ReLU))
+                                    conv_bn(256, EXPANSION * points, 3, act=nn.ReLU))  # 256: code
 
     def forward(self, features):
         return self.blocks(features)
 
 
 class DynamicAdjacency(nn.Module):
-    """Sec. III-B: one weight for each edge of M from the image, by global average pooling and two linear
-    layers.
+    """Sec. III-B: a weight for each edge of M from the image, by global average pooling and two linear layers.
 
-    (B, 4N, h, w) -> sigma(A) (B, N, N): the softmax over each row's edges; rows sum to 1, what is no edge is
-    exactly 0.
+    (B, 4N, h, w) -> sigma(A) (B, N, N), the softmax over each row's edges: rows sum to 1, other entries are 0.
     """
 
     def __init__(self, mask: torch.Tensor):
         super().__init__()
-        points = len(mask)
-        # Row by row, as places in the flattened matrix. Not saved: the mask that it follows from is.
-        self.register_buffer("edges", mask.flatten().nonzero()[:, 0], persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(4 * points, 2 * points), nn.ReLU(inplace=True),
-                                 nn.Linear(2 * points, len(self.edges)))
-        self.points = points
+        self.points, nodes = len(mask), EXPANSION * len(mask)
+        self.register_buffer("edges", mask.flatten().nonzero()[:, 0])  # row by row, in the flattened matrix
+        # Hidden width: code, which has a batch norm behind it as well.
+        self.mlp = nn.Sequential(nn.Linear(nodes, nodes // 2), nn.ReLU(inplace=True),
+                                 nn.Linear(nodes // 2, len(self.edges)))
 
     def forward(self, maps):
-        a = self.mlp(maps.mean((2, 3)).float()).float()  # (B, edges)
+        a = self.mlp(maps.mean((2, 3)))  # (B, edges)
         A = a.new_full((len(a), self.points**2), -math.inf)
         A = A.index_copy(1, self.edges, a).view(-1, self.points, self.points)
         return A.softmax(dim=2)
@@ -564,8 +569,8 @@ class GraphConv(nn.Module):
         self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(in_features, out_features)))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
-    def forward(self, nodes, A):
-        nodes = A @ (nodes @ self.weight)  # H W first: out_features is never the larger side
+    def forward(self, nodes, sigma_A):
+        nodes = sigma_A @ (nodes @ self.weight)  # H W first: out_features is never the larger side
         return nodes if self.bias is None else nodes + self.bias
 
 
@@ -576,9 +581,9 @@ class GraphLayer(nn.Module):
         super().__init__()
         self.conv, self.norm = GraphConv(in_features, out_features, bias=False), nn.BatchNorm1d(out_features)
 
-    def forward(self, nodes, A):
+    def forward(self, nodes, sigma_A):
         # Eq. (4): H^(l+1) = psi(sigma(A) H^l W^l), psi = batch norm and ReLU
-        return F.relu(self.norm(self.conv(nodes, A).flatten(0, 1))).view(*nodes.shape[:2], -1)
+        return F.relu(self.norm(self.conv(nodes, sigma_A).flatten(0, 1))).view(*nodes.shape[:2], -1)
 
 
 class GraphBlock(nn.Module):
@@ -588,15 +593,16 @@ class GraphBlock(nn.Module):
         super().__init__()
         self.first, self.second = GraphLayer(features, features), GraphLayer(features, features)
 
-    def forward(self, nodes, A):
+    def forward(self, nodes, sigma_A):
         # Eq. (5): H^(l+1) = f(H^l, A);  H^(l+2) = f(H^(l+1), A) + H^l
-        return self.second(self.first(nodes, A), A) + nodes
+        return self.second(self.first(nodes, sigma_A), sigma_A) + nodes
 
 
 class GraphHead(nn.Module):
-    """Fig. 5: feature map (B, C, h, w) -> (B, N, 2) px of a 256 px crop, relative to SDFL's mean face.
+    """Fig. 3 right of the backbone, and Fig. 5: map-to-node, a graph layer, four blocks, a graph convolution.
 
-    Map-to-node, one graph layer, four residual blocks, one graph convolution; one A for all of them.
+    (B, C, h, w) of `cells` = h w -> (B, N, 2) px of a 256 px crop, relative to SDFL's mean face. The softmax of A
+    is taken once, since all layers share it.
     """
 
     def __init__(self, in_channels: int, mask: torch.Tensor, cells: int, dynamic: bool = True):
@@ -604,21 +610,22 @@ class GraphHead(nn.Module):
         features = 128  # Sec. IV-B
         self.map_to_node = MapToNode(in_channels, len(mask))
         self.adjacency = DynamicAdjacency(mask) if dynamic else None
-        # Table VI's binary adjacency: the softmax of equal weights.
-        self.register_buffer("uniform", mask / mask.sum(1, keepdim=True), persistent=False)
-        self.first = GraphLayer(4 * cells, features)
+        if not dynamic:  # Table VI's binary adjacency: the softmax of equal weights
+            self.register_buffer("uniform", mask / mask.sum(1, keepdim=True))
+        self.first = GraphLayer(EXPANSION * cells, features)
         self.blocks = nn.ModuleList(GraphBlock(features) for _ in range(4))
         self.last = GraphConv(features, 2, bias=True)
 
     def forward(self, features):
         maps = self.map_to_node(features)  # (B, 4N, h, w)
         with torch.autocast(maps.device.type, enabled=False):  # bfloat16 rounds 200 px to a whole pixel
-            A = self.uniform.expand(len(maps), -1, -1) if self.adjacency is None else self.adjacency(maps)
-            nodes = maps.float().reshape(len(maps), len(self.uniform), -1)  # (B, N, 4hw)
-            nodes = self.first(nodes, A)  # (B, N, 128)
+            maps = maps.float()
+            sigma_A = self.adjacency(maps) if self.adjacency else self.uniform.expand(len(maps), -1, -1)
+            nodes = maps.reshape(len(maps), sigma_A.shape[1], -1)  # (B, N, 4hw)
+            nodes = self.first(nodes, sigma_A)  # (B, N, 128)
             for block in self.blocks:
-                nodes = block(nodes, A)
-            return self.last(nodes, A)  # (B, N, 2)
+                nodes = block(nodes, sigma_A)
+            return self.last(nodes, sigma_A)  # (B, N, 2)
 
 
 class FCHead(nn.Module):
@@ -814,98 +821,82 @@ def predict_points(net: SDFL, image: torch.Tensor, flip=None) -> torch.Tensor:
     return pred
 
 
-def evaluate(net: SDFL, loader, args) -> dict:
-    """NME, FR and AUC, as fractions, in the pixels of the images, for the whole test set and each subset of
-    it.
-
-    Args: loader, in order, of a CropDataset without augmentation.
-    Returns: {"nme": ..., "fr": ..., "auc": ..., "nme/pose": ..., ...}, the NME of the mean face as a constant
-        answer under "nme/mean face", and as tensors "errors" (M,), the NME of each face, and "points" (M, N,
-        2) px of the images.
-    """
-    net.eval()
-    device, data = net.mask.device, loader.dataset
-    scheme = datasets.SCHEMES.get(len(net.mask))
-    flip = scheme.flip if args.flip_test and scheme else None
-    back = warp.invert(data.frames)  # crop px -> image px
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp and device.type == "cuda"):
-        pred = torch.cat([predict_points(net, prepare(batch, device), flip).cpu() for batch in loader])
-    target, d = data.points, divisors(data, args.norm)
-    points = warp.apply_affine(back, pred.double())
-    errors = metrics.nme(points, target, d)  # Eq. (12)
-    result = {}
-    for subset in ["", *sorted({tag for face in data.faces for tag in face.tags})]:
-        chosen = errors[[not subset or subset in face.tags for face in data.faces]]
-        end = f"/{subset}" if subset else ""
-        result |= {f"nme{end}": float(chosen.mean()),
-                   f"fr{end}": metrics.failure_rate(chosen, args.threshold),
-                   f"auc{end}": metrics.auc(chosen, args.threshold), f"auc20{end}": metrics.auc_steps(chosen)}
-    constant = warp.apply_affine(back, (net.mean_face.cpu().double() * (net.size / 256)).expand_as(target))
-    result["nme/mean face"] = float(metrics.nme(constant, target, d).mean())
-    return result | {"errors": errors, "points": points}
-
-
-def norm_kind(norm: str, points: int) -> str:
-    """What --norm auto means: inter-ocular; for 5 points inter-pupil; without a scheme the landmarks' box."""
-    if norm != "auto":
-        return norm
-    return "box" if points not in datasets.SCHEMES else "ip" if points == 5 else "io"
-
-
-def divisors(data: datasets.CropDataset, norm: str) -> torch.Tensor:
-    """d of Eq. (12) for each face: (M,) px of its image."""
-    boxes = None if any(face.box is None for face in data.faces) else \
-        torch.tensor([face.box for face in data.faces])
-    return datasets.normaliser(data.points, norm_kind(norm, data.points.shape[1]), boxes)
+def flip_of(args, points: int):
+    """The permutation for --flip-test, or None without the flag or without a known scheme."""
+    return datasets.SCHEMES[points].flip if args.flip_test and points in datasets.SCHEMES else None
 
 
 @torch.inference_mode()
 def occluder_test(net: SDFL, loader, args, shares=(0.05, 0.1, 0.2, 0.3, 0.4)) -> dict:
-    """Fig. 2: how far the predictions of visible points move, over the normaliser, when a square hides part
-    of the crop.
+    """Fig. 2: how far the predictions of visible points move when a grey square hides part of the crop.
 
     The square covers each of `shares` of the crop's area about one of the face's landmarks, the same for
-    every model; a point is visible when it lies outside. Returns: {"moved@0.2": ..., ...}, means over visible
-    points and faces.
+    every model; a point outside it is visible.
+    Returns: {"moved@0.2": ..., ...}, means over visible points, as fractions of d in Eq. (12).
     """
     net.eval()
     device, data = net.mask.device, loader.dataset
-    moved, seen = dict.fromkeys(shares, 0.0), dict.fromkeys(shares, 0.0)
-    d = divisors(data, args.norm)
+    moved, seen, d = dict.fromkeys(shares, 0.0), dict.fromkeys(shares, 0.0), data.divisors(args.norm)
     for batch in loader:
         points, index = batch["points"].to(device), batch["index"]
-        scale = batch["matrix"][:, 0, :2].norm(dim=1) * d[index].float()  # one d in px of the crop
-        clean = predict_points(net, prepare(batch, device))
+        scale = (batch["matrix"][:, 0, :2].norm(dim=1) * d[index].float()).to(device)  # d in px of the crop
         centre = points[torch.arange(len(index)), (7 * index) % points.shape[1]]
+        with precision(args, device):
+            clean = predict_points(net, prepare(batch, device))
         for share in shares:
             half = math.sqrt(share) * args.size / 2
-            grey = torch.full((len(points), 3), 127.0, device=device)
-            square = torch.cat([centre - half, centre + half, grey], 1)
-            hidden = predict_points(net, prepare(batch | {"occluder": square}, device))
+            square = torch.cat([centre - half, centre + half, centre.new_full((len(centre), 3), 127)], 1)
+            with precision(args, device):
+                hidden = predict_points(net, prepare(batch | {"occluder": square}, device))
             visible = ((points - centre[:, None]).abs().amax(2) > half).float()
-            step = (hidden - clean).norm(dim=2) / scale.to(device)[:, None]
-            moved[share] += float((step * visible).sum())
+            moved[share] += float(((hidden - clean).norm(dim=2) / scale[:, None] * visible).sum())
             seen[share] += float(visible.sum())
     return {f"moved@{share}": moved[share] / max(seen[share], 1) for share in shares}
 
 
-def print_table(result: dict, args, points: int):
-    """The rows of Tables II to IV: one column for the full set and each subset."""
-    columns = ["", *sorted({key.split("/")[1] for key in result if key.startswith("fr/")})]
-    print(f"{args.data}: NME by {norm_kind(args.norm, points)}, FR and AUC at {args.threshold:.2f}, "
+def evaluate(net: SDFL, loader, args, occlude: bool = False) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """NME, FR and AUC in the pixels of the images, over the test set and its subsets.
+
+    Args: loader, in order, of a CropDataset without augmentation; occlude, add the numbers of `occluder_test`.
+    Returns: fractions {"nme": ..., "fr": ..., "auc": ..., "auc20": ... (the authors' 20 steps), "nme/pose": ...,
+        ...}, with the mean face's as a constant answer under "nme/mean face"; the NME of each face (M,); the
+        predictions (M, N, 2) px of the images.
+    """
+    net.eval()
+    device, data = net.mask.device, loader.dataset
+    with precision(args, device):
+        pred = torch.cat([predict_points(net, prepare(batch, device), flip_of(args, len(net.mask))).cpu()
+                          for batch in loader])
+    target, d, back = data.points, data.divisors(args.norm), warp.invert(data.frames)  # crop px -> image px
+    points = warp.apply_affine(back, pred.double())
+    errors, scores = metrics.nme(points, target, d), {}  # Eq. (12)
+    for subset, chosen in datasets.subsets(data.faces).items():
+        end = f"/{subset}" if subset else ""
+        scores |= {f"nme{end}": float(errors[chosen].mean()),
+                   f"fr{end}": metrics.failure_rate(errors[chosen], args.threshold),
+                   f"auc{end}": metrics.auc(errors[chosen], args.threshold),
+                   f"auc20{end}": metrics.auc_steps(errors[chosen])}
+    constant = warp.apply_affine(back, (net.mean_face.cpu().double() * (net.size / 256)).expand_as(target))
+    scores["nme/mean face"] = float(metrics.nme(constant, target, d).mean())
+    return scores | (occluder_test(net, loader, args) if occlude else {}), errors, points
+
+
+def print_table(scores: dict, args, points: int):
+    """The rows of Tables II to IV: a column for the full set and each subset, in the papers' order."""
+    print(f"{args.data}: NME by {datasets.norm_kind(args.norm, points)}, FR and AUC at {args.threshold:.2f}, "
           f"crop {args.box} x {args.margin}" + (", flip test" if args.flip_test else ""))
-    print(" " * 16 + "".join(f"{column or 'full':>14}" for column in columns))
+    columns = [key[2:] for key in scores if key == "fr" or key.startswith("fr/")]
+    print(" " * 16 + "".join(f"{column[1:] or 'full':>14}" for column in columns))
     rows = [("NME (%)", "nme", 100, 2), ("FR (%)", "fr", 100, 2), ("AUC", "auc", 1, 4)]
-    if args.threshold == 0.10:  # the limit for which the authors' code has its 20 steps
+    if args.data == "wflw":
         rows.append(("AUC as Table II", "auc20", 1, 4))
     for title, name, scale, digits in rows:
-        cells = [scale * result[f"{name}/{column}" if column else name] for column in columns]
-        print(f"{title:16}" + "".join(f"{cell:>14.{digits}f}" for cell in cells))
-    print(f"NME of a constant mean face: {100 * result['nme/mean face']:.2f} %")
-    moved = {key: value for key, value in result.items() if key.startswith("moved@")}
+        print(f"{title:16}" + "".join(f"{scale * scores[name + column]:>14.{digits}f}" for column in columns))
+    print(f"NME of a constant mean face: {100 * scores['nme/mean face']:.2f} %")
+    moved = {float(key[6:]): value for key, value in scores.items() if key.startswith("moved@")}
     if moved:
         print("visible points moved by an occluder (% of d): " +
-              ", ".join(f"{100 * value:.2f} at {float(key[6:]):.0%}" for key, value in moved.items()))
+              ", ".join(f"{100 * value:.2f} at {share:.0%}" for share, value in moved.items()))
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -947,14 +938,12 @@ def draw_predictions(data: datasets.CropDataset, points: torch.Tensor, side: int
     return np.concatenate([np.concatenate(tiles[i:i + 6], 1) for i in range(0, len(tiles), 6)])
 
 
-def write_pictures(folder, net: SDFL, data, result: dict, threshold: float):
+def write_pictures(folder: Path, net: SDFL, data, errors, points, threshold: float):
     """What the paper's figures show, from this run: graph.png, predictions.png, ced.png."""
-    write_image(Path(folder, "graph.png"), draw_graph(net.mask, net.mean_face))
-    write_image(Path(folder, "predictions.png"), draw_predictions(data, result["points"]))
-    curves = {"full": result["errors"]}
-    for tag in sorted({tag for face in data.faces for tag in face.tags}):
-        curves[tag] = result["errors"][[tag in face.tags for face in data.faces]]
-    write_image(Path(folder, "ced.png"), metrics.ced_plot(curves, threshold))
+    write_image(folder / "graph.png", draw_graph(net.mask, net.mean_face))
+    write_image(folder / "predictions.png", draw_predictions(data, points))
+    curves = {name or "full": errors[chosen] for name, chosen in datasets.subsets(data.faces).items()}
+    write_image(folder / "ced.png", metrics.ced_plot(curves, threshold))
 
 
 # ---- Run-time: the same lines in all five scripts ------------------------------------------------
@@ -964,11 +953,11 @@ def setup(args) -> tuple[int, int, torch.device]:
 
     `python script.py --gpus 4` replaces itself by torchrun; under a torchrun of the user's (several machines)
     RANK is set and nothing is started. The processes talk through nccl on GPUs and gloo on CPUs.
-    Raises: ValueError when there are fewer GPUs than asked for.
+    Raises: ValueError for fewer GPUs than asked for, or a batch that does not divide over the processes.
     """
     cuda = args.device != "cpu" and torch.cuda.is_available()
-    if args.device.startswith("cuda") and not cuda:
-        raise ValueError(f"--device {args.device}: PyTorch sees no GPU here; take --device cpu")
+    if args.device == "cuda" and not cuda:
+        raise ValueError("--device cuda: PyTorch sees no GPU here; take --device cpu")
     if args.gpus > 1 and "RANK" not in os.environ:
         if cuda and torch.cuda.device_count() < args.gpus:
             raise ValueError(f"--gpus {args.gpus}: PyTorch sees {torch.cuda.device_count()}")
@@ -976,6 +965,8 @@ def setup(args) -> tuple[int, int, torch.device]:
         os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                   f"--nproc-per-node={args.gpus}", *sys.argv])
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size < 1 or args.batch_size % world:
+        raise ValueError(f"--batch-size {args.batch_size} does not divide over {world} processes")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -990,38 +981,42 @@ def seed_all(seed: int, epoch: int = 0, rank: int = 0):
     torch.manual_seed(int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1)[0]))
 
 
+def precision(args, device: torch.device):
+    """Autocast to bfloat16 with --amp on a GPU, else a context that does nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.amp and device.type == "cuda")
+
+
 def open_run(args, name: str, rank: int) -> Path:
-    """The run's folder. A new run gets runs/NAME-DATA or the next free number; one that holds a run is only
-    resumed.
+    """The run's folder: --output, or runs/NAME-DATA with the next free number, or to resume with the highest.
 
     Raises: FileExistsError for an --output that holds a run, without --resume; FileNotFoundError for nothing
         to resume.
     """
-    base = Path("runs", f"{name}-{args.data}")
-    numbered = lambda n: base if n == 1 else Path(f"{base}-{n}")
-    runs = [re.fullmatch(re.escape(base.name) + r"(?:-(\d+))?", p.parent.name)
-            for p in Path("runs").glob("*/last.pt")]
-    folder = Path(args.output) if args.output else numbered(
-        max((int(m[1] or 1) for m in runs if m), default=1))
-    if args.resume and not (folder / "last.pt").exists():
-        raise FileNotFoundError(f"--resume: no checkpoint {folder / 'last.pt'}; name its folder by --output")
-    if not args.resume and args.output and any((folder / name).exists() for name in ("last.pt", "log.jsonl")):
-        raise FileExistsError(f"--output {folder} holds a run: continue it by --resume, or name another")
-    if not args.resume and rank == 0:
-        n, free = 1, bool(args.output)
-        while not free:  # mkdir is atomic: two runs that start at once get two folders
-            folder = numbered(n)
-            try:
-                folder.mkdir(parents=True)
-                free = True
-            except FileExistsError:
-                n += 1
+    base = f"{name}-{args.data}"
+    if args.resume and not args.output:
+        found = [re.fullmatch(re.escape(base) + r"(?:-(\d+))?", path.name) for path in Path("runs").glob("*")]
+        number = max((int(match[1] or 1) for match in found if match), default=1)
+        args.output = str(Path("runs", base if number == 1 else f"{base}-{number}"))
+    if args.resume and not Path(args.output, "last.pt").exists():
+        raise FileNotFoundError(f"--resume: no checkpoint {Path(args.output, 'last.pt')}; name the run's folder by "
+                                f"--output, or start it anew")
+    if args.output and not args.resume and Path(args.output, "last.pt").exists():
+        raise FileExistsError(f"--output {args.output} holds a run: continue it by --resume, or name another folder")
+    if args.output or rank:
+        folder = Path(args.output or Path("runs", base))
         folder.mkdir(parents=True, exist_ok=True)
-    return folder
+        return folder
+    for number in itertools.count(1):  # mkdir is atomic: two runs that start at once get two folders
+        folder = Path("runs", base if number == 1 else f"{base}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            pass
 
 
 def save(path: Path, **state):
-    """Writes a checkpoint of tensors and plain values beside `path`, then renames it: whole, or not there."""
+    """Writes tensors and plain values beside `path`, then renames the file: it is whole, or not there."""
     part = path.with_name(path.name + ".part")
     with open(part, "wb") as file:
         torch.save(state, file)
@@ -1030,23 +1025,30 @@ def save(path: Path, **state):
     os.replace(part, path)
 
 
-def load(path, device="cpu") -> dict:
-    """Reads a checkpoint of `save`.   Raises: FileNotFoundError; ValueError if cut short or no checkpoint."""
+def read_tensors(path) -> dict:
+    """Reads a file of tensors and plain values to the CPU.   Raises: FileNotFoundError; ValueError."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and storage errors all mean the same here
-        what = (str(error) or "empty").splitlines()[0]
-        raise ValueError(f"{path} is cut short or is no checkpoint of tensors: {what}") from error
-    if not isinstance(state, dict) or not {"model", "args"} <= state.keys():
-        raise ValueError(f"{path} is no checkpoint of this script: it lacks 'model' or 'args'")
+        what = (str(error) or "it is empty").splitlines()[0]
+        raise ValueError(f"{path} is cut short, or holds more than tensors and plain values: {what}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, expected a dict of tensors")
+    return state
+
+
+def load(path, script: str) -> dict:
+    """Reads a checkpoint of `script`, to the CPU.   Raises: FileNotFoundError; ValueError."""
+    state = read_tensors(path)
+    if state.get("script") != script:
+        raise ValueError(f"{path} is no checkpoint of {script}.py but of {state.get('script', 'something else')}")
     return state
 
 
 def restore_args(args, saved: dict, free: set[str]):
-    """Gives `args` the flags of the run whose checkpoint is opened, except those in `free`, which stay the
-    command's.
+    """Gives `args` the flags of a checkpoint's run, except those in `free`, which stay the command's.
 
     Raises: ValueError for a flag that was typed and contradicts the run.
     """
@@ -1054,8 +1056,8 @@ def restore_args(args, saved: dict, free: set[str]):
         if key in free or key not in vars(args):
             continue
         if key in args.given and getattr(args, key) != value:
-            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: the checkpoint was made with "
-                             f"{value}; leave the flag out, or start a new run")
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: the checkpoint was made with {value}; "
+                             f"leave the flag out, or start a new run")
         setattr(args, key, value)
 
 
@@ -1069,21 +1071,30 @@ def cut_log(path: Path, epoch: int):
     """Drops the lines after `epoch`, which a run wrote before it was killed and will write again."""
     if path.exists():
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        path.write_text("".join(line for line in lines if json.loads(line)["epoch"] <= epoch))
+        part = path.with_name(path.name + ".part")
+        part.write_text("".join(line for line in lines if json.loads(line)["epoch"] <= epoch))
+        os.replace(part, path)
 
 
-# ---- Training ------------------------------------------------------------------------------------
+# ---- Loaders and checkpoints ---------------------------------------------------------------------
 
 # Flags of the machine or the command, not of the run whose checkpoint is opened; --eval also chooses DATA.
-MACHINE = {"data_root", "output", "gpus", "device", "workers", "compile", "resume", "eval", "predict",
-           "weights", "cache", "init", "given", "detector"}
-DATA = {"data", "limit", "box", "margin", "norm", "threshold", "batch_size", "amp", "flip_test",
-        "occluder_test"}
+MACHINE = {"data_root", "output", "gpus", "device", "workers", "amp", "compile", "resume", "eval", "predict", "weights",
+           "cache", "init", "given", "detector"}
+DATA = {"data", "limit", "norm", "threshold", "batch_size", "flip_test", "occluder_test"}
 
 
-def learning_rate(step: int, steps: int, base: float, drops: int = 4) -> float:
-    """Sec. IV-B: divided by 5, `drops` times, evenly over the run (with 4: every 100 epochs of 500)."""
-    return base * 0.2 ** ((drops + 1) * step // steps)
+def make_loader(args, data, batches, device: torch.device, everywhere: bool = False):
+    """Loader over `batches`; keeps the crops if --cache says so, for data that is `everywhere` once a machine."""
+    first, wait = int(os.environ.get("LOCAL_RANK", 0)) == 0, everywhere and dist.is_initialized()
+    if args.cache:
+        if wait and not first:
+            dist.barrier()
+        data.regions.keep(args.cache, verbose=first)
+        if wait and first:
+            dist.barrier()
+    workers = args.workers if args.workers >= 0 else 8 if device.type == "cuda" else 0
+    return datasets.make_loader(data, batches, workers, device, args.cache == "device")
 
 
 def build(args, mask: torch.Tensor, device: torch.device) -> SDFL:
@@ -1093,21 +1104,18 @@ def build(args, mask: torch.Tensor, device: torch.device) -> SDFL:
 
 
 def init_backbone(backbone: nn.Module, path: str) -> str:
-    """Loads what a torchvision, timm or HRNet state dict and the backbone share by name; returns what
-    matched.
+    """Loads what a torchvision, timm or HRNet state dict and the backbone share by name; says what matched.
 
-    Raises: ValueError when nothing matches, or a shared name has another shape.
+    Raises: FileNotFoundError; ValueError when nothing matches, or a shared name has another shape.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"--init: no file {path}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_tensors(path)
     state = state.get("state_dict", state.get("model", state))
     state = {re.sub(r"^(module\.|backbone\.)+", "", name): value for name, value in state.items()}
     own = backbone.state_dict()
     shared = {name: state[name] for name in own if name in state}
     if not shared:
-        raise ValueError(f"--init {path}: none of its {len(state)} names ({', '.join(list(state)[:3])}, ...) "
-                         f"is one of the backbone's {len(own)} ({', '.join(list(own)[:3])}, ...)")
+        raise ValueError(f"--init {path}: none of its {len(state)} names ({', '.join(list(state)[:3])}, ...) is one "
+                         f"of the backbone's {len(own)} ({', '.join(list(own)[:3])}, ...)")
     for name, value in shared.items():
         if value.shape != own[name].shape:
             raise ValueError(f"--init {path}: {name} is {tuple(value.shape)}, the backbone's is "
@@ -1115,40 +1123,132 @@ def init_backbone(backbone: nn.Module, path: str) -> str:
     backbone.load_state_dict(own | shared)
     some = lambda names: ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") or "none"
     return (f"--init: {len(shared)} of {len(own)} backbone tensors from {path}; "
-            f"not in the file: {some([n for n in own if n not in state])}; "
-            f"in the file only: {some([n for n in state if n not in own])}")
+            f"not in the file: {some([name for name in own if name not in state])}; "
+            f"in the file only: {some([name for name in state if name not in own])}")
+
+
+def open_checkpoint(args, path: str, free: set[str]) -> tuple[SDFL, dict]:
+    """A checkpoint's network, in evaluation mode, and its flags; `args` takes these over, but for `free`."""
+    args.gpus = 1
+    device = setup(args)[2]
+    state = load(path, "sdfl")
+    restore_args(args, state["args"], MACHINE | free)
+    net = build(args, state["model"]["mask"], device)
+    net.load_state_dict(state["model"])
+    args.points = len(net.mask)
+    return net.eval(), state["args"]
+
+
+def evaluate_checkpoint(args) -> dict:
+    """--eval: the numbers of a checkpoint on the test set of --data; with --output, the pictures too.
+
+    The crop is the one that the network was trained with, unless --box or --margin are given.
+    """
+    net, _ = open_checkpoint(args, args.eval, DATA | ({"box", "margin"} & set(args.given)))
+    folder = open_run(args, "sdfl", 0) if args.output else None
+    data = make_dataset(args, read_faces(args, "test"), augmented=False)
+    if data.points.shape[1] != len(net.mask):
+        raise ValueError(f"--eval {args.eval}: the model has {len(net.mask)} landmarks, the faces of --data "
+                         f"{args.data} have {data.points.shape[1]}")
+    data.divisors(args.norm)
+    loader = make_loader(args, data, datasets.in_order(len(data), args.batch_size), net.mask.device)
+    scores, errors, points = evaluate(net, loader, args, args.occluder_test)
+    print_table(scores, args, len(net.mask))
+    if folder:
+        write_pictures(folder, net, data, errors, points, args.threshold)
+    return scores
+
+
+def find_boxes(args, image: np.ndarray, detector) -> np.ndarray:
+    """Boxes (M, 4) x0 y0 x1 y1 px of an image's faces: by the detector, from --box, or the whole image."""
+    height, width = image.shape[:2]
+    if detector is not None:
+        detector.setInputSize((width, height))
+        found = detector.detect(np.ascontiguousarray(image[..., ::-1]))[1]
+        found = np.zeros((0, 4)) if found is None else found[:, :4].astype(np.float64)
+        return np.concatenate([found[:, :2], found[:, :2] + found[:, 2:]], 1)
+    if args.box in BOXES:
+        return np.array([[0, 0, width - 1, height - 1]], np.float64)
+    return np.array([list(map(float, args.box.split(",")))])
+
+
+def find_points(net: SDFL, image: np.ndarray, box: np.ndarray, margins: list[float], args) -> np.ndarray | None:
+    """Landmarks (N, 2) px of the face in a box (4,), or None; with two margins, again in the box of the first."""
+    for margin in margins:
+        frames = datasets.square_frames(box[None], args.size, margin)
+        batch = datasets.CropDataset([datasets.Face(image)], frames, args.size).__getitems__([(0, 0)])
+        with precision(args, net.mask.device):
+            pred = predict_points(net, prepare(batch, net.mask.device), flip_of(args, len(net.mask))).cpu()
+        points = warp.apply_affine(warp.invert(torch.from_numpy(frames)), pred.double())[0].numpy()
+        box = np.concatenate([points.min(0), points.max(0)])
+        if not np.ptp(points, 0).max() > 0:  # one place, or not finite
+            return None
+    return points
+
+
+def predict(args) -> dict:
+    """--predict: for each face writes its landmarks as NAME.pts, and for each image NAME.png with them drawn.
+
+    A network that was trained on crops about landmarks looks at a face twice: in the box that is given (by
+    --detector, by --box, or the whole image), then in the box of its first answer. A further face of an image
+    is NAME.1.pts and so on. Pixels are taken as they are stored: turn a photo that has an orientation tag.
+    Raises: FileNotFoundError for a path without images; ValueError for two images of one name.
+    """
+    typed = {"margin"} & set(args.given)
+    net, trained = open_checkpoint(args, args.weights, {"data", "box", "flip_test", "batch_size", "limit"} | typed)
+    detector, found = None, datasets.image_paths(args.predict)  # {name: path}
+    if args.detector:
+        if not os.path.isfile(args.detector):
+            raise FileNotFoundError(f"--detector: no file {args.detector}; it takes a YuNet .onnx model")
+        detector = cv2.FaceDetectorYN.create(args.detector, "", (320, 320))
+    args.data, args.resume = "predict", False
+    folder, faceless = open_run(args, "sdfl", 0), []
+    margins = [args.margin] * (2 if trained["box"] == "landmarks" else 1)
+    if not detector and args.box in BOXES:
+        margins[0] = 1.0  # the whole image has its margin in it
+    for name, path in tqdm(found.items(), "predict"):
+        image = datasets.load_image(path)
+        picture, count = image.copy(), 0
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        for box in find_boxes(args, image, detector):
+            points = find_points(net, image, box, margins, args)
+            if points is not None:
+                datasets.write_pts(folder / f"{name}{f'.{count}' if count else ''}.pts", points)
+                draw_points(picture, points, (60, 220, 60), max(1.0, float(np.ptp(points, 0).max()) / 120))
+                count += 1
+        write_image(folder / f"{name}.png", picture)
+        faceless += [] if count else [path]
+    print(f"{len(found) - len(faceless)} images with landmarks in {folder}" +
+          (f"; no face found in {len(faceless)}, the first is {faceless[0]}: try --box" if faceless else ""))
+    return {}
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+def learning_rate(step: int, steps: int, base: float, drops: int = 4) -> float:
+    """Sec. IV-B: divided by 5, `drops` times, evenly over the run (with 4: every 100 epochs of 500)."""
+    return base * 0.2 ** ((drops + 1) * step // steps)
 
 
 def check_finite(losses: torch.Tensor, epoch: int):
-    """Raises FloatingPointError, which leaves the last checkpoint as it is, if a loss is not finite."""
+    """Raises FloatingPointError, which leaves the last checkpoint as it is, for a loss that is not finite."""
     for step in (~losses.isfinite()).nonzero()[:1, 0].tolist():
-        raise FloatingPointError(f"the loss is {losses[step].item()} at epoch {epoch + 1}, step {step + 1}; "
-                                 f"the last checkpoint is whole; a lower --lr is the usual cure")
+        raise FloatingPointError(f"the loss is {losses[step].item()} at epoch {epoch + 1}, step {step + 1}; the "
+                                 f"last checkpoint is whole; a lower --lr is the usual cure")
 
 
-def numbers(result: dict) -> dict:
-    """What of an evaluation goes into a log: its plain numbers."""
-    return {key: value for key, value in result.items() if isinstance(value, float)}
-
-
-def load_sets(args, rank: int, world: int):
-    """The training set (augmented) and the test set, their crops kept if --cache says so."""
+def load_sets(args, rank: int) -> tuple[datasets.CropDataset, datasets.CropDataset]:
+    """The training set, augmented, and the test set; what can be wrong with them is found here."""
     train_set, test_set = (make_dataset(args, read_faces(args, split), split == "train")
                            for split in ("train", "test"))
     points = train_set.points.shape[1]
     if test_set.points.shape[1] != points:
         raise ValueError(f"training faces have {points} landmarks, test faces {test_set.points.shape[1]}")
+    test_set.divisors(args.norm)
     if rank == 0:
-        print(f"{len(train_set.faces)} training faces ({len(train_set)} an epoch), {len(test_set)} test "
-              f"faces, {points} landmarks" + ("" if points in datasets.SCHEMES else
-                                              ", of no known scheme: no mirroring, errors over their box"))
-    if args.cache:
-        if rank:
-            dist.barrier()  # rank 0 writes the cache, the others open it
-        for data in (train_set, test_set)[:1 if rank else 2]:
-            data.regions.keep(args.cache, verbose=rank == 0)
-        if world > 1 and rank == 0:
-            dist.barrier()
+        print(f"{len(train_set.faces)} training faces ({len(train_set)} an epoch), {len(test_set)} test faces, "
+              f"{points} landmarks" + ("" if points in datasets.SCHEMES else
+                                       ", which are no known scheme: no mirroring, errors over their box"))
     return train_set, test_set
 
 
@@ -1156,19 +1256,17 @@ def make_model(args, train_set, state: dict | None, device: torch.device, rank: 
     """The network and its optimizer: new, the same on every rank, or as a checkpoint's `state` has them."""
     seed_all(args.seed)
     landmarks = train_set.crop_points()
-    net = build(args, state["model"]["mask"].cpu() if state else neighbour_mask(landmarks, args.k), device)
+    net = build(args, state["model"]["mask"] if state else neighbour_mask(landmarks, args.k), device)
     net.mean_face.copy_(landmarks.mean(0) * (256 / args.size))
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    report = f"{args.backbone} + {args.head}: {sum(p.numel() for p in net.parameters()):,} parameters, {device.type}"
     if state:
         net.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     elif args.init:
-        report = init_backbone(net.backbone, args.init)
-        if rank == 0:
-            print(report)
+        report += "\n" + init_backbone(net.backbone, args.init)
     if rank == 0:
-        print(f"{args.backbone} + {args.head}: {sum(p.numel() for p in net.parameters()):,} parameters on "
-              f"{device.type}")
+        print(report)
     return net, optimizer
 
 
@@ -1179,29 +1277,25 @@ def train(args) -> dict:
     # Set-up
     rank, world, device = setup(args)
     folder = open_run(args, "sdfl", rank)
-    state = load(folder / "last.pt", device) if args.resume else None
+    state = load(folder / "last.pt", "sdfl") if args.resume else None
     if state:
         restore_args(args, state["args"], MACHINE)
-    # Data
-    train_set, test_set = load_sets(args, rank, world)
-    batches = datasets.EpochBatches(len(train_set), args.batch_size, args.seed, rank, world)
-    workers = args.workers if args.workers >= 0 else 8 if device.type == "cuda" else 0
-    loader = datasets.make_loader(train_set, batches, workers, device, args.cache == "device")
-    # Network and loss
+    # Data, network, loss
+    train_set, test_set = load_sets(args, rank)
     net, optimizer = make_model(args, train_set, state, device, rank)
     L, loss_function = laplacian(net.mask), partial(LOSSES[args.loss], eps=args.epsilon)
     model = torch.compile(net) if args.compile else net
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-    # What only the first process does
-    start = state["epoch"] if state else 0
-    if rank == 0:
-        print(f"run: {folder}, {world} process{'es' * (world > 1)}, epoch {start + 1} to {args.epochs}",
-              flush=True)
+    batches = datasets.EpochBatches(len(train_set), args.batch_size, args.seed, rank, world)
+    loader = make_loader(args, train_set, batches, device, everywhere=True)
+    start, steps, scale, scores, began = 0, len(batches), 256 / args.size, {}, time.time()
+    if state:
+        start, state = state["epoch"], None
+    if rank == 0:  # only the first process evaluates and writes
+        print(f"run: {folder}, {world} process{'es' * (world > 1)}, epoch {start + 1} to {args.epochs}", flush=True)
         cut_log(folder / "log.jsonl", start)
-        test_batches = datasets.in_order(len(test_set), 64)
-        test_loader = datasets.make_loader(test_set, test_batches, workers, device, args.cache == "device")
-    steps, scale, result, began = len(batches), 256 / args.size, {}, time.time()
+        test_loader = make_loader(args, test_set, datasets.in_order(len(test_set), 64), device)
     bar = tqdm(total=args.epochs * steps, initial=start * steps, disable=rank > 0,
                mininterval=1 if sys.stderr.isatty() else 30)
     for epoch in range(start, args.epochs):
@@ -1212,7 +1306,7 @@ def train(args) -> dict:
         for step, batch in enumerate(loader):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(epoch * steps + step, args.epochs * steps, args.lr, args.drops)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp and device.type == "cuda"):
+            with precision(args, device):
                 pred = model(prepare(batch, device))
             target = batch["points"].to(device, non_blocking=True)
             loss = sdfl_loss(pred * scale, target * scale, L, args.lam, loss_function)
@@ -1234,108 +1328,25 @@ def train(args) -> dict:
             if device.type == "cuda":
                 row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
             last = epoch + 1 == args.epochs
-            scored = last or (epoch + 1) % args.eval_every == 0
-            if scored:
-                result = evaluate(net, test_loader, args)
-                result |= occluder_test(net, test_loader, args) if last and args.occluder_test else {}
-            row |= (numbers(result) if scored else {}) | {"minutes": (time.time() - began) / 60}
+            if last or (epoch + 1) % args.eval_every == 0:
+                scores, errors, points = evaluate(net, test_loader, args, last and args.occluder_test)
+                row |= scores
+            row["minutes"] = (time.time() - began) / 60
             bar.write(", ".join(f"{key} {value:.4g}" for key, value in row.items() if key.isidentifier()))
             write_log(folder / "log.jsonl", **row)
-            save(folder / "last.pt", model=net.state_dict(), optimizer=optimizer.state_dict(),
+            save(folder / "last.pt", script="sdfl", model=net.state_dict(), optimizer=optimizer.state_dict(),
                  epoch=epoch + 1, args=vars(args))
     bar.close()
-    # Tables and pictures
-    if rank == 0 and result:
-        write_pictures(folder, net, test_set, result, args.threshold)
-        print_table(result, args, len(net.mask))
+    # Table and pictures
+    if rank == 0:
+        if start >= args.epochs:  # it was killed after its last checkpoint
+            scores, errors, points = evaluate(net, test_loader, args, args.occluder_test)
+        print_table(scores, args, len(net.mask))
+        write_pictures(folder, net, test_set, errors, points, args.threshold)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-    return numbers(result)
-
-
-def open_checkpoint(args, path: str, free: set[str]):
-    """The network of a checkpoint, in evaluation mode; `args` becomes that of its run, but for `free`."""
-    args.gpus = 1
-    _, _, device = setup(args)
-    state = load(path, device)
-    restore_args(args, state["args"], MACHINE | free)
-    net = build(args, state["model"]["mask"], device)
-    net.load_state_dict(state["model"])
-    return net.eval()
-
-
-def evaluate_checkpoint(args) -> dict:
-    """--eval: the numbers of a checkpoint on the test set that --data names, printed and drawn."""
-    net = open_checkpoint(args, args.eval, DATA)
-    data = make_dataset(args, read_faces(args, "test"), augmented=False)
-    if data.points.shape[1] != len(net.mask):
-        raise ValueError(f"--eval {args.eval}: the model has {len(net.mask)} landmarks, the faces of --data "
-                         f"{args.data} have {data.points.shape[1]}")
-    batches = datasets.in_order(len(data), args.batch_size)
-    loader = datasets.make_loader(data, batches, max(args.workers, 0), net.mask.device)
-    result = evaluate(net, loader, args)
-    if args.occluder_test:
-        result |= occluder_test(net, loader, args)
-    if args.output:
-        write_pictures(open_run(args, "sdfl", 0), net, data, result, args.threshold)
-    print_table(result, args, len(net.mask))
-    return numbers(result)
-
-
-def find_boxes(args, image: np.ndarray, detector) -> np.ndarray:
-    """Boxes (M, 4) x0 y0 x1 y1 px of an image's faces: by the detector, from --box, or the whole image."""
-    height, width = image.shape[:2]
-    if detector is not None:
-        detector.setInputSize((width, height))
-        found = detector.detect(np.ascontiguousarray(image[..., ::-1]))[1]
-        found = np.zeros((0, 4)) if found is None else found[:, :4].astype(np.float64)
-        return np.concatenate([found[:, :2], found[:, :2] + found[:, 2:]], 1)
-    if args.box in ("landmarks", "face"):
-        return np.array([[0, 0, width - 1, height - 1]], np.float64)
-    try:
-        x0, y0, x1, y1 = map(float, args.box.split(","))
-    except ValueError:
-        raise ValueError(f"--box {args.box}: expected four numbers x0,y0,x1,y1 in pixels") from None
-    return np.array([[x0, y0, x1, y1]])
-
-
-def predict(args) -> dict:
-    """--predict: for each face writes its landmarks as NAME.pts, and for each image NAME.png with them drawn.
-
-    The network knows crops about landmarks, so that a face is looked at twice: in the box that is given (by
-    --detector, by --box, or the whole image), then in the box of the first answer. A further face of an image
-    is NAME_1.pts, ...
-    Raises: FileNotFoundError for a path without images; ValueError for two images of one name.
-    """
-    net = open_checkpoint(args, args.weights, {"data", "box", "flip_test", "batch_size", "limit"})
-    if args.detector and not os.path.isfile(args.detector):
-        raise FileNotFoundError(f"--detector: no file {args.detector}; it takes a YuNet .onnx model")
-    detector = cv2.FaceDetectorYN.create(args.detector, "", (320, 320)) if args.detector else None
-    scheme = datasets.SCHEMES.get(len(net.mask))
-    flip = scheme.flip if args.flip_test and scheme else None
-    found = datasets.image_paths(args.predict)  # {name: path}
-    args.data, args.resume = "predict", False
-    folder, faceless = open_run(args, "sdfl", 0), []
-    for name, path in tqdm(found.items(), "predict"):
-        image = datasets.load_image(path)
-        boxes, picture = find_boxes(args, image, detector), image.copy()
-        whole = detector is None and args.box in ("landmarks", "face")
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        for n, box in enumerate(boxes[:, None]):
-            for margin in (1.0 if whole else args.margin, args.margin):
-                face = datasets.Face(image)
-                data = datasets.CropDataset([face], datasets.square_frames(box, args.size, margin), args.size)
-                pred = predict_points(net, prepare(data.__getitems__([(0, 0)]), net.mask.device), flip).cpu()
-                points = warp.apply_affine(warp.invert(data.frames), pred.double())[0].numpy()
-                box = np.concatenate([points.min(0), points.max(0)])[None]
-            datasets.write_pts(folder / f"{name}{f'_{n}' if n else ''}.pts", points)
-            draw_points(picture, points, (60, 220, 60), max(1.0, float(np.ptp(points, 0).max()) / 120))
-        write_image(folder / f"{name}.png", picture)
-        faceless += [] if len(boxes) else [path]
-    print(f"{len(found) - len(faceless)} images with landmarks in {folder}" +
-          (f"; no face found in {len(faceless)}, the first is {faceless[0]}: try --box" if faceless else ""))
-    return {}
+    return scores
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -256,6 +257,22 @@ def normaliser(points: torch.Tensor, kind: str, boxes: torch.Tensor | None = Non
         raise ValueError(f"normaliser {kind!r} is {length[bad[0]]:g} px for face {bad[0]}, wanted more "
                          f"than 0; so for {len(bad)} of {len(length)} faces")
     return length
+
+
+def norm_kind(kind: str, points: int) -> str:
+    """What "auto" means as a normaliser of so many points: "io", for 5 "ip", without a scheme "box"."""
+    if kind != "auto":
+        return kind
+    return "box" if points not in SCHEMES else "ip" if points == 5 else "io"
+
+
+def subsets(faces: Sequence[Face]) -> dict[str, np.ndarray]:
+    """The whole set under "" and each subset under its tag, in the order of the papers' tables: (M,) bool."""
+    tags = {tag for face in faces for tag in face.tags}
+    order = [tag for tag in (*WFLW_TAGS, "common", "challenging") if tag in tags]
+    order += sorted(tags - set(order))
+    return {"": np.ones(len(faces), bool)} | {tag: np.array([tag in face.tags for face in faces]) for tag in order}
+
 
 
 # ---- File formats ------------------------------------------------------------------------------------------
@@ -720,17 +737,18 @@ BORDER = 127  # grey level outside the image
 
 def face_boxes(faces: list[Face], kind: str) -> np.ndarray:
     """Boxes to crop, (M, 4) float64 x0 y0 x1 y1 px: of the true "landmarks", or the set's own "face" box."""
-    if kind == "landmarks":
-        return np.stack([np.concatenate([f.points.min(0), f.points.max(0)])
-                         for f in faces]).astype(np.float64)
-    if kind != "face":
+    if kind not in ("landmarks", "face"):
         raise ValueError(f"--box {kind}: expected 'landmarks' or 'face'")
-    bare = [f for f in faces if f.box is None]
-    if bare:
-        first = bare[0].image if isinstance(bare[0].image, (str, os.PathLike)) else "one without a file"
-        raise ValueError(f"--box face: {len(bare)} of {len(faces)} faces have no box of their own, the first "
-                         f"is {first}; take --box landmarks")
-    return np.array([f.box for f in faces], np.float64)
+    if kind == "landmarks":
+        boxes = [np.concatenate([face.points.min(0), face.points.max(0)]) for face in faces]
+    else:
+        boxes = [face.box or (0, 0, 0, 0) for face in faces]
+    boxes = np.array(boxes, np.float64)
+    for i in np.flatnonzero(~((boxes[:, 2:] - boxes[:, :2]).max(1) > 0))[:1]:
+        image = faces[i].image if isinstance(faces[i].image, (str, os.PathLike)) else f"face {i}"
+        raise ValueError(f"{image}: --box {kind} finds no box there, or one without extent; take another --box, "
+                         "or correct or leave out that face")
+    return boxes
 
 
 def square_frames(boxes: np.ndarray, size: int, margin: float) -> np.ndarray:
@@ -793,37 +811,39 @@ class Regions:
         side = int(self.side[i])
         return region if side == n else cv2.resize(region, (side, side), interpolation=cv2.INTER_AREA)
 
-    def keep(self, cache: str, verbose: bool = True) -> "Regions":
-        """Decodes every region once: into one file in folder `cache`, or into memory if `cache` is "device".
+    def keep(self, cache: str, verbose: bool = True) -> None:
+        """Decodes every region once: into one file of the folder `cache`, or into memory if it is "device".
 
-        The file's name is a digest of what it holds, so that other images, boxes or sizes make another file.
-        Raises: OSError when the disk has less room than the file needs, said before anything is written.
+        The file's name is a digest of what it holds: other images, boxes or sizes make another file.
+        Raises: OSError when disk or memory has less room than that takes, before anything is written.
         """
         total = int(self.start[-1])
         if cache == "device":
+            room, path = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "memory"
+        else:
+            os.makedirs(cache, exist_ok=True)
+            digest = hashlib.sha1(repr([_source(image) for image in self.images]).encode())
+            for array in (self.first, self.extent, self.side):
+                digest.update(array.tobytes())
+            path = os.path.join(cache, digest.hexdigest()[:20] + ".crops")
+            if os.path.exists(path):
+                self.store = np.memmap(path, np.uint8, "r", shape=(total,))
+                return
+            for part in glob.glob(glob.escape(path) + ".*.part"):  # of a run that was killed
+                os.remove(part)
+            room = shutil.disk_usage(cache).free
+        if verbose:
+            print(f"cache: {len(self)} faces, {total / 1e6:,.0f} MB, to {path} of {room / 1e6:,.0f} MB")
+        if total > 0.9 * room:
+            raise OSError(f"--cache {cache}: needs {total / 1e6:,.0f} MB, there are {room / 1e6:,.0f} MB; "
+                          f"name a folder with more room, or leave out --cache")
+        if cache == "device":
             self.store = self._fill(np.empty(total, np.uint8), verbose)
-            return self
-        os.makedirs(cache, exist_ok=True)
-        digest = hashlib.sha1(repr([_source(image) for image in self.images]).encode())
-        for array in (self.first, self.extent, self.side):
-            digest.update(array.tobytes())
-        path = os.path.join(cache, digest.hexdigest()[:20] + ".crops")
-        if not os.path.exists(path):
-            free = shutil.disk_usage(cache).free
-            if verbose:
-                print(f"cache: {len(self)} faces, {total / 1e6:,.0f} MB in {path}, {free / 1e6:,.0f} MB free")
-            if total > 0.95 * free:
-                raise OSError(f"--cache {cache}: needs {total / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} "
-                              f"MB free; name a folder on another disk, or leave out --cache")
-            part = f"{path}.{os.getpid()}.part"  # renamed when whole: a killed run leaves no half cache
-            try:
-                self._fill(np.memmap(part, np.uint8, "w+", shape=(total,)), verbose).flush()
-                os.replace(part, path)
-            finally:
-                if os.path.exists(part):
-                    os.remove(part)
-        self.store = np.memmap(path, np.uint8, "r", shape=(total,))
-        return self
+        else:  # renamed when whole: a half cache is never opened
+            part = f"{path}.{os.getpid()}.part"
+            self._fill(np.memmap(part, np.uint8, "w+", shape=(total,)), verbose).flush()
+            os.replace(part, path)
+            self.store = np.memmap(path, np.uint8, "r", shape=(total,))
 
     def _fill(self, store: np.ndarray, verbose: bool) -> np.ndarray:
         def one(i):
@@ -874,6 +894,12 @@ class CropDataset(torch.utils.data.Dataset):
     def crop_points(self) -> torch.Tensor:
         """Points of every face in its crop without augmentation, (M, P, 2) float32 px."""
         return warp.apply_affine(self.frames, self.points).float()
+
+    def divisors(self, kind: str) -> torch.Tensor:
+        """What errors are divided by, (M,) px of the image, as `normaliser` or "auto"."""
+        boxes = None if any(face.box is None for face in self.faces) else \
+            torch.tensor([face.box for face in self.faces])
+        return normaliser(self.points, norm_kind(kind, self.points.shape[1]), boxes)
 
     def geometry(self, keys) -> tuple[dict, torch.Tensor]:
         """The batch of `keys` without its pixels, and the maps region px -> crop px, (B, 2, 3) float64."""
@@ -940,8 +966,12 @@ class DeviceLoader:
 
     def __init__(self, dataset: CropDataset, batches, device):
         self.dataset, self.batches, self.device = dataset, batches, device
-        side = int(dataset.regions.side.max())
-        self.canvas = torch.zeros(len(dataset.regions), 3, side, side, dtype=torch.uint8, device=device)
+        count, side = len(dataset.regions), int(dataset.regions.side.max())  # all as large as the largest
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+        if 3 * count * side**2 > 0.8 * free:
+            raise ValueError(f"--cache device: {count} crops take {3 * count * side**2 / 1e9:,.1f} GB, the GPU has "
+                             f"{free / 1e9:,.1f} GB free; name a folder instead, or take a smaller --size")
+        self.canvas = torch.full((count, 3, side, side), BORDER, dtype=torch.uint8, device=device)
         for i, n in enumerate(dataset.regions.side):
             self.canvas[i, :, :n, :n] = torch.from_numpy(dataset.regions[i].copy()).permute(2, 0, 1)
         dataset.regions.store = None  # the host's copy
@@ -953,8 +983,10 @@ class DeviceLoader:
         size = (self.dataset.size, self.dataset.size)
         for keys in self.batches:
             batch, matrix = self.dataset.geometry(keys)
-            region = self.canvas[batch["index"].to(self.device)].float()
-            batch["image"] = warp.warp_affine(region, matrix.float().to(self.device), size, border=BORDER)
+            # non_blocking, or each copy would wait for the training step that the GPU is at
+            region = self.canvas[batch["index"].to(self.device, non_blocking=True)].float()
+            matrix = matrix.float().to(self.device, non_blocking=True)
+            batch["image"] = warp.warp_affine(region, matrix, size, border=BORDER)
             yield batch
 
 

@@ -54,8 +54,10 @@ def test_face_boxes():
     face = dotted_face()
     np.testing.assert_allclose(datasets.face_boxes([face], "landmarks")[0],
                                [*face.points.min(0), *face.points.max(0)], rtol=1e-6)
-    with pytest.raises(ValueError, match="1 of 1 faces have no box"):
+    with pytest.raises(ValueError, match="face 0: --box face finds no box there"):
         datasets.face_boxes([face], "face")
+    with pytest.raises(ValueError, match="a.jpg: --box landmarks finds no box there, or one without extent"):
+        datasets.face_boxes([face, datasets.Face("a.jpg", np.ones((5, 2), np.float32))], "landmarks")
     face.box = (1, 2, 3, 4)
     assert datasets.face_boxes([face], "face").tolist() == [[1, 2, 3, 4]]
     with pytest.raises(ValueError, match="--box head"):
@@ -107,7 +109,7 @@ def test_kept_regions_give_the_same_crops(tmp_path, size):
     side = plain.regions.side
     assert (side <= np.ceil(1.8 * 1.1 * size) + 4).all()  # no larger than the augmentation can use
     assert (side <= plain.regions.extent).all()  # nor than the source
-    [file] = tmp_path.iterdir()
+    [file] = tmp_path.iterdir()  # and no half-written one
     assert file.stat().st_size == 3 * (side**2).sum()
 
 
@@ -121,7 +123,7 @@ def test_a_second_run_opens_the_cache_and_another_set_does_not(tmp_path, monkeyp
 
 def test_a_cache_that_does_not_fit_is_refused_with_its_size(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(OSError, match=r"--cache .* needs 1 MB, the disk has 0 MB free"):
+    with pytest.raises(OSError, match=r"--cache .* needs 1 MB, there are 0 MB; name a folder"):
         crops(count=8).regions.keep(str(tmp_path))
     assert "cache: 8 faces, 1 MB" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
