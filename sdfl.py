@@ -29,17 +29,16 @@ BeierZhu/Sturcture-Coherency-Face-Alignment at 97513e9):
     Code: two W (self, neighbours), M symmetrised, and in the released model static learned edges.
   - Losses are means over the coordinates: code. Eq. (10) is a sum, 2N times larger, with which lr 0.01 does
     not train. The relative term uses the l(.) of the absolute one: paper. Code: soft wing always.
-  - Coordinates enter the loss at the scale of a 256 px crop whatever --size is: the constants of Eq. (9) are
-    pixels there.
+  - The loss sees coordinates in px of a 256 px crop whatever --size is: so are the constants of Eq. (9).
   - The head's output is added to the training set's mean face, a constant. Paper and code: to zero. All nodes
     share the weights and bias of the last layer, so that each landmark's mean place would have to grow out of
     the batch norms of the node embedding, for tens of epochs. Also for the FC head, which has 2N biases.
   - A crop is the square about the ground-truth landmarks, 1.25 times as wide, cut from the image by a single
     warp; grey 127 outside. Paper: "center-cropped"; code: files cropped beforehand. See --box and --margin.
-  - Paper silent, as in the code: z-score of each image and channel; 256 channels inside map-to-node, 2N inside
+  - Paper silent, as in the code: z-score of each image and channel; 256 channels in map-to-node, 2N inside
     the weighting network (there with a batch norm); an occluder in half of the images, 20 % of the area,
     aspect 0.4 to 2.5, of one random colour; the absolute value and even bins of the pose balancing.
-  - Pose balancing aligns the shapes before the principal component is taken: [2] of the paper. Code: does not.
+  - Pose balancing aligns the shapes before it takes the principal component: the paper's [2]. Code: does not.
   - RGB, mirror at x -> W - 1 - x. Code: BGR, W - x. Backbones as torchvision, timm and HRNet lay them out.
   - The last epoch is reported. Code: the best of all epochs on the test set.
   - With --gpus N each process normalises its own share of the batch, as is usual for batch norms.
@@ -84,8 +83,7 @@ from common import datasets, metrics, synthetic, warp
 # Sec. IV-B. The paper names no backbone for its best rows; Table I has HRNetW18C at the 4.35 % of Table II.
 PAPER = dict(size=256, epochs=500, batch_size=64, lr=0.01, weight_decay=5e-4, backbone="hrnet_w18", k=3,
              lam=1.0, pdb=9, drops=4, norm="io", threshold=0.10, margin=1.25, eval_every=10)
-SMALL = dict(size=128, epochs=30, batch_size=32, drops=2, backbone="mobilenetv2", norm="auto", margin=1.25,
-             cache="device")
+SMALL = dict(size=128, epochs=30, batch_size=32, drops=2, backbone="mobilenetv2", cache="device")
 PRESETS = {
     "wflw": dict(PAPER),  # Table II
     "300w": dict(PAPER),  # Table IV
@@ -119,14 +117,13 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=64, help="faces a step, over all GPUs")
     add("--lr", type=float, default=0.01, help="learning rate at the start")
     add("--weight-decay", type=float, default=5e-4, help="weight decay, on every parameter")
-    add("--gpus", type=int, default=1, help="processes to start here, one a GPU; batch norms see their own share")
+    add("--gpus", type=int, default=1, help="processes to start, one a GPU; batch norms see their own share")
     add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto: a GPU if there is one")
     add("--workers", type=int, default=-1, help="loader processes a GPU; -1: 8 for a GPU, none for a CPU")
     add("--seed", type=int, default=0, help="seed of weights, order and augmentation")
     add("--amp", action=switch, default=False, help="bfloat16 convolutions on a GPU; the graph in float32")
     add("--compile", action=switch, default=False, help="torch.compile; minutes at first, then faster")
-    add("--limit", type=int, default=0, help="at most so many faces to train and to test with, 0: all; drawn "
-        "faces: how many")
+    add("--limit", type=int, default=0, help="at most so many faces a split (drawn ones: so many), 0: all")
     add("--resume", action="store_true", help="continue the run in --output, or the newest run on this data")
     add("--eval", default="", metavar="CKPT", help="evaluate this checkpoint and stop")
     add("--predict", nargs="+", default=[], metavar="PATH", help="images or folders to find landmarks in")
@@ -139,8 +136,7 @@ def parse_args(argv=None):
     add("--size", type=int, default=256, help="side of the crop in px, a multiple of 32")
     add("--margin", type=float, default=1.25, help="side of the crop over the longer side of the box")
     add("--norm", default="auto", choices=["auto", "io", "ip", "box", "face"], help="divisor of the error: "
-        "inter-ocular, inter-pupil, sqrt(w h) of the landmarks' box or of the set's face box; auto: io where "
-        "the scheme has it, else box")
+        "inter-ocular, inter-pupil, sqrt(w h) of the landmarks' or the set's box; auto: io, else ip or box")
     add("--threshold", type=float, default=0.10, help="NME above which a face fails; upper end of the AUC")
     add("--eval-every", type=int, default=1, help="epochs between evaluations; the last is always evaluated")
     add("--points", type=int, default=68, help="landmarks of the drawn faces; every other set has its own")
@@ -152,13 +148,11 @@ def parse_args(argv=None):
     add("--epsilon", type=float, default=0.5, help="curvature of the wing losses (Table VII)")
     add("--lam", type=float, default=1.0, help="lambda of Eq. (10): weight of the relative location loss")
     add("--k", type=int, default=3, help="neighbours of a landmark (Fig. 8); many make the nodes alike")
-    add("--adjacency", default="dynamic", choices=["dynamic", "binary"], help="edge weights from the "
-        "image or equal")
+    add("--adjacency", default="dynamic", choices=["dynamic", "binary"], help="edge weights by face or equal")
     add("--pdb", type=int, default=0, help="bins of pose-based data balancing, 0: none; an epoch gets longer")
-    add("--drops", type=int, default=4, help="how often the learning rate is divided by 5, evenly over the run")
+    add("--drops", type=int, default=4, help="how often the rate is divided by 5, evenly over the run")
     add("--flip-test", action=switch, default=False, help="average with the prediction of the mirrored image")
-    add("--occluder-test", action=switch, default=False, help="after the run, how far visible points move "
-        "when a growing square hides part of the face (Fig. 2)")
+    add("--occluder-test", action=switch, default=False, help="Fig. 2: how far occluders move visible points")
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     # argparse fills in no default where the namespace has a value, so what is not None now was typed.
@@ -167,7 +161,7 @@ def parse_args(argv=None):
     if args.size < 32 or args.size % 32:
         parser.error(f"--size {args.size}: expected a multiple of 32, the stride of the backbones")
     if args.box not in BOXES and not (args.predict and re.fullmatch(r"(-?[\d.]+,){3}[\d.]+", args.box)):
-        parser.error(f"--box {args.box}: expected {' or '.join(BOXES)}, with --predict four numbers x0,y0,x1,y1")
+        parser.error(f"--box {args.box}: expected landmarks or face, with --predict four numbers x0,y0,x1,y1")
     if args.init and not os.path.isfile(args.init):
         parser.error(f"--init: no file {args.init}")
     if args.predict and not args.weights:
@@ -452,8 +446,7 @@ class HRNet(nn.Module):
         self.layer1 = nn.Sequential(Bottleneck(64, 64), *(Bottleneck(256, 64) for _ in range(3)))
         # A transition grows a branch out of the lowest resolution so far. Older ones pass unchanged, but for
         # layer1's 256 channels. The outer Sequential is a level that the checkpoints' names have.
-        pairs = ((256, widths[1]), (widths[1], widths[2]), (widths[2], widths[3]))
-        low = [nn.Sequential(conv_bn(cin, cout, 3, 2, act=nn.ReLU)) for cin, cout in pairs]
+        low = [nn.Sequential(conv_bn(*p, 3, 2, act=nn.ReLU)) for p in itertools.pairwise((256, *widths[1:]))]
         self.transition1 = nn.ModuleList([conv_bn(256, widths[0], 3, act=nn.ReLU), low[0]])
         self.stage2 = nn.Sequential(HRModule(widths[:2]))
         self.transition2 = nn.ModuleList([nn.Identity(), nn.Identity(), low[1]])
@@ -497,8 +490,7 @@ def neighbour_mask(landmarks: torch.Tensor, k: int) -> torch.Tensor:
         own pixels every landmark correlates with every other). k: 0 <= k < N.
     Returns: (N, N) bool, True on the diagonal, k + 1 True in each row; in general not symmetric.
     Raises: ValueError for fewer than 2 images, k out of range, or a landmark that never moves in x nor in y.
-        One that moves in a single coordinate (the box of a crop can pin the other) counts as uncorrelated
-        there, with a warning.
+        One that moves in x or y only (a crop's box can pin the other) is uncorrelated there, with a warning.
     """
     count, points = landmarks.shape[:2]
     if count < 2:
@@ -527,9 +519,7 @@ def neighbour_mask(landmarks: torch.Tensor, k: int) -> torch.Tensor:
 
 class MapToNode(nn.Module):
     """Sec. III-A: feature map -> node features, by two blocks of convolution, batch norm and ReLU.
-
-    (B, C, h, w) -> (B, 4N, h, w); node i owns channels 4i to 4i + 3, so `.reshape(B, N, -1)` is H^0.
-    """
+    (B, C, h, w) -> (B, 4N, h, w); node i owns channels 4i to 4i + 3, so `.reshape(B, N, -1)` is H^0."""
 
     def __init__(self, in_channels: int, points: int):
         super().__init__()
@@ -541,10 +531,8 @@ class MapToNode(nn.Module):
 
 
 class DynamicAdjacency(nn.Module):
-    """Sec. III-B: a weight for each edge of M from the image, by global average pooling and two linear layers.
-
-    (B, 4N, h, w) -> sigma(A) (B, N, N), the softmax over each row's edges: rows sum to 1, other entries are 0.
-    """
+    """Sec. III-B: a weight for each edge of M from the image: global average pooling and two linear layers.
+    (B, 4N, h, w) -> sigma(A) (B, N, N), the softmax over a row's edges: rows sum to 1, the rest is 0."""
 
     def __init__(self, mask: torch.Tensor):
         super().__init__()
@@ -600,10 +588,7 @@ class GraphBlock(nn.Module):
 
 class GraphHead(nn.Module):
     """Fig. 3 right of the backbone, and Fig. 5: map-to-node, a graph layer, four blocks, a graph convolution.
-
-    (B, C, h, w) of `cells` = h w -> (B, N, 2) px of a 256 px crop, relative to SDFL's mean face. The softmax of A
-    is taken once, since all layers share it.
-    """
+    (B, C, h, w), `cells` = h w -> (B, N, 2) px of a 256 px crop, from the mean face on; one softmax of A."""
 
     def __init__(self, in_channels: int, mask: torch.Tensor, cells: int, dynamic: bool = True):
         super().__init__()
@@ -644,11 +629,9 @@ class FCHead(nn.Module):
 class SDFL(nn.Module):
     """Fig. 3: image (B, 3, size, size), normalised -> landmarks (B, N, 2) in px of the crop.
 
-    Args: backbone, a name of BACKBONES; mask (N, N) bool, kept as a buffer, so that a checkpoint brings its
-        graph along; size, the crop's side in px; head, "graph" or "fc"; dynamic, edge weights from the image
-        or all equal.
-    Buffer: mean_face (N, 2) px of a 256 px crop, to which the head adds; the middle of the crop until it is
-    set.
+    Args: backbone, a name of BACKBONES; mask (N, N) bool, a buffer, so that a checkpoint brings its graph
+        along; size, the crop's side in px; head, "graph" or "fc"; dynamic, edge weights by image or equal.
+    Buffer: mean_face (N, 2) px of a 256 px crop, to which the head adds; until it is set, the crop's middle.
     Raises: ValueError for a backbone or head that does not exist.
     """
 
@@ -699,11 +682,10 @@ LOSSES = {"softwing": soft_wing, "wing": wing, "l1": lambda x, eps=None: x.abs()
 
 
 def sdfl_loss(pred: torch.Tensor, target: torch.Tensor, L: torch.Tensor, lam: float, loss) -> torch.Tensor:
-    """The overall loss.
+    """The overall loss, a scalar: the mean over images and coordinates of both terms.
 
     Args: pred, target (B, N, 2) px of a 256 px crop; L (N, N) of `laplacian`; lam, the weight lambda; loss, a
         callable on (B, N, 2) that works on every element (`soft_wing`, `wing`, abs).
-    Returns: scalar, the mean over images and coordinates of both terms.
     """
     error = pred - target
     relative = L @ error  # Eq. (8): Delta = L P, and hence L P^ - L P = L (P^ - P)
@@ -719,9 +701,7 @@ REACH = math.sqrt(2) * math.cos(math.radians(45 - ROTATION)) * (1 + 2 * SHIFT) /
 
 def augment(rng: np.random.Generator, size: int):
     """Draws rotation, scale, shift, mirror and an occluding rectangle for one face.
-
-    Returns: matrix (2, 3) crop px -> crop px; whether to mirror; {"occluder": (7,) x0 y0 x1 y1 px r g b}.
-    """
+    Returns: matrix (2, 3) crop px -> crop px; whether to mirror; {"occluder": (7,) x0 y0 x1 y1 px r g b}."""
     angle, zoom = math.radians(rng.uniform(-ROTATION, ROTATION)), rng.uniform(1 - ZOOM, 1 + ZOOM)
     c, s, middle = zoom * math.cos(angle), zoom * math.sin(angle), (size - 1) / 2
     shift = rng.uniform(-SHIFT, SHIFT, 2) * size
@@ -758,8 +738,7 @@ def pose_bins(landmarks: torch.Tensor, bins: int) -> torch.Tensor:
     """Pose bins of the pose-based data balancing [2]: (M, N, 2) -> (M,) long in 0..bins - 1.
 
     Shapes are aligned to their mean by similarities (Procrustes), projected on the first principal component,
-    which for faces is the yaw, and binned evenly by the absolute value: the sign of a component means
-    nothing, and a mirrored face belongs to the bin of its original.
+    for faces the yaw, and binned evenly by its absolute value: its sign means nothing, and a mirror flips it.
     """
     shapes = landmarks.double()
     shapes = shapes - shapes.mean(1, keepdim=True)
@@ -789,8 +768,7 @@ def read_faces(args, split: str) -> list:
         count = args.limit or DRAWN["train"]
         return synthetic.read_faces(split, count if split == "train" else min(count, DRAWN["test"]),
                                     size=args.size, points=args.points, seed=args.seed)
-    faces = datasets.read(args.data, args.data_root, split)
-    faces = faces[:args.limit] if args.limit else faces
+    faces = datasets.read(args.data, args.data_root, split)[:args.limit or None]
     datasets.check_images(faces)
     return faces
 
@@ -828,10 +806,9 @@ def flip_of(args, points: int):
 
 @torch.inference_mode()
 def occluder_test(net: SDFL, loader, args, shares=(0.05, 0.1, 0.2, 0.3, 0.4)) -> dict:
-    """Fig. 2: how far the predictions of visible points move when a grey square hides part of the crop.
+    """Fig. 2: how far predictions of visible points move when a grey square hides `shares` of a crop's area.
 
-    The square covers each of `shares` of the crop's area about one of the face's landmarks, the same for
-    every model; a point outside it is visible.
+    The square is about one of the face's landmarks, for every model the same; points outside it are visible.
     Returns: {"moved@0.2": ..., ...}, means over visible points, as fractions of d in Eq. (12).
     """
     net.eval()
@@ -857,10 +834,9 @@ def occluder_test(net: SDFL, loader, args, shares=(0.05, 0.1, 0.2, 0.3, 0.4)) ->
 def evaluate(net: SDFL, loader, args, occlude: bool = False) -> tuple[dict, torch.Tensor, torch.Tensor]:
     """NME, FR and AUC in the pixels of the images, over the test set and its subsets.
 
-    Args: loader, in order, of a CropDataset without augmentation; occlude, add the numbers of `occluder_test`.
-    Returns: fractions {"nme": ..., "fr": ..., "auc": ..., "auc20": ... (the authors' 20 steps), "nme/pose": ...,
-        ...}, with the mean face's as a constant answer under "nme/mean face"; the NME of each face (M,); the
-        predictions (M, N, 2) px of the images.
+    Args: loader, in order, of a CropDataset without augmentation; occlude, add the scores of `occluder_test`.
+    Returns: fractions "nme", "fr", "auc", "auc20" (authors' 20 steps), "nme/pose", ... and "nme/mean face"
+        (as a constant answer) by name; the NME of each face (M,); the predictions (M, N, 2) px of the images.
     """
     net.eval()
     device, data = net.mask.device, loader.dataset
@@ -888,8 +864,7 @@ def print_table(scores: dict, args, points: int):
     columns = [key[2:] for key in scores if key == "fr" or key.startswith("fr/")]
     print(" " * 16 + "".join(f"{column[1:] or 'full':>14}" for column in columns))
     rows = [("NME (%)", "nme", 100, 2), ("FR (%)", "fr", 100, 2), ("AUC", "auc", 1, 4)]
-    if args.data == "wflw":
-        rows.append(("AUC as Table II", "auc20", 1, 4))
+    rows += [("AUC as Table II", "auc20", 1, 4)] * (args.data == "wflw")
     for title, name, scale, digits in rows:
         print(f"{title:16}" + "".join(f"{scale * scores[name + column]:>14.{digits}f}" for column in columns))
     print(f"NME of a constant mean face: {100 * scores['nme/mean face']:.2f} %")
@@ -988,20 +963,17 @@ def precision(args, device: torch.device):
 
 def open_run(args, name: str, rank: int) -> Path:
     """The run's folder: --output, or runs/NAME-DATA with the next free number, or to resume with the highest.
-
-    Raises: FileExistsError for an --output that holds a run, without --resume; FileNotFoundError for nothing
-        to resume.
-    """
+    Raises: FileExistsError if --output has a run, without --resume; FileNotFoundError for none to resume."""
     base = f"{name}-{args.data}"
     if args.resume and not args.output:
         found = [re.fullmatch(re.escape(base) + r"(?:-(\d+))?", path.name) for path in Path("runs").glob("*")]
         number = max((int(match[1] or 1) for match in found if match), default=1)
         args.output = str(Path("runs", base if number == 1 else f"{base}-{number}"))
     if args.resume and not Path(args.output, "last.pt").exists():
-        raise FileNotFoundError(f"--resume: no checkpoint {Path(args.output, 'last.pt')}; name the run's folder by "
-                                f"--output, or start it anew")
+        raise FileNotFoundError(f"--resume: no checkpoint {Path(args.output, 'last.pt')}; name the run's "
+                                f"folder by --output, or start it anew")
     if args.output and not args.resume and Path(args.output, "last.pt").exists():
-        raise FileExistsError(f"--output {args.output} holds a run: continue it by --resume, or name another folder")
+        raise FileExistsError(f"--output {args.output} holds a run: continue it by --resume, or name another")
     if args.output or rank:
         folder = Path(args.output or Path("runs", base))
         folder.mkdir(parents=True, exist_ok=True)
@@ -1033,7 +1005,7 @@ def read_tensors(path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and storage errors all mean the same here
         what = (str(error) or "it is empty").splitlines()[0]
-        raise ValueError(f"{path} is cut short, or holds more than tensors and plain values: {what}") from error
+        raise ValueError(f"{path} is cut short, or has more than tensors and plain values: {what}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, expected a dict of tensors")
     return state
@@ -1043,21 +1015,19 @@ def load(path, script: str) -> dict:
     """Reads a checkpoint of `script`, to the CPU.   Raises: FileNotFoundError; ValueError."""
     state = read_tensors(path)
     if state.get("script") != script:
-        raise ValueError(f"{path} is no checkpoint of {script}.py but of {state.get('script', 'something else')}")
+        raise ValueError(f"{path} is no checkpoint of {script}.py but of {state.get('script', 'another')}")
     return state
 
 
 def restore_args(args, saved: dict, free: set[str]):
     """Gives `args` the flags of a checkpoint's run, except those in `free`, which stay the command's.
-
-    Raises: ValueError for a flag that was typed and contradicts the run.
-    """
+    Raises: ValueError for a flag that was typed and contradicts the run."""
     for key, value in saved.items():
         if key in free or key not in vars(args):
             continue
         if key in args.given and getattr(args, key) != value:
-            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: the checkpoint was made with {value}; "
-                             f"leave the flag out, or start a new run")
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: the checkpoint was made with "
+                             f"{value}; leave the flag out, or start a new run")
         setattr(args, key, value)
 
 
@@ -1079,13 +1049,13 @@ def cut_log(path: Path, epoch: int):
 # ---- Loaders and checkpoints ---------------------------------------------------------------------
 
 # Flags of the machine or the command, not of the run whose checkpoint is opened; --eval also chooses DATA.
-MACHINE = {"data_root", "output", "gpus", "device", "workers", "amp", "compile", "resume", "eval", "predict", "weights",
-           "cache", "init", "given", "detector"}
+MACHINE = {"data_root", "output", "gpus", "device", "workers", "amp", "compile", "resume", "eval", "predict",
+           "weights", "cache", "init", "given", "detector"}
 DATA = {"data", "limit", "norm", "threshold", "batch_size", "flip_test", "occluder_test"}
 
 
 def make_loader(args, data, batches, device: torch.device, everywhere: bool = False):
-    """Loader over `batches`; keeps the crops if --cache says so, for data that is `everywhere` once a machine."""
+    """Loader over `batches`; keeps crops as --cache says, for data that is `everywhere` once a machine."""
     first, wait = int(os.environ.get("LOCAL_RANK", 0)) == 0, everywhere and dist.is_initialized()
     if args.cache:
         if wait and not first:
@@ -1105,17 +1075,15 @@ def build(args, mask: torch.Tensor, device: torch.device) -> SDFL:
 
 def init_backbone(backbone: nn.Module, path: str) -> str:
     """Loads what a torchvision, timm or HRNet state dict and the backbone share by name; says what matched.
-
-    Raises: FileNotFoundError; ValueError when nothing matches, or a shared name has another shape.
-    """
+    Raises: FileNotFoundError; ValueError when nothing matches, or a shared name has another shape."""
     state = read_tensors(path)
     state = state.get("state_dict", state.get("model", state))
     state = {re.sub(r"^(module\.|backbone\.)+", "", name): value for name, value in state.items()}
     own = backbone.state_dict()
     shared = {name: state[name] for name in own if name in state}
     if not shared:
-        raise ValueError(f"--init {path}: none of its {len(state)} names ({', '.join(list(state)[:3])}, ...) is one "
-                         f"of the backbone's {len(own)} ({', '.join(list(own)[:3])}, ...)")
+        raise ValueError(f"--init {path}: none of its {len(state)} names ({', '.join(list(state)[:3])}, ...) "
+                         f"is one of the backbone's {len(own)} ({', '.join(list(own)[:3])}, ...)")
     for name, value in shared.items():
         if value.shape != own[name].shape:
             raise ValueError(f"--init {path}: {name} is {tuple(value.shape)}, the backbone's is "
@@ -1141,9 +1109,7 @@ def open_checkpoint(args, path: str, free: set[str]) -> tuple[SDFL, dict]:
 
 def evaluate_checkpoint(args) -> dict:
     """--eval: the numbers of a checkpoint on the test set of --data; with --output, the pictures too.
-
-    The crop is the one that the network was trained with, unless --box or --margin are given.
-    """
+    The crop is the one that the network was trained with, unless --box or --margin are given."""
     net, _ = open_checkpoint(args, args.eval, DATA | ({"box", "margin"} & set(args.given)))
     folder = open_run(args, "sdfl", 0) if args.output else None
     data = make_dataset(args, read_faces(args, "test"), augmented=False)
@@ -1172,8 +1138,8 @@ def find_boxes(args, image: np.ndarray, detector) -> np.ndarray:
     return np.array([list(map(float, args.box.split(",")))])
 
 
-def find_points(net: SDFL, image: np.ndarray, box: np.ndarray, margins: list[float], args) -> np.ndarray | None:
-    """Landmarks (N, 2) px of the face in a box (4,), or None; with two margins, again in the box of the first."""
+def find_points(net: SDFL, image: np.ndarray, box: np.ndarray, margins: list, args) -> np.ndarray | None:
+    """Landmarks (N, 2) px of the face in `box` (4,), or None; a second margin is about those of the first."""
     for margin in margins:
         frames = datasets.square_frames(box[None], args.size, margin)
         batch = datasets.CropDataset([datasets.Face(image)], frames, args.size).__getitems__([(0, 0)])
@@ -1194,8 +1160,8 @@ def predict(args) -> dict:
     is NAME.1.pts and so on. Pixels are taken as they are stored: turn a photo that has an orientation tag.
     Raises: FileNotFoundError for a path without images; ValueError for two images of one name.
     """
-    typed = {"margin"} & set(args.given)
-    net, trained = open_checkpoint(args, args.weights, {"data", "box", "flip_test", "batch_size", "limit"} | typed)
+    free = {"data", "box", "flip_test", "batch_size", "limit"} | ({"margin"} & set(args.given))
+    net, trained = open_checkpoint(args, args.weights, free)
     detector, found = None, datasets.image_paths(args.predict)  # {name: path}
     if args.detector:
         if not os.path.isfile(args.detector):
@@ -1233,8 +1199,8 @@ def learning_rate(step: int, steps: int, base: float, drops: int = 4) -> float:
 def check_finite(losses: torch.Tensor, epoch: int):
     """Raises FloatingPointError, which leaves the last checkpoint as it is, for a loss that is not finite."""
     for step in (~losses.isfinite()).nonzero()[:1, 0].tolist():
-        raise FloatingPointError(f"the loss is {losses[step].item()} at epoch {epoch + 1}, step {step + 1}; the "
-                                 f"last checkpoint is whole; a lower --lr is the usual cure")
+        raise FloatingPointError(f"the loss is {losses[step].item()} at epoch {epoch + 1}, step {step + 1}; "
+                                 f"the last checkpoint is whole; a lower --lr is the usual cure")
 
 
 def load_sets(args, rank: int) -> tuple[datasets.CropDataset, datasets.CropDataset]:
@@ -1246,9 +1212,9 @@ def load_sets(args, rank: int) -> tuple[datasets.CropDataset, datasets.CropDatas
         raise ValueError(f"training faces have {points} landmarks, test faces {test_set.points.shape[1]}")
     test_set.divisors(args.norm)
     if rank == 0:
-        print(f"{len(train_set.faces)} training faces ({len(train_set)} an epoch), {len(test_set)} test faces, "
-              f"{points} landmarks" + ("" if points in datasets.SCHEMES else
-                                       ", which are no known scheme: no mirroring, errors over their box"))
+        print(f"{len(train_set.faces)} training faces ({len(train_set)} an epoch), {len(test_set)} test faces"
+              f", {points} landmarks" + ("" if points in datasets.SCHEMES else
+                                         ", which are no known scheme: no mirroring, errors over their box"))
     return train_set, test_set
 
 
@@ -1259,7 +1225,8 @@ def make_model(args, train_set, state: dict | None, device: torch.device, rank: 
     net = build(args, state["model"]["mask"] if state else neighbour_mask(landmarks, args.k), device)
     net.mean_face.copy_(landmarks.mean(0) * (256 / args.size))
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    report = f"{args.backbone} + {args.head}: {sum(p.numel() for p in net.parameters()):,} parameters, {device.type}"
+    size = sum(p.numel() for p in net.parameters())
+    report = f"{args.backbone} + {args.head}: {size:,} parameters, {device.type}"
     if state:
         net.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -1289,11 +1256,10 @@ def train(args) -> dict:
         model = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     batches = datasets.EpochBatches(len(train_set), args.batch_size, args.seed, rank, world)
     loader = make_loader(args, train_set, batches, device, everywhere=True)
-    start, steps, scale, scores, began = 0, len(batches), 256 / args.size, {}, time.time()
-    if state:
-        start, state = state["epoch"], None
+    steps, scale, scores, began = len(batches), 256 / args.size, {}, time.time()
+    start, state = (state["epoch"] if state else 0), None
     if rank == 0:  # only the first process evaluates and writes
-        print(f"run: {folder}, {world} process{'es' * (world > 1)}, epoch {start + 1} to {args.epochs}", flush=True)
+        print(f"run: {folder}, processes: {world}, epoch {start + 1} to {args.epochs}", flush=True)
         cut_log(folder / "log.jsonl", start)
         test_loader = make_loader(args, test_set, datasets.in_order(len(test_set), 64), device)
     bar = tqdm(total=args.epochs * steps, initial=start * steps, disable=rank > 0,

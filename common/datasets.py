@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import struct
+import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -34,11 +35,9 @@ from common import warp
 
 # ---- Records -----------------------------------------------------------------------------------------------
 
-
 @dataclass
 class Face:
     """One annotated face. An image is RGB (H, W, 3) or gray (H, W) uint8."""
-
     image: str | np.ndarray | Callable[[], np.ndarray]          # path, array, or function making an array
     points: np.ndarray | None = None                            # (P, 2) float32 px of that image, 0-based
     box: tuple[float, float, float, float] | None = None        # x0 y0 x1 y1 px, the set's own face box
@@ -48,10 +47,8 @@ class Face:
 
 def load_image(image: str | np.ndarray | Callable[[], np.ndarray]) -> np.ndarray:
     """Pixels of a `Face.image`: RGB uint8 (H, W, 3), C-contiguous.
-
     The orientation tag of a JPEG is ignored, as the points of every set were marked on the stored pixels.
-    Raises: FileNotFoundError if the path is no file; ValueError if it is undecodable or the array no image.
-    """
+    Raises: FileNotFoundError if the path is no file; ValueError if it is undecodable or no image array."""
     if isinstance(image, (str, os.PathLike)):
         pixels = cv2.imread(os.fspath(image), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         if pixels is None:
@@ -67,9 +64,7 @@ def load_image(image: str | np.ndarray | Callable[[], np.ndarray]) -> np.ndarray
 
 def check_images(faces: Sequence[Face]) -> None:
     """Before a long run: every path exists and begins like an image that cv2 can decode.
-
-    Raises: FileNotFoundError (ValueError if no file is missing) that names the first bad file and counts all.
-    """
+    Raises: FileNotFoundError (ValueError if none is missing) that names the first bad file and counts all."""
     paths = dict.fromkeys(face.image for face in faces if isinstance(face.image, (str, os.PathLike)))
     missing = {path for path in paths if not os.path.isfile(path)}
     bad = [path for path in paths if path in missing or not cv2.haveImageReader(os.fspath(path))]
@@ -81,11 +76,9 @@ def check_images(faces: Sequence[Face]) -> None:
 
 # ---- Landmark schemes --------------------------------------------------------------------------------------
 
-
 @dataclass(frozen=True, eq=False)
 class Scheme:
     """What the P points of a scheme mean: indices, image-left first. A group stands for its mean."""
-
     points: int
     flip: np.ndarray                                # (P,) after x -> W-1-x, points[flip] is in order again
     eyes: tuple[int, int]                           # outer eye corners; of 5 points, the eye centres
@@ -218,9 +211,7 @@ def group_means(points, groups: Sequence[Sequence[int]]):
 
 def flip_residual(points: np.ndarray, flip: np.ndarray) -> float:
     """Largest distance of a point from its mirror in the mean face of (M, P, 2): a fraction of the face box.
-
-    The right flip (P,) gives below 0.1 on a set that looks both ways, a wrong one 0.6 or more.
-    """
+    The right flip (P,) gives below 0.1 on a set that looks both ways, a wrong one 0.6 or more."""
     points = np.asarray(points, np.float64)
     low, high = points.min(1, keepdims=True), points.max(1, keepdims=True)
     mean = ((points - low) / (high - low)).mean(0)                                    # (P, 2) in the unit box
@@ -261,9 +252,7 @@ def normaliser(points: torch.Tensor, kind: str, boxes: torch.Tensor | None = Non
 
 def norm_kind(kind: str, points: int) -> str:
     """What "auto" means as a normaliser of so many points: "io", for 5 "ip", without a scheme "box"."""
-    if kind != "auto":
-        return kind
-    return "box" if points not in SCHEMES else "ip" if points == 5 else "io"
+    return kind if kind != "auto" else "box" if points not in SCHEMES else "ip" if points == 5 else "io"
 
 
 def subsets(faces: Sequence[Face]) -> dict[str, np.ndarray]:
@@ -271,12 +260,10 @@ def subsets(faces: Sequence[Face]) -> dict[str, np.ndarray]:
     tags = {tag for face in faces for tag in face.tags}
     order = [tag for tag in (*WFLW_TAGS, "common", "challenging") if tag in tags]
     order += sorted(tags - set(order))
-    return {"": np.ones(len(faces), bool)} | {tag: np.array([tag in face.tags for face in faces]) for tag in order}
-
+    return {"": np.ones(len(faces), bool)} | {tag: np.array([tag in f.tags for f in faces]) for tag in order}
 
 
 # ---- File formats ------------------------------------------------------------------------------------------
-
 
 def _lines(path: str) -> list[tuple[str, str]]:
     """("path:number", line) of the lines of a text file that are not blank."""
@@ -313,10 +300,8 @@ def _point_rows(path: str, rows: list[tuple[str, str]], wanted: int) -> np.ndarr
 
 def read_pts(path: str) -> np.ndarray:
     """(P, 2) float32 px, 0-based, of a `.pts`: `version: 1`, `n_points: P`, `{`, P rows "x y" from 1, `}`.
-
     Raises: FileNotFoundError; ValueError naming the file, and the line where it is one, if a part is missing,
-    n_points is not the number of rows, or a number is not finite.
-    """
+    n_points is not the number of rows, or a number is not finite."""
     lines = _lines(path)
     marks = [line for _, line in lines]
     counts = [re.fullmatch(r"n_points\s*:\s*(\d+)", mark) for mark in marks]
@@ -379,9 +364,7 @@ def _mat_array(data: memoryview, order: str) -> tuple[str, np.ndarray | str | No
 
 def read_mat(path: str) -> dict[str, np.ndarray | str]:
     """Variables of a MATLAB 5 to 7 `.mat` file: float64 arrays, strings, cells as object arrays; no structs.
-
-    Raises: ValueError naming the file if it is damaged or of another kind (MATLAB 7.3 files are HDF5).
-    """
+    Raises: ValueError naming the file if it is damaged or of another kind (MATLAB 7.3 files are HDF5)."""
     with open(path, "rb") as file:
         data = file.read()
     order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
@@ -406,7 +389,6 @@ def _h5(path: str):
 
 
 # ---- Readers -----------------------------------------------------------------------------------------------
-
 
 def _missing(reader: Callable, root: str, what: str) -> FileNotFoundError:
     """The message of a set that is not there: what was looked for, then the reader's account of its files."""
@@ -452,7 +434,6 @@ WFLW_TAGS = ("pose", "expression", "illumination", "makeup", "occlusion", "blur"
 
 def read_wflw(root: str, split: str) -> list[Face]:
     """WFLW: 98 points, taken as 0-based; box: the face rectangle (not tight); tags: `WFLW_TAGS`.
-
     A row is 196 coordinates, x_min y_min x_max y_max, six flags and the image, which may hold several faces.
 
     Tree: WFLW_annotations/list_98pt_rect_attr_train_test/list_98pt_rect_attr_{train,test}.txt
@@ -585,8 +566,7 @@ def read_aflw(root: str, split: str) -> list[Face]:
     Source: TU Graz, by agreement; the .mat: Zhu et al., Unconstrained Face Alignment (CCL), CVPR 2016.
     """
     path, images = _below(read_aflw, root, "AFLWinfo_release.mat"), _below(read_aflw, root, "flickr")
-    mat = read_mat(path)
-    arrays = [mat.get(key) for key in ("nameList", "ra", "data", "bbox", "mask_new")]
+    arrays = list(map(read_mat(path).get, ("nameList", "ra", "data", "bbox", "mask_new")))
     shapes, count = [np.shape(array) for array in arrays], np.size(arrays[0])
     if np.size(arrays[1]) != count or shapes[2:] != [(count, 38), (count, 4), (count, 19)]:
         raise ValueError(f"{path}: found nameList, ra, data, bbox, mask_new of {shapes}, wanted N, N, "
@@ -668,8 +648,7 @@ def read_youtube(root: str, split: str) -> list[Face]:
         name, *fields = line.split(",")
         points = _numbers(fields, 136, where).reshape(68, 2).astype(np.float32)
         faces.append(Face(os.path.join(images, name), points, identity=name.rpartition("_")[0]))
-    people = {face.identity for face in faces}
-    people = sorted(people, key=lambda name: hashlib.sha256(name.encode()).digest())
+    people = sorted({f.identity for f in faces}, key=lambda name: hashlib.sha256(name.encode()).digest())
     test = set(people[:round(len(people) / 6)])
     faces = [face for face in faces if (face.identity in test) == (split == "test")]
     return _counted(read_youtube, root, split, faces)
@@ -739,23 +718,18 @@ def face_boxes(faces: list[Face], kind: str) -> np.ndarray:
     """Boxes to crop, (M, 4) float64 x0 y0 x1 y1 px: of the true "landmarks", or the set's own "face" box."""
     if kind not in ("landmarks", "face"):
         raise ValueError(f"--box {kind}: expected 'landmarks' or 'face'")
-    if kind == "landmarks":
-        boxes = [np.concatenate([face.points.min(0), face.points.max(0)]) for face in faces]
-    else:
-        boxes = [face.box or (0, 0, 0, 0) for face in faces]
-    boxes = np.array(boxes, np.float64)
+    boxes = np.array([np.concatenate([face.points.min(0), face.points.max(0)]) if kind == "landmarks" else
+                      face.box or (0, 0, 0, 0) for face in faces], np.float64)
     for i in np.flatnonzero(~((boxes[:, 2:] - boxes[:, :2]).max(1) > 0))[:1]:
         image = faces[i].image if isinstance(faces[i].image, (str, os.PathLike)) else f"face {i}"
-        raise ValueError(f"{image}: --box {kind} finds no box there, or one without extent; take another --box, "
-                         "or correct or leave out that face")
+        raise ValueError(f"{image}: --box {kind} finds no box there, or one without extent; take another "
+                         "--box, or correct or leave out that face")
     return boxes
 
 
 def square_frames(boxes: np.ndarray, size: int, margin: float) -> np.ndarray:
     """Maps image px -> px of a size x size crop: the square about each box, `margin` times its longer side.
-
-    Args: boxes (M, 4) x0 y0 x1 y1 px.   Returns: (M, 2, 3) float64.   Raises: ValueError for an empty box.
-    """
+    Args: boxes (M, 4) x0 y0 x1 y1 px.   Returns: (M, 2, 3) float64.   Raises: ValueError for an empty box."""
     centre, side = (boxes[:, :2] + boxes[:, 2:]) / 2, margin * (boxes[:, 2:] - boxes[:, :2]).max(1)
     flat = np.flatnonzero(~(side > 0))
     if flat.size:
@@ -776,12 +750,10 @@ class Regions:
     Indexing gives RGB uint8 (n, n, 3); `.matrix` (M, 2, 3) maps image px to region px, `.side` (M,) is n.
     """
 
-    def __init__(self, faces: list[Face], frames: np.ndarray, size: int, reach: float = 1.0,
-                 zoom: float = 1.0):
-        corners = np.array([[-1, -1], [1, -1], [-1, 1], [1, 1]]) * reach * size / 2 + (size - 1) / 2
+    def __init__(self, faces: list[Face], frames: np.ndarray, size: int, reach=1.0, zoom=1.0):
         frames = torch.as_tensor(frames, dtype=torch.float64)
-        around = warp.apply_affine(warp.invert(frames),
-                                   torch.from_numpy(corners).expand(len(frames), 4, 2)).numpy()
+        corners = frames.new_tensor([[-1, -1], [1, -1], [-1, 1], [1, 1]]) * reach * size / 2 + (size - 1) / 2
+        around = warp.apply_affine(warp.invert(frames), corners.expand(len(frames), 4, 2)).numpy()
         low, high = around.min(1), around.max(1)
         self.images = [face.image for face in faces]
         self.first = np.floor(low).astype(np.int64) - 1  # (M, 2) image px of the region's top left pixel
@@ -813,10 +785,8 @@ class Regions:
 
     def keep(self, cache: str, verbose: bool = True) -> None:
         """Decodes every region once: into one file of the folder `cache`, or into memory if it is "device".
-
         The file's name is a digest of what it holds: other images, boxes or sizes make another file.
-        Raises: OSError when disk or memory has less room than that takes, before anything is written.
-        """
+        Raises: OSError when disk or memory has less room than that takes, before anything is written."""
         total = int(self.start[-1])
         if cache == "device":
             room, path = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "memory"
@@ -829,8 +799,9 @@ class Regions:
             if os.path.exists(path):
                 self.store = np.memmap(path, np.uint8, "r", shape=(total,))
                 return
-            for part in glob.glob(glob.escape(path) + ".*.part"):  # of a run that was killed
-                os.remove(part)
+            for part in glob.glob(glob.escape(path) + ".*.part"):
+                if time.time() - os.path.getmtime(part) > 3600:  # of a run that was killed
+                    os.remove(part)
             room = shutil.disk_usage(cache).free
         if verbose:
             print(f"cache: {len(self)} faces, {total / 1e6:,.0f} MB, to {path} of {room / 1e6:,.0f} MB")
@@ -850,9 +821,7 @@ class Regions:
             store[self.start[i]:self.start[i + 1]] = self[i].reshape(-1)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter's lock
-            for _ in tqdm(pool.map(one, range(len(self))), "cache", len(self), disable=not verbose,
-                          leave=False):
-                pass
+            list(tqdm(pool.map(one, range(len(self))), "cache", len(self), disable=not verbose, leave=False))
         return store
 
 
@@ -907,8 +876,7 @@ class CropDataset(torch.utils.data.Dataset):
         moved = torch.eye(2, 3, dtype=torch.float64).repeat(len(keys), 1, 1)
         batch, mirror = {"index": index}, torch.zeros(len(keys), dtype=torch.bool)
         if self.augment is not None:
-            drawn = [self.augment(np.random.default_rng((self.seed, epoch, i)), self.size)
-                     for epoch, i in keys]
+            drawn = [self.augment(np.random.default_rng((self.seed, *key)), self.size) for key in keys]
             moved = torch.from_numpy(np.stack([matrix for matrix, _, _ in drawn]))
             if self.flip is not None:
                 mirror = torch.tensor([m for _, m, _ in drawn])
@@ -936,15 +904,12 @@ class CropDataset(torch.utils.data.Dataset):
 
 class EpochBatches:
     """Batches of (epoch, index): a permutation for each (seed, epoch), each batch cut evenly over the ranks.
-
     `batch` is over all ranks; an incomplete last batch is dropped, a set below one batch repeated to fill it.
-    Raises: ValueError when the batch does not divide by the number of processes.
-    """
+    Raises: ValueError when the batch does not divide by the number of processes."""
 
     def __init__(self, count: int, batch: int, seed: int = 0, rank: int = 0, world: int = 1):
         if batch < 1 or batch % world:
-            raise ValueError(f"--batch-size {batch} does not divide over {world} processes; "
-                             f"take a multiple of {world}")
+            raise ValueError(f"--batch-size {batch} does not divide over {world} processes; take a multiple")
         self.count, self.batch, self.seed = count, batch, seed
         self.rank, self.world, self.epoch = rank, world, 0
 
@@ -960,17 +925,15 @@ class EpochBatches:
 
 class DeviceLoader:
     """Batches of a CropDataset whose regions lie on the device: the warp runs there, and nothing is decoded.
-
-    As a DataLoader over the same batches, but image is (B, 3, size, size) float32 in 0..255 on the device.
-    """
+    As a DataLoader over the same batches, but image is (B, 3, size, size) float32 in 0..255 on the device."""
 
     def __init__(self, dataset: CropDataset, batches, device):
         self.dataset, self.batches, self.device = dataset, batches, device
         count, side = len(dataset.regions), int(dataset.regions.side.max())  # all as large as the largest
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
         if 3 * count * side**2 > 0.8 * free:
-            raise ValueError(f"--cache device: {count} crops take {3 * count * side**2 / 1e9:,.1f} GB, the GPU has "
-                             f"{free / 1e9:,.1f} GB free; name a folder instead, or take a smaller --size")
+            raise ValueError(f"--cache device: {count} crops take {3 * count * side**2 / 1e9:,.1f} GB, the "
+                             f"GPU has {free / 1e9:,.1f} GB free; name a folder instead, or a smaller --size")
         self.canvas = torch.full((count, 3, side, side), BORDER, dtype=torch.uint8, device=device)
         for i, n in enumerate(dataset.regions.side):
             self.canvas[i, :, :n, :n] = torch.from_numpy(dataset.regions[i].copy()).permute(2, 0, 1)
@@ -980,18 +943,13 @@ class DeviceLoader:
         return len(self.batches)
 
     def __iter__(self):
-        size = (self.dataset.size, self.dataset.size)
         for keys in self.batches:
             batch, matrix = self.dataset.geometry(keys)
             # non_blocking, or each copy would wait for the training step that the GPU is at
             region = self.canvas[batch["index"].to(self.device, non_blocking=True)].float()
             matrix = matrix.float().to(self.device, non_blocking=True)
-            batch["image"] = warp.warp_affine(region, matrix, size, border=BORDER)
+            batch["image"] = warp.warp_affine(region, matrix, (self.dataset.size,) * 2, border=BORDER)
             yield batch
-
-
-def _as_made(batch):
-    return batch
 
 
 def make_loader(dataset: CropDataset, batches, workers: int, device, on_device: bool = False):
@@ -1000,7 +958,7 @@ def make_loader(dataset: CropDataset, batches, workers: int, device, on_device: 
         return DeviceLoader(dataset, batches, device)
     if workers:  # they are the parallelism; and a fork that finds OpenCV's threads running can hang
         cv2.setNumThreads(1)
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_as_made,
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=dict,
                                        persistent_workers=workers > 0, pin_memory=device.type == "cuda")
 
 
@@ -1011,16 +969,12 @@ def in_order(count: int, batch: int) -> list[list[tuple[int, int]]]:
 
 def image_paths(paths: Sequence[str]) -> dict[str, str]:
     """Images of files and folders (with all below them), by name without extension, relative to its folder.
-
-    Raises: FileNotFoundError for a path that holds none; ValueError for two images of one name.
-    """
+    Raises: FileNotFoundError for a path that holds none; ValueError for two images of one name."""
     found = {}
     for root in paths:
-        if os.path.isfile(root):
-            files = [root]
-        else:
-            files = sorted(p for p in glob.glob(os.path.join(glob.escape(root), "**", "*"), recursive=True)
-                           if p.lower().endswith((".jpg", ".jpeg", ".png", ".bmp", ".webp")))
+        files = [root] if os.path.isfile(root) else sorted(
+            path for path in glob.glob(os.path.join(glob.escape(root), "**", "*"), recursive=True)
+            if path.lower().endswith((".jpg", ".jpeg", ".png", ".bmp", ".webp")))
         if not files:
             raise FileNotFoundError(f"{root}: no image, and no folder with images")
         for path in files:

@@ -1,4 +1,5 @@
 """Crops of common/datasets.py: one warp, points that follow, the same pixels from any cache, pure batches."""
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -111,6 +112,18 @@ def test_kept_regions_give_the_same_crops(tmp_path, size):
     assert (side <= plain.regions.extent).all()  # nor than the source
     [file] = tmp_path.iterdir()  # and no half-written one
     assert file.stat().st_size == 3 * (side**2).sum()
+
+
+def test_what_a_killed_run_left_in_the_cache_is_removed(tmp_path):
+    crops().regions.keep(str(tmp_path), verbose=False)
+    [file] = tmp_path.iterdir()
+    file.unlink()
+    old, new = tmp_path / f"{file.name}.1.part", tmp_path / f"{file.name}.2.part"
+    for part in (old, new):
+        part.touch()
+    os.utime(old, (0, 0))
+    crops().regions.keep(str(tmp_path), verbose=False)
+    assert set(tmp_path.iterdir()) == {file, new}  # the new one may be another run's, at work
 
 
 def test_a_second_run_opens_the_cache_and_another_set_does_not(tmp_path, monkeypatch):
