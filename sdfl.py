@@ -50,7 +50,7 @@ Train on WFLW on four GPUs (the paper: NME 4.35 %; not run here, see the README)
 Without any data, on drawn faces, two minutes on two CPU cores:
   python sdfl.py
 Continue, evaluate, use:
-  python sdfl.py --data wflw --data-root WFLW --resume
+  python sdfl.py --data wflw --gpus 4 --cache device --resume
   python sdfl.py --data wflw --data-root WFLW --eval runs/sdfl-wflw/last.pt
   python sdfl.py --predict photo.jpg --weights runs/sdfl-wflw/last.pt
 """
@@ -135,8 +135,9 @@ def parse_args(argv=None):
     add("--init", default="", metavar="CKPT", help="state dict (torchvision, timm, HRNet) for the backbone")
     add("--size", type=int, default=256, help="side of the crop in px, a multiple of 32")
     add("--margin", type=float, default=1.25, help="side of the crop over the longer side of the box")
-    add("--norm", default="auto", choices=["auto", "io", "ip", "box", "face"], help="divisor of the error: "
-        "inter-ocular, inter-pupil, sqrt(w h) of the landmarks' or the set's box; auto: io, else ip or box")
+    add("--norm", default="auto", choices=["auto", "io", "ip", "box", "face", "io-published"], help="divisor "
+        "of the error: inter-ocular, inter-pupil, sqrt(w h) of the landmarks' or the set's box, HELEN's own; "
+        "auto: io, else ip or box")
     add("--threshold", type=float, default=0.10, help="NME above which a face fails; upper end of the AUC")
     add("--eval-every", type=int, default=1, help="epochs between evaluations; the last is always evaluated")
     add("--points", type=int, default=68, help="landmarks of the drawn faces; every other set has its own")
@@ -158,15 +159,44 @@ def parse_args(argv=None):
     # argparse fills in no default where the namespace has a value, so what is not None now was typed.
     typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
     args.given = sorted(key for key, value in vars(typed).items() if value is not None)
-    if args.size < 32 or args.size % 32:
-        parser.error(f"--size {args.size}: expected a multiple of 32, the stride of the backbones")
-    if args.box not in BOXES and not (args.predict and re.fullmatch(r"(-?[\d.]+,){3}[\d.]+", args.box)):
-        parser.error(f"--box {args.box}: expected landmarks or face, with --predict four numbers x0,y0,x1,y1")
-    if args.init and not os.path.isfile(args.init):
-        parser.error(f"--init: no file {args.init}")
-    if args.predict and not args.weights:
-        parser.error("--predict needs --weights CKPT, a checkpoint of this script")
+    check_flags(args, parser.error)
     return args
+
+
+def check_flags(args, error: Callable[[str], None]):
+    """Calls `error` with a message for the first flag whose value cannot be meant."""
+    wanted = [("size", args.size >= 32 and args.size % 32 == 0, "a multiple of 32, the backbones' stride")]
+    wanted += [(name, getattr(args, name) >= least, f"at least {least}") for name, least in [
+        ("epochs", 1), ("batch_size", 1), ("gpus", 1), ("limit", 0), ("seed", 0), ("eval_every", 1), ("k", 0),
+        ("lam", 0), ("pdb", 0), ("drops", 0), ("weight_decay", 0), ("workers", -1)]]
+    wanted += [(name, 0 < getattr(args, name) < math.inf, "more than 0") for name in (
+        "lr", "margin", "threshold", "epsilon")]
+    for name, holds, what in wanted:
+        if not holds:
+            error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {what}")
+    if args.batch_size % args.gpus:
+        error(f"--batch-size {args.batch_size} does not divide over --gpus {args.gpus}")
+    if args.box not in BOXES and (not args.predict or parse_box(args.box) is None):
+        error(f"--box {args.box}: expected landmarks or face, with --predict x0,y0,x1,y1 in pixels, x0 < x1, "
+              f"y0 < y1 (written --box=-5,... where x0 is negative)")
+    for name in ("init", "detector"):
+        if getattr(args, name) and not os.path.isfile(getattr(args, name)):
+            error(f"--{name}: no file {getattr(args, name)}")
+    if bool(args.predict) != bool(args.weights):
+        error("--predict PATH and --weights CKPT belong together: images, and a checkpoint of this script")
+    if args.eval and (args.predict or args.resume):
+        error("--eval goes neither with --predict nor with --resume")
+    if args.detector and not args.predict:
+        error("--detector belongs to --predict")
+
+
+def parse_box(text: str) -> list[float] | None:
+    """The numbers of "x0,y0,x1,y1" if they are a box."""
+    try:
+        x0, y0, x1, y1 = map(float, text.split(","))
+    except ValueError:
+        return None
+    return [x0, y0, x1, y1] if -math.inf < x0 < x1 < math.inf and -math.inf < y0 < y1 < math.inf else None
 
 
 # ---- Backbones: Table I --------------------------------------------------------------------------
@@ -961,11 +991,12 @@ def precision(args, device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=args.amp and device.type == "cuda")
 
 
-def open_run(args, name: str, rank: int) -> Path:
-    """The run's folder: --output, or runs/NAME-DATA with the next free number, or to resume with the highest.
-    Raises: FileExistsError if --output has a run, without --resume; FileNotFoundError for none to resume."""
+def find_run(args, name: str) -> Path | None:
+    """The folder to resume or of --output, None for the default of a new run. Nothing is made yet.
+    Raises: FileExistsError for an --output that holds a run, without --resume; FileNotFoundError for nothing
+        to resume."""
     base = f"{name}-{args.data}"
-    if args.resume and not args.output:
+    if args.resume and not args.output:  # the newest run, not an older one in its place
         found = [re.fullmatch(re.escape(base) + r"(?:-(\d+))?", path.name) for path in Path("runs").glob("*")]
         number = max((int(match[1] or 1) for match in found if match), default=1)
         args.output = str(Path("runs", base if number == 1 else f"{base}-{number}"))
@@ -974,12 +1005,16 @@ def open_run(args, name: str, rank: int) -> Path:
                                 f"folder by --output, or start it anew")
     if args.output and not args.resume and Path(args.output, "last.pt").exists():
         raise FileExistsError(f"--output {args.output} holds a run: continue it by --resume, or name another")
-    if args.output or rank:
-        folder = Path(args.output or Path("runs", base))
+    return Path(args.output) if args.output else None
+
+
+def make_run(args, name: str, folder: Path | None) -> Path:
+    """Makes the folder of a run: `folder`, or runs/NAME-DATA with the next free number."""
+    if folder:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     for number in itertools.count(1):  # mkdir is atomic: two runs that start at once get two folders
-        folder = Path("runs", base if number == 1 else f"{base}-{number}")
+        folder = Path("runs", f"{name}-{args.data}" + (f"-{number}" if number > 1 else ""))
         try:
             folder.mkdir(parents=True)
             return folder
@@ -998,14 +1033,14 @@ def save(path: Path, **state):
 
 
 def read_tensors(path) -> dict:
-    """Reads a file of tensors and plain values to the CPU.   Raises: FileNotFoundError; ValueError."""
+    """Reads a dict of tensors and plain values to the CPU.   Raises: FileNotFoundError; ValueError."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no checkpoint {path}")
+        hint = ", a folder: name the last.pt in it" if os.path.isdir(path) else ""
+        raise FileNotFoundError(f"no checkpoint {path}{hint}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and storage errors all mean the same here
-        what = (str(error) or "it is empty").splitlines()[0]
-        raise ValueError(f"{path} is cut short, or has more than tensors and plain values: {what}") from error
+    except Exception:  # zip, pickle and storage errors all mean the same here
+        raise ValueError(f"{path} is cut short, or holds more than tensors and plain values") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, expected a dict of tensors")
     return state
@@ -1014,8 +1049,8 @@ def read_tensors(path) -> dict:
 def load(path, script: str) -> dict:
     """Reads a checkpoint of `script`, to the CPU.   Raises: FileNotFoundError; ValueError."""
     state = read_tensors(path)
-    if state.get("script") != script:
-        raise ValueError(f"{path} is no checkpoint of {script}.py but of {state.get('script', 'another')}")
+    if state.get("script") != script or not {"model", "args", "epoch"} <= state.keys():
+        raise ValueError(f"{path} is no checkpoint of {script}.py, but of {state.get('script', 'another')}")
     return state
 
 
@@ -1046,12 +1081,37 @@ def cut_log(path: Path, epoch: int):
         os.replace(part, path)
 
 
+def check_losses(losses: torch.Tensor, epoch: int):
+    """Raises FloatingPointError for a loss (steps,) of an epoch that is not finite."""
+    for step in (~losses.isfinite()).nonzero()[:1, 0].tolist():
+        raise FloatingPointError(f"the loss is {losses[step].item()} at epoch {epoch}, step {step + 1}; the "
+                                 f"last checkpoint is whole; a lower --lr is the usual cure")
+
+
+def check_weights(net: nn.Module, epoch: int):
+    """Raises FloatingPointError before a network is saved that holds something not finite."""
+    bad = [name for name, value in net.state_dict().items() if not value.isfinite().all()]
+    if bad:
+        raise FloatingPointError(f"epoch {epoch} left {bad[0]} and {len(bad) - 1} more tensors not finite; "
+                                 "an earlier checkpoint is whole; a lower --lr is the usual cure")
+
+
+def run(main, args):
+    """Calls main(args); what is wrong with flags, files or numbers ends the program by its message alone."""
+    try:
+        main(args)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{Path(sys.argv[0]).name}: stopped; --resume continues after the last whole epoch")
+
+
 # ---- Loaders and checkpoints ---------------------------------------------------------------------
 
 # Flags of the machine or the command, not of the run whose checkpoint is opened; --eval also chooses DATA.
-MACHINE = {"data_root", "output", "gpus", "device", "workers", "amp", "compile", "resume", "eval", "predict",
+MACHINE = {"output", "gpus", "device", "workers", "compile", "resume", "eval", "predict",
            "weights", "cache", "init", "given", "detector"}
-DATA = {"data", "limit", "norm", "threshold", "batch_size", "flip_test", "occluder_test"}
+DATA = {"data", "data_root", "amp", "limit", "norm", "threshold", "batch_size", "flip_test", "occluder_test"}
 
 
 def make_loader(args, data, batches, device: torch.device, everywhere: bool = False):
@@ -1078,6 +1138,8 @@ def init_backbone(backbone: nn.Module, path: str) -> str:
     Raises: FileNotFoundError; ValueError when nothing matches, or a shared name has another shape."""
     state = read_tensors(path)
     state = state.get("state_dict", state.get("model", state))
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"--init {path}: expected a dict of tensors, alone or under 'state_dict' or 'model'")
     state = {re.sub(r"^(module\.|backbone\.)+", "", name): value for name, value in state.items()}
     own = backbone.state_dict()
     shared = {name: state[name] for name in own if name in state}
@@ -1109,9 +1171,11 @@ def open_checkpoint(args, path: str, free: set[str]) -> tuple[SDFL, dict]:
 
 def evaluate_checkpoint(args) -> dict:
     """--eval: the numbers of a checkpoint on the test set of --data; with --output, the pictures too.
-    The crop is the one that the network was trained with, unless --box or --margin are given."""
-    net, _ = open_checkpoint(args, args.eval, DATA | ({"box", "margin"} & set(args.given)))
-    folder = open_run(args, "sdfl", 0) if args.output else None
+    Data and crop are those that the network was trained with, unless --data, --box or --margin are given."""
+    given = set(args.given)
+    free = (DATA if "data" in given else DATA & given) | ({"box", "margin"} & given)
+    net, _ = open_checkpoint(args, args.eval, free)
+    folder = find_run(args, "sdfl")
     data = make_dataset(args, read_faces(args, "test"), augmented=False)
     if data.points.shape[1] != len(net.mask):
         raise ValueError(f"--eval {args.eval}: the model has {len(net.mask)} landmarks, the faces of --data "
@@ -1121,7 +1185,7 @@ def evaluate_checkpoint(args) -> dict:
     scores, errors, points = evaluate(net, loader, args, args.occluder_test)
     print_table(scores, args, len(net.mask))
     if folder:
-        write_pictures(folder, net, data, errors, points, args.threshold)
+        write_pictures(make_run(args, "sdfl", folder), net, data, errors, points, args.threshold)
     return scores
 
 
@@ -1135,7 +1199,10 @@ def find_boxes(args, image: np.ndarray, detector) -> np.ndarray:
         return np.concatenate([found[:, :2], found[:, :2] + found[:, 2:]], 1)
     if args.box in BOXES:
         return np.array([[0, 0, width - 1, height - 1]], np.float64)
-    return np.array([list(map(float, args.box.split(",")))])
+    box = parse_box(args.box)
+    if box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0:
+        raise ValueError(f"--box {args.box} lies outside an image of {width} x {height}")
+    return np.array([box])
 
 
 def find_points(net: SDFL, image: np.ndarray, box: np.ndarray, margins: list, args) -> np.ndarray | None:
@@ -1157,18 +1224,20 @@ def predict(args) -> dict:
 
     A network that was trained on crops about landmarks looks at a face twice: in the box that is given (by
     --detector, by --box, or the whole image), then in the box of its first answer. A further face of an image
-    is NAME.1.pts and so on. Pixels are taken as they are stored: turn a photo that has an orientation tag.
-    Raises: FileNotFoundError for a path without images; ValueError for two images of one name.
-    """
-    free = {"data", "box", "flip_test", "batch_size", "limit"} | ({"margin"} & set(args.given))
+    is NAME.face2.pts and so on. Pixels are taken as stored: turn a photo that has an orientation tag.
+    Raises: FileNotFoundError for a path without images; ValueError for two images of one name, or one that
+        cannot be read; FileExistsError where a result would be written over a file."""
+    free = DATA | {"box"} | ({"margin"} & set(args.given))
     net, trained = open_checkpoint(args, args.weights, free)
-    detector, found = None, datasets.image_paths(args.predict)  # {name: path}
-    if args.detector:
-        if not os.path.isfile(args.detector):
-            raise FileNotFoundError(f"--detector: no file {args.detector}; it takes a YuNet .onnx model")
-        detector = cv2.FaceDetectorYN.create(args.detector, "", (320, 320))
-    args.data, args.resume = "predict", False
-    folder, faceless = open_run(args, "sdfl", 0), []
+    detector = cv2.FaceDetectorYN.create(args.detector, "", (320, 320)) if args.detector else None
+    found = datasets.image_paths(args.predict)  # {name: path}
+    datasets.check_images([datasets.Face(path) for path in found.values()])
+    args.data = "predict"
+    folder, faceless = find_run(args, "sdfl"), []
+    for target in (folder / f"{name}{end}" for name in found for end in (".pts", ".png")) if folder else ():
+        if target.exists():
+            raise FileExistsError(f"--output {folder}: {target} exists already; name another folder")
+    folder = make_run(args, "sdfl", folder)
     margins = [args.margin] * (2 if trained["box"] == "landmarks" else 1)
     if not detector and args.box in BOXES:
         margins[0] = 1.0  # the whole image has its margin in it
@@ -1179,9 +1248,9 @@ def predict(args) -> dict:
         for box in find_boxes(args, image, detector):
             points = find_points(net, image, box, margins, args)
             if points is not None:
-                datasets.write_pts(folder / f"{name}{f'.{count}' if count else ''}.pts", points)
-                draw_points(picture, points, (60, 220, 60), max(1.0, float(np.ptp(points, 0).max()) / 120))
                 count += 1
+                datasets.write_pts(folder / f"{name}{f'.face{count}' if count > 1 else ''}.pts", points)
+                draw_points(picture, points, (60, 220, 60), max(1.0, float(np.ptp(points, 0).max()) / 120))
         write_image(folder / f"{name}.png", picture)
         faceless += [] if count else [path]
     print(f"{len(found) - len(faceless)} images with landmarks in {folder}" +
@@ -1196,11 +1265,10 @@ def learning_rate(step: int, steps: int, base: float, drops: int = 4) -> float:
     return base * 0.2 ** ((drops + 1) * step // steps)
 
 
-def check_finite(losses: torch.Tensor, epoch: int):
-    """Raises FloatingPointError, which leaves the last checkpoint as it is, for a loss that is not finite."""
-    for step in (~losses.isfinite()).nonzero()[:1, 0].tolist():
-        raise FloatingPointError(f"the loss is {losses[step].item()} at epoch {epoch + 1}, step {step + 1}; "
-                                 f"the last checkpoint is whole; a lower --lr is the usual cure")
+def summary(row: dict) -> str:
+    """A log's row as a line to read, without the subsets."""
+    return ", ".join(f"{key} {100 * value:.2f} %" if key in ("nme", "fr") else f"{key} {value:.4g}"
+                     for key, value in row.items() if key.isidentifier() and key != "auc20")
 
 
 def load_sets(args, rank: int) -> tuple[datasets.CropDataset, datasets.CropDataset]:
@@ -1222,6 +1290,10 @@ def make_model(args, train_set, state: dict | None, device: torch.device, rank: 
     """The network and its optimizer: new, the same on every rank, or as a checkpoint's `state` has them."""
     seed_all(args.seed)
     landmarks = train_set.crop_points()
+    faces = [len(train_set), landmarks.shape[1]]
+    if state and state["faces"] != faces:
+        raise ValueError(f"--resume: {faces[0]} training faces of {faces[1]} landmarks, the run was started "
+                         f"on {state['faces'][0]} of {state['faces'][1]}; see --data-root")
     net = build(args, state["model"]["mask"] if state else neighbour_mask(landmarks, args.k), device)
     net.mean_face.copy_(landmarks.mean(0) * (256 / args.size))
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
@@ -1243,10 +1315,10 @@ def train(args) -> dict:
         return evaluate_checkpoint(args) if args.eval else predict(args)
     # Set-up
     rank, world, device = setup(args)
-    folder = open_run(args, "sdfl", rank)
+    folder = find_run(args, "sdfl")
     state = load(folder / "last.pt", "sdfl") if args.resume else None
     if state:
-        restore_args(args, state["args"], MACHINE)
+        restore_args(args, state["args"], MACHINE | ({"data_root"} & set(args.given)))
     # Data, network, loss
     train_set, test_set = load_sets(args, rank)
     net, optimizer = make_model(args, train_set, state, device, rank)
@@ -1257,11 +1329,15 @@ def train(args) -> dict:
     batches = datasets.EpochBatches(len(train_set), args.batch_size, args.seed, rank, world)
     loader = make_loader(args, train_set, batches, device, everywhere=True)
     steps, scale, scores, began = len(batches), 256 / args.size, {}, time.time()
-    start, state = (state["epoch"] if state else 0), None
+    start = state["epoch"] if state else 0
     if rank == 0:  # only the first process evaluates and writes
-        print(f"run: {folder}, processes: {world}, epoch {start + 1} to {args.epochs}", flush=True)
+        folder = make_run(args, "sdfl", folder)
+        print(f"run: {folder}, processes: {world}, epochs done: {start} of {args.epochs}", flush=True)
+        if state and state["world"] != world:
+            print(f"the run had {state['world']} processes: batch norms now see other shares, numbers change")
         cut_log(folder / "log.jsonl", start)
         test_loader = make_loader(args, test_set, datasets.in_order(len(test_set), 64), device)
+    del state
     bar = tqdm(total=args.epochs * steps, initial=start * steps, disable=rank > 0,
                mininterval=1 if sys.stderr.isatty() else 30)
     for epoch in range(start, args.epochs):
@@ -1281,12 +1357,13 @@ def train(args) -> dict:
             optimizer.step()
             losses[step] = loss.detach()
             if step % 20 == 0:  # the only reading of the loss: it waits for the GPU
-                check_finite(losses, epoch)
+                check_losses(losses, epoch + 1)
                 bar.set_postfix(epoch=epoch + 1, loss=f"{losses[step].item():.3f}", refresh=False)
             bar.update()
         if world > 1:
             dist.all_reduce(losses, dist.ReduceOp.SUM)
-        check_finite(losses, epoch)
+        check_losses(losses, epoch + 1)
+        check_weights(net, epoch + 1)
         # Evaluation, log and checkpoint
         if rank == 0:
             row = dict(epoch=epoch + 1, loss=float(losses.mean()) / world, lr=optimizer.param_groups[0]["lr"],
@@ -1298,10 +1375,10 @@ def train(args) -> dict:
                 scores, errors, points = evaluate(net, test_loader, args, last and args.occluder_test)
                 row |= scores
             row["minutes"] = (time.time() - began) / 60
-            bar.write(", ".join(f"{key} {value:.4g}" for key, value in row.items() if key.isidentifier()))
+            bar.write(summary(row))
             write_log(folder / "log.jsonl", **row)
             save(folder / "last.pt", script="sdfl", model=net.state_dict(), optimizer=optimizer.state_dict(),
-                 epoch=epoch + 1, args=vars(args))
+                 epoch=epoch + 1, args=vars(args), world=world, faces=[len(train_set), len(net.mask)])
     bar.close()
     # Table and pictures
     if rank == 0:
@@ -1316,4 +1393,4 @@ def train(args) -> dict:
 
 
 if __name__ == "__main__":
-    train(parse_args())
+    run(train, parse_args())

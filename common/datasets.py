@@ -62,12 +62,24 @@ def load_image(image: str | np.ndarray | Callable[[], np.ndarray]) -> np.ndarray
     return np.ascontiguousarray(pixels) if pixels.ndim == 3 else np.stack([pixels] * 3, -1)
 
 
+def _cut_short(path) -> bool:
+    """Whether a JPEG or PNG lacks its end."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+        file.seek(max(os.path.getsize(path) - 4096, 0))
+        end = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(start[:2], b"")
+        return end not in file.read()
+
+
 def check_images(faces: Sequence[Face]) -> None:
     """Before a long run: every path exists and begins like an image that cv2 can decode.
     Raises: FileNotFoundError (ValueError if none is missing) that names the first bad file and counts all."""
     paths = dict.fromkeys(face.image for face in faces if isinstance(face.image, (str, os.PathLike)))
     missing = {path for path in paths if not os.path.isfile(path)}
     bad = [path for path in paths if path in missing or not cv2.haveImageReader(os.fspath(path))]
+    if not bad and (cut := [path for path in paths if _cut_short(path)]):
+        warnings.warn(f"{cut[0]} and {len(cut) - 1} other images seem cut short: the rest of them is grey or "
+                      "fails to decode", stacklevel=2)
     if bad:
         raise (FileNotFoundError if missing else ValueError)(
             f"{bad[0]} {'does not exist' if bad[0] in missing else 'is no image that cv2 can decode'}; "
@@ -393,7 +405,9 @@ def _h5(path: str):
 def _missing(reader: Callable, root: str, what: str) -> FileNotFoundError:
     """The message of a set that is not there: what was looked for, then the reader's account of its files."""
     account = reader.__doc__[reader.__doc__.index("Tree:"):].rstrip().replace("\n    ", "\n")
-    return FileNotFoundError(f"{reader.__name__}: {what}\nWanted below {root} (see --data-root):\n{account}\n"
+    there = sorted(os.listdir(root))[:6] if os.path.isdir(root) else []
+    return FileNotFoundError(f"{reader.__name__}: {what}\nWanted below --data-root {root or '(not given)'}, "
+                             f"which has {', '.join(there) or 'nothing'}:\n{account}\n"
                              "Its licence is yours to accept. --data faces needs no download.")
 
 
@@ -424,7 +438,7 @@ def _beside(folder: str) -> list[tuple[str, str]]:
     pairs: dict[str, list[str]] = {}
     for name in sorted(os.listdir(folder)):
         stem, suffix = os.path.splitext(name)
-        if suffix.lower() in (".jpg", ".jpeg", ".png", ".pts"):
+        if suffix.lower() in (".jpg", ".jpeg", ".png", ".pts") and not name.startswith("."):  # ._x: macOS
             pairs.setdefault(stem, ["", ""])[suffix.lower() == ".pts"] = os.path.join(folder, name)
     return [(image, pts) for image, pts in pairs.values()]
 
@@ -720,10 +734,11 @@ def face_boxes(faces: list[Face], kind: str) -> np.ndarray:
         raise ValueError(f"--box {kind}: expected 'landmarks' or 'face'")
     boxes = np.array([np.concatenate([face.points.min(0), face.points.max(0)]) if kind == "landmarks" else
                       face.box or (0, 0, 0, 0) for face in faces], np.float64)
-    for i in np.flatnonzero(~((boxes[:, 2:] - boxes[:, :2]).max(1) > 0))[:1]:
+    extent = (boxes[:, 2:] - boxes[:, :2]).max(1)
+    for i in np.flatnonzero(~((extent > 0) & (extent < 20_000)))[:1]:  # a wild point makes a wild crop
         image = faces[i].image if isinstance(faces[i].image, (str, os.PathLike)) else f"face {i}"
-        raise ValueError(f"{image}: --box {kind} finds no box there, or one without extent; take another "
-                         "--box, or correct or leave out that face")
+        raise ValueError(f"{image}: --box {kind} finds a box of {extent[i]:g} px there, wanted 1 to 20,000; "
+                         "correct or leave out that face")
     return boxes
 
 
@@ -797,6 +812,8 @@ class Regions:
                 digest.update(array.tobytes())
             path = os.path.join(cache, digest.hexdigest()[:20] + ".crops")
             if os.path.exists(path):
+                if os.path.getsize(path) != total:
+                    raise ValueError(f"--cache: {path} has not {total} bytes, as it should: delete it")
                 self.store = np.memmap(path, np.uint8, "r", shape=(total,))
                 return
             for part in glob.glob(glob.escape(path) + ".*.part"):

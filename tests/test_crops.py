@@ -55,9 +55,9 @@ def test_face_boxes():
     face = dotted_face()
     np.testing.assert_allclose(datasets.face_boxes([face], "landmarks")[0],
                                [*face.points.min(0), *face.points.max(0)], rtol=1e-6)
-    with pytest.raises(ValueError, match="face 0: --box face finds no box there"):
+    with pytest.raises(ValueError, match="face 0: --box face finds a box of 0 px there"):
         datasets.face_boxes([face], "face")
-    with pytest.raises(ValueError, match="a.jpg: --box landmarks finds no box there, or one without extent"):
+    with pytest.raises(ValueError, match="a.jpg: --box landmarks finds a box of 0 px there, wanted 1 to"):
         datasets.face_boxes([face, datasets.Face("a.jpg", np.ones((5, 2), np.float32))], "landmarks")
     face.box = (1, 2, 3, 4)
     assert datasets.face_boxes([face], "face").tolist() == [[1, 2, 3, 4]]
@@ -124,6 +124,14 @@ def test_what_a_killed_run_left_in_the_cache_is_removed(tmp_path):
     os.utime(old, (0, 0))
     crops().regions.keep(str(tmp_path), verbose=False)
     assert set(tmp_path.iterdir()) == {file, new}  # the new one may be another run's, at work
+
+
+def test_a_cache_of_the_wrong_length_is_named(tmp_path):
+    crops().regions.keep(str(tmp_path), verbose=False)
+    [file] = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{file.name} has not .* bytes, as it should: delete it"):
+        crops().regions.keep(str(tmp_path), verbose=False)
 
 
 def test_a_second_run_opens_the_cache_and_another_set_does_not(tmp_path, monkeypatch):

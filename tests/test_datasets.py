@@ -594,7 +594,7 @@ def test_lapa_and_jd_landmark(tmp_path):
     put_text(jd / "Train" / "landmark" / "AFW 2.jpg.txt", "106\n" + "1 2\n" * 107)
     with pytest.raises(ValueError, match="AFW 2.jpg.txt: found 107 points, wanted 106"):
         datasets.read_jd106(str(jd), "train")
-    with pytest.raises(FileNotFoundError, match="Wanted below .*/jd .*\nTree"):
+    with pytest.raises(FileNotFoundError, match="Wanted below .*/jd, which has Test_data1, Train:\nTree"):
         read("jd106", str(jd), "val")
 
 

@@ -571,22 +571,39 @@ def test_predict_writes_points_and_pictures(finished, tmp_path):
         assert cv2.imread(str(tmp_path / "out" / f"{name}.png")).shape == (128, 128, 3)
 
 
+def test_predict_writes_over_nothing_and_reads_before_it_starts(finished, tmp_path):
+    folder, _ = finished
+    (tmp_path / "own").mkdir()
+    cv2.imwrite(str(tmp_path / "own/a.png"), np.zeros((20, 30, 3), np.uint8))
+    flags = ["--weights", str(folder / "last.pt"), "--device", "cpu", "--output"]
+    with pytest.raises(FileExistsError, match="a.png exists already; name another folder"):
+        sdfl.train(sdfl.parse_args(["--predict", str(tmp_path / "own"), *flags, str(tmp_path / "own")]))
+    with pytest.raises(ValueError, match="--box 100,100,200,200 lies outside an image of 30 x 20"):
+        sdfl.train(sdfl.parse_args(["--predict", str(tmp_path / "own"), *flags, str(tmp_path / "x"), "--box",
+                                    "100,100,200,200"]))
+    (tmp_path / "own/b.jpg").write_text("no image")
+    with pytest.raises(ValueError, match="b.jpg is no image that cv2 can decode; of 2 images"):
+        sdfl.train(sdfl.parse_args(["--predict", str(tmp_path / "own"), *flags, str(tmp_path / "y")]))
+    assert not (tmp_path / "y").exists()
+
+
 def test_a_run_is_never_written_over(finished, tmp_path, monkeypatch):
     folder, _ = finished
     with pytest.raises(FileExistsError, match="holds a run: continue it by --resume"):
         sdfl.train(sdfl.parse_args([*TINY, "--output", str(folder)]))
     monkeypatch.chdir(tmp_path)
     args = sdfl.parse_args(TINY)
-    assert [sdfl.open_run(args, "sdfl", 0).name for _ in range(3)] == [
+    assert sdfl.find_run(args, "sdfl") is None and not Path("runs").exists()
+    assert [sdfl.make_run(args, "sdfl", None).name for _ in range(3)] == [
         "sdfl-faces", "sdfl-faces-2", "sdfl-faces-3"]
     Path("runs/sdfl-faces-2/last.pt").touch()
     Path("runs/sdfl-faces-of-mine").mkdir()
     args.resume = True  # the newest run, or none: never an older one in its place
     with pytest.raises(FileNotFoundError, match="--resume: no checkpoint runs/sdfl-faces-3/last.pt"):
-        sdfl.open_run(args, "sdfl", 0)
+        sdfl.find_run(args, "sdfl")
     args.output = ""
     Path("runs/sdfl-faces-3/last.pt").touch()
-    assert sdfl.open_run(args, "sdfl", 0).name == "sdfl-faces-3"
+    assert sdfl.find_run(args, "sdfl").name == "sdfl-faces-3"
 
 
 def test_a_checkpoint_cut_short_is_refused_by_name(finished, tmp_path):
@@ -597,7 +614,7 @@ def test_a_checkpoint_cut_short_is_refused_by_name(finished, tmp_path):
             sdfl.load(tmp_path / "cut.pt", "sdfl")
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         sdfl.load(tmp_path / "none.pt", "sdfl")
-    with pytest.raises(ValueError, match="last.pt is no checkpoint of kprpe.py but of sdfl"):
+    with pytest.raises(ValueError, match="last.pt is no checkpoint of kprpe.py, but of sdfl"):
         sdfl.load(finished[0] / "last.pt", "kprpe")
 
 
@@ -626,6 +643,24 @@ def test_the_checkpoint_brings_its_graph():
     other.load_state_dict(one.state_dict())
     image = torch.randn(1, 3, 64, 64)
     assert torch.equal(one(image), other(image))
+
+
+def test_resume_on_other_data_is_refused(finished):
+    folder, _ = finished
+    args = sdfl.parse_args(["--resume", "--output", str(folder), "--device", "cpu"])
+    state = sdfl.load(folder / "last.pt", "sdfl")
+    state["faces"] = [31, 29]
+    sdfl.restore_args(args, state["args"], sdfl.MACHINE)
+    with pytest.raises(ValueError, match="32 training faces of 29 landmarks, the run was started on 31"):
+        sdfl.make_model(args, sdfl.load_sets(args, 1)[0], state, torch.device("cpu"), 1)
+
+
+def test_weights_that_are_not_finite_are_not_saved():
+    net = nn.Linear(2, 2)
+    sdfl.check_weights(net, 1)
+    net.weight.data[0, 0] = math.inf
+    with pytest.raises(FloatingPointError, match="epoch 4 left weight and 0 more tensors not finite"):
+        sdfl.check_weights(net, 4)
 
 
 def test_flags_that_contradict_the_checkpoint_are_named(finished):
@@ -674,17 +709,37 @@ def test_bad_flags_are_named(tmp_path, capsys):
         datasets.EpochBatches(100, 9, 0, 0, 2)
     with pytest.raises(ValueError, match="no normaliser 'io' for 5 points"):
         run("--points", "5", "--norm", "io")
-    with pytest.raises(ValueError, match="--batch-size 0"):
-        run("--batch-size", "0")
-    assert not list((tmp_path / "x").iterdir())  # all before the first step
-    choices = "expected landmarks or face, with --predict four numbers"
-    for flags, message in [(["--backbone", "alexnet"], "invalid choice"), (["--box", "head"], choices),
-                           (["--device", "tpu"], "invalid choice"), (["--dat", "faces"], "unrecognized"),
-                           (["--size", "100"], "a multiple of 32"), (["--init", "no.pt"], "no file no.pt"),
-                           (["--predict", "a.jpg"], "--weights"), (["--box", "1,2,3,4"], choices)]:
+    assert not (tmp_path / "x").exists()  # all before the first step
+    for flags, message in [
+            ("--backbone alexnet", "invalid choice"), ("--device tpu", "invalid choice"),
+            ("--dat faces", "unrecognized"), ("--gpus 0", "at least 1"), ("--limit -5", "at least 0"),
+            ("--size 100", "expected a multiple of 32"), ("--batch-size 0", "expected at least 1"),
+            ("--threshold 0", "expected more than 0"), ("--lr nan", "expected more than 0"),
+            ("--gpus 2 --batch-size 7", "--batch-size 7 does not divide over --gpus 2"),
+            ("--init no.pt", "--init: no file no.pt"), ("--predict a.jpg", "belong together"),
+            ("--weights a.pt", "belong together"), ("--detector a.onnx", "no file a.onnx"),
+            ("--eval a.pt --resume", "--eval goes neither"), ("--box head", "expected landmarks or face"),
+            ("--box 1,2,3,4", "with --predict x0,y0,x1,y1")]:
         with pytest.raises(SystemExit):
-            sdfl.parse_args(flags)
+            sdfl.parse_args(flags.split())
         assert message in capsys.readouterr().err
+    for box in ("1,2,3", "1,2,x,4", "5,5,5,9", "0,0,inf,4"):
+        assert sdfl.parse_box(box) is None
+    assert sdfl.parse_box("-1e1,2,30,40.5") == [-10, 2, 30, 40.5]
+
+
+def test_a_user_sees_the_message_alone(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sdfl.py"])
+
+    def fails(args):
+        raise args
+
+    with pytest.raises(SystemExit, match="sdfl.py: no such thing"):
+        sdfl.run(fails, ValueError("no such thing"))
+    with pytest.raises(SystemExit, match="stopped; --resume continues"):
+        sdfl.run(fails, KeyboardInterrupt())
+    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
+        sdfl.run(fails, ZeroDivisionError())
 
 
 def start(flags, folder):
