@@ -1367,9 +1367,8 @@ def train(args) -> dict:
         # Evaluation, log and checkpoint
         if rank == 0:
             row = dict(epoch=epoch + 1, loss=float(losses.mean()) / world, lr=optimizer.param_groups[0]["lr"],
-                       images_per_second=steps * args.batch_size / (time.time() - epoch_began))
-            if device.type == "cuda":
-                row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+                       images_per_second=steps * args.batch_size / (time.time() - epoch_began),
+                       gpu_gb=torch.cuda.max_memory_allocated() / 1e9)
             last = epoch + 1 == args.epochs
             if last or (epoch + 1) % args.eval_every == 0:
                 scores, errors, points = evaluate(net, test_loader, args, last and args.occluder_test)
