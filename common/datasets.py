@@ -9,8 +9,6 @@ that count from 1 (`.pts`, MATLAB arrays) lose 1 here, once. "left" is image-lef
 outside the image are legal. None is missing: hidden ones stand where the annotators put them, unmarked.
 """
 
-from __future__ import annotations
-
 import functools
 import glob
 import hashlib
@@ -43,6 +41,7 @@ class Face:
     box: tuple[float, float, float, float] | None = None        # x0 y0 x1 y1 px, the set's own face box
     identity: str | None = None                                 # the person
     tags: tuple[str, ...] = ()                                  # subsets of its split, as ("pose", "blur")
+    where: str = ""                                             # file:line of the list that names it
 
 
 def load_image(image: str | np.ndarray | Callable[[], np.ndarray]) -> np.ndarray:
@@ -65,25 +64,25 @@ def load_image(image: str | np.ndarray | Callable[[], np.ndarray]) -> np.ndarray
 def _cut_short(path) -> bool:
     """Whether a JPEG or PNG lacks its end."""
     with open(path, "rb") as file:
-        start = file.read(4)
+        end = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(file.read(2), b"")
         file.seek(max(os.path.getsize(path) - 4096, 0))
-        end = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(start[:2], b"")
         return end not in file.read()
 
 
 def check_images(faces: Sequence[Face]) -> None:
     """Before a long run: every path exists and begins like an image that cv2 can decode.
     Raises: FileNotFoundError (ValueError if none is missing) that names the first bad file and counts all."""
-    paths = dict.fromkeys(face.image for face in faces if isinstance(face.image, (str, os.PathLike)))
+    paths = {face.image: face.where for face in faces if isinstance(face.image, (str, os.PathLike))}
     missing = {path for path in paths if not os.path.isfile(path)}
     bad = [path for path in paths if path in missing or not cv2.haveImageReader(os.fspath(path))]
     if not bad and (cut := [path for path in paths if _cut_short(path)]):
-        warnings.warn(f"{cut[0]} and {len(cut) - 1} other images seem cut short: the rest of them is grey or "
-                      "fails to decode", stacklevel=2)
+        warnings.warn(f"{cut[0]} and {len(cut) - 1} other images seem to be cut short", stacklevel=2)
     if bad:
+        what = "does not exist" if bad[0] in missing else "is no image that cv2 can decode"
+        what += paths[bad[0]] and f" (listed in {paths[bad[0]]})"
         raise (FileNotFoundError if missing else ValueError)(
-            f"{bad[0]} {'does not exist' if bad[0] in missing else 'is no image that cv2 can decode'}; "
-            f"of {len(paths)} images, missing {len(missing)}, undecodable {len(bad) - len(missing)}")
+            f"{bad[0]} {what}; of {len(paths)} images, missing {len(missing)}, "
+            f"undecodable {len(bad) - len(missing)}")
 
 
 # ---- Landmark schemes --------------------------------------------------------------------------------------
@@ -462,7 +461,7 @@ def read_wflw(root: str, split: str) -> list[Face]:
         values = _numbers(fields, 206, where)
         tags = tuple(tag for tag, flag in zip(WFLW_TAGS, values[200:]) if flag)
         faces.append(Face(os.path.join(images, name), values[:196].reshape(98, 2).astype(np.float32),
-                          tuple(values[196:200].tolist()), tags=tags))
+                          tuple(values[196:200].tolist()), tags=tags, where=where))
     return _counted(read_wflw, root, split, faces, train=7500, test=2500)
 
 
@@ -511,7 +510,7 @@ def read_cofw(root: str, split: str) -> list[Face]:
             points = _numbers(points.split(","), 58, where).reshape(29, 2).astype(np.float32)
             place = _numbers(place, 3, where)
             path = os.path.join(root, name if "/" in name else f"{split}/{name}")
-            faces.append(Face(path, points, _square(place[1:], 200 * place[0])))
+            faces.append(Face(path, points, _square(place[1:], 200 * place[0]), where=where))
         return _counted(read_cofw, root, split, faces, train=1345, test=507)
     path = _below(read_cofw, root, f"COFW_{split}_color.mat")
     with _h5(path) as file:
@@ -645,7 +644,7 @@ def read_csv(root: str, split: str) -> list[Face]:
         values = _numbers(fields, len(columns) - 1, where)
         box = _square(values[start - 3:start - 1], values[1] if "box_size" in columns else 200 * values[0])
         points = values[start - 1:].reshape(-1, 2).astype(np.float32)
-        faces.append(Face(os.path.join(images, name), points, box))
+        faces.append(Face(os.path.join(images, name), points, box, where=where))
     return _counted(read_csv, root, split, faces)
 
 
@@ -661,7 +660,8 @@ def read_youtube(root: str, split: str) -> list[Face]:
     for where, line in _lines(table)[1:]:
         name, *fields = line.split(",")
         points = _numbers(fields, 136, where).reshape(68, 2).astype(np.float32)
-        faces.append(Face(os.path.join(images, name), points, identity=name.rpartition("_")[0]))
+        image, person = os.path.join(images, name), name.rpartition("_")[0]
+        faces.append(Face(image, points, identity=person, where=where))
     people = sorted({f.identity for f in faces}, key=lambda name: hashlib.sha256(name.encode()).digest())
     test = set(people[:round(len(people) / 6)])
     faces = [face for face in faces if (face.identity in test) == (split == "test")]
@@ -956,9 +956,6 @@ class DeviceLoader:
             self.canvas[i, :, :n, :n] = torch.from_numpy(dataset.regions[i].copy()).permute(2, 0, 1)
         dataset.regions.store = None  # the host's copy
 
-    def __len__(self):
-        return len(self.batches)
-
     def __iter__(self):
         for keys in self.batches:
             batch, matrix = self.dataset.geometry(keys)
@@ -998,7 +995,6 @@ def image_paths(paths: Sequence[str]) -> dict[str, str]:
             name = os.path.splitext(os.path.relpath(path, root if os.path.isdir(root) else
                                                     os.path.dirname(root) or "."))[0]
             if name in found:
-                raise ValueError(f"{found[name]} and {path} would both be written as {name}; "
-                                 f"give them one at a time")
+                raise ValueError(f"{found[name]} and {path} would both be written as {name}: give one only")
             found[name] = path
     return found

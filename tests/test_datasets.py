@@ -94,6 +94,20 @@ def test_check_images_names_the_first_and_counts_all(tmp_path):
         datasets.check_images([good, bad, gone])
     with pytest.raises(FileNotFoundError, match="gone.png does not exist; of 2 images, missing 1, undecod"):
         datasets.check_images([gone, bad, gone])
+    listed = Face(gone.image, where="list.txt:7")
+    with pytest.raises(FileNotFoundError, match=r"gone.png does not exist \(listed in list.txt:7\); of 2"):
+        datasets.check_images([good, listed])
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+def test_check_images_warns_of_files_that_are_cut_short(tmp_path, name, recwarn):
+    path = tmp_path / name
+    put_image(path)
+    datasets.check_images([Face(str(path))])
+    assert not recwarn
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.warns(UserWarning, match=f"{name} and 0 other images seem to be cut short"):
+        datasets.check_images([Face(str(path))])
 
 
 # ---- Schemes -----------------------------------------------------------------------------------------------
