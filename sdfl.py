@@ -796,8 +796,8 @@ def read_faces(args, split: str) -> list:
     """The faces of args.data: drawn ones, or those of a set on disk whose files have been looked at."""
     if args.data == "faces":
         count = args.limit or DRAWN["train"]
-        return synthetic.read_faces(split, count if split == "train" else min(count, DRAWN["test"]),
-                                    size=args.size, points=args.points, seed=args.seed)
+        count = count if split == "train" else min(count, DRAWN["test"])
+        return synthetic.read_faces(split, count, args.size, args.points)  # the same set whatever --seed is
     faces = datasets.read(args.data, args.data_root, split)[:args.limit or None]
     datasets.check_images(faces)
     return faces

@@ -99,14 +99,15 @@ def anme(points, d):
 
 
 # Colours of Okabe and Ito, RGB, that the colour-blind can tell apart.
-CURVE_COLOURS = (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0)
+CURVE_COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0),
+                 (40, 40, 40), (140, 80, 30))
 
 
 def ced_plot(errors, threshold=0.1):
     """Cumulative error distributions {name: NME (B,)}: share of images (y) with at most the NME (x), up to
-    `threshold`; the legend adds AUC and failure rate. Returns (600, 900, 3) uint8 RGB."""
+    `threshold`; the legend adds AUC and failure rate. Returns (600, 1200, 3) uint8 RGB."""
     left, top, width, height = 70, 50, 800, 480
-    image, grey, font = np.full((600, 900, 3), 255, np.uint8), (222,) * 3, (cv2.FONT_HERSHEY_SIMPLEX, 0.5)
+    image, grey, font = np.full((600, 1200, 3), 255, np.uint8), (222,) * 3, (cv2.FONT_HERSHEY_SIMPLEX, 0.5)
 
     def text(string, x, y, anchor=0.0):                              # anchor: the share of the text left of x
         x = round(x - anchor * cv2.getTextSize(string, *font, 1)[0][0])
@@ -123,17 +124,14 @@ def ced_plot(errors, threshold=0.1):
 
     legend, steps = [], torch.arange(width + 1).double()
     for i, (name, error) in enumerate(errors.items()):
-        rates = f"AUC {auc(error, threshold):.1%}   FR {failure_rate(error, threshold):.1%}"
+        rates = f"AUC {auc(error, threshold):.3f}   FR {failure_rate(error, threshold):.1%}"
         legend.append((f"{name}   {rates}", CURVE_COLOURS[i % len(CURVE_COLOURS)]))
         ordered = _errors(error, threshold).double().cpu().nan_to_num(torch.inf, torch.inf).sort().values
         share = torch.searchsorted(ordered, steps * threshold / width, right=True) / len(ordered)
         curve = torch.stack([left + steps, top + height * (1 - share)], dim=1) * 16                 # 1/16 px
         cv2.polylines(image, [curve.round().int().numpy()], False, legend[i][1], 2, cv2.LINE_AA, shift=4)
 
-    x = left + width - 60 - max(cv2.getTextSize(line, *font, 1)[0][0] for line, _ in legend)
-    y = top + height - 10 - 24 * len(legend)                        # lower right: curves seldom run there
-    for colour, thickness in ((255, 255, 255), cv2.FILLED), (grey, 1):
-        cv2.rectangle(image, (x - 10, y - 10), (left + width - 8, top + height - 8), colour, thickness)
+    x, y = left + width + 22, top                                   # beside the axes, where no curve runs
     for i, (line, colour) in enumerate(legend):
         cv2.line(image, (x, y + 24 * i + 8), (x + 28, y + 24 * i + 8), colour, 3)
         text(line, x + 40, y + 24 * i + 13)

@@ -515,15 +515,17 @@ def test_map_refuses_queries_without_mates_nan_and_unequal_lengths():
 
 def test_ced_plot_draws_each_curve_where_it_belongs():
     image = metrics.ced_plot({"half": torch.full((7,), 0.05), "quarter": torch.tensor([0.02, 1.0, 1.0, NAN])})
-    assert image.shape == (600, 900, 3) and image.dtype == np.uint8
-    first, second = (np.all(image == colour, axis=2) for colour in metrics.CURVE_COLOURS[:2])
+    assert image.shape == (600, 1200, 3) and image.dtype == np.uint8
+    axes = image[:, :880]  # the legend is beside them
+    first, second = (np.all(axes == colour, axis=2) for colour in metrics.CURVE_COLOURS[:2])
     # The axes span x 70 to 870 and y 50 (all images) to 530 (none). All errors 0.05: a step at half way.
     assert first[200:400, 468:473].any(1).all() and not first[200:400, 100:465].any()
     assert first[49:52, 500:860].any(0).all()
     # One image of four at 0.02: a step at a fifth of the width, up to a quarter of the height, for good.
     assert second[408:412, 240:540].any(0).all() and second[430:520, 228:233].any(1).all()
     assert not second[50:400].any()
-    perfect = np.all(metrics.ced_plot({"perfect": torch.zeros(3)}) == metrics.CURVE_COLOURS[0], axis=2)
+    axes = metrics.ced_plot({"perfect": torch.zeros(3)})[:, :880]
+    perfect = np.all(axes == metrics.CURVE_COLOURS[0], axis=2)
     assert perfect[49:52, 70:870].any(0).all() and not perfect[60:480].any()     # no step at 0
 
 
