@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import sdfl
-from common import datasets, synthetic, warp
+from common import datasets, synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
 
