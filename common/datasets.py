@@ -214,6 +214,11 @@ SCHEMES: dict[int, Scheme] = {points: _scheme(points) for points in _FLIPS}
 no file says which it has: none is guessed, but `flip_residual` shows a wrong one."""
 
 
+# Five points in a 112 px crop, to which recognition networks align faces.   Source: insightface's face_align.
+ARCFACE_5 = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655],
+                      [70.7299, 92.2041]])
+
+
 def group_means(points, groups: Sequence[Sequence[int]]):
     """Mean of each group of points, as of `Scheme.five`: (..., P, 2) -> (..., G, 2), numpy or torch."""
     stack = torch.stack if isinstance(points, torch.Tensor) else np.stack
@@ -331,6 +336,24 @@ def write_pts(path: str, points) -> None:
     rows = "".join(f"{x:.4f} {y:.4f}\n" for x, y in points + 1)
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.write(f"version: 1\nn_points: {len(points)}\n{{\n{rows}}}\n")
+
+
+def read_points_csv(path: str) -> dict[str, np.ndarray]:
+    """Landmarks of many images, as a detector's: rows image,x0,y0,x1,y1,... px from 0; a header is skipped.
+    Returns: {image: (n, P, 2) float32}, n faces in it.   Raises: ValueError naming the line."""
+    found: dict[str, list[np.ndarray]] = {}
+    for number, (where, line) in enumerate(_lines(path)):
+        name, *fields = [field.strip() for field in line.split(",")]
+        if number == 0 and fields and not re.match(r"[-+.\d]", fields[0]):
+            continue
+        count = len(next(iter(found.values()))[0]) if found else len(fields) // 2
+        if not count:
+            raise ValueError(f"{where}: found {line[:40]!r}, wanted image,x0,y0,x1,y1,...")
+        points = _numbers(fields, 2 * count, where).reshape(-1, 2).astype(np.float32)
+        found.setdefault(os.path.normpath(name), []).append(points)
+    if not found:
+        raise ValueError(f"{path} has no row image,x0,y0,x1,y1,...")
+    return {name: np.stack(rows) for name, rows in found.items()}
 
 
 _MAT_NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8",
@@ -858,7 +881,8 @@ class CropDataset(torch.utils.data.Dataset):
     A key is (epoch, index). With `augment(rng, size) -> (matrix (2, 3), mirror, extras)`, where matrix moves
     crop px and extras is a dict of small arrays for the batch, a crop is a pure function of (seed, epoch,
     index), whatever the workers, the ranks or what was drawn before. Mirroring swaps the points by `flip`;
-    without one (a landmark count of no scheme) nothing is mirrored. `copies` (L,) names each index's face.
+    without one (a landmark count of no scheme) nothing is mirrored. `copies` (L,) names each index's face;
+    with the attribute `mirrored` (L,) bool some of them are mirrored before all else.
     A batch is a dict: image (B, size, size, 3) uint8; points (B, P, 2) float32 crop px, if faces have any;
     matrix (B, 2, 3) float32, image px -> crop px; index (B,) of the face; and the extras.
     """
@@ -870,6 +894,7 @@ class CropDataset(torch.utils.data.Dataset):
         self.regions = Regions(faces, frames, size, reach, zoom)
         self.copies = np.arange(len(faces)) if copies is None else np.asarray(copies)
         self.flip = None if flip is None else torch.tensor(flip)
+        self.mirrored = torch.zeros(len(self.copies), dtype=torch.bool)
         self.to_frame = warp.compose(self.frames, warp.invert(torch.from_numpy(self.regions.matrix)))
         has_points = all(face.points is not None for face in faces)
         self.points = torch.from_numpy(np.stack([f.points for f in faces])).double() if has_points else None
@@ -891,12 +916,12 @@ class CropDataset(torch.utils.data.Dataset):
         """The batch of `keys` without its pixels, and the maps region px -> crop px, (B, 2, 3) float64."""
         index = torch.from_numpy(self.copies[[i for _, i in keys]])
         moved = torch.eye(2, 3, dtype=torch.float64).repeat(len(keys), 1, 1)
-        batch, mirror = {"index": index}, torch.zeros(len(keys), dtype=torch.bool)
+        batch, mirror = {"index": index}, self.mirrored[[i for _, i in keys]]
         if self.augment is not None:
             drawn = [self.augment(np.random.default_rng((self.seed, *key)), self.size) for key in keys]
             moved = torch.from_numpy(np.stack([matrix for matrix, _, _ in drawn]))
             if self.flip is not None:
-                mirror = torch.tensor([m for _, m, _ in drawn])
+                mirror = mirror ^ torch.tensor([m for _, m, _ in drawn])
             batch |= {name: torch.from_numpy(np.stack([extras[name] for _, _, extras in drawn])).float()
                       for name in drawn[0][2]}
         mirrored = moved * moved.new_tensor([[-1], [1]])

@@ -30,7 +30,7 @@ def nme(pred, target, norm):
     """Normalised mean error of each image: pred, target (B, P, 2) px, norm (B,) px -> (B,). `norm` is the
     distance in the ground truth that the data set prescribes. Raises: ValueError if it is not positive."""
     pred, target, norm = _checked(pred, target, norm)
-    # Eq. (12) [SDFL]: NME = 1/N sum_i ||p_i - p^_i||_2 / d
+    # Eq. (12) [SDFL], Eq. (4) [Sub-pixel landmarks]: NME = 1/N sum_i ||p_i - p^_i||_2 / d
     return (pred - target).norm(dim=-1).mean(-1) / norm
 
 

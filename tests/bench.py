@@ -7,6 +7,7 @@
 Each line gives the median of several runs.
 """
 import argparse
+import copy
 import statistics
 import tempfile
 import time
@@ -15,6 +16,7 @@ import cv2
 import numpy as np
 import torch
 
+import heatmap_landmarks
 import sdfl
 from common import datasets, metrics, synthetic, warp
 
@@ -163,6 +165,114 @@ def bench_step():
         memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
         print(f"step      {name}, {size} px, batch {count}, {label}: {count / ms * 1e3:,.0f} images a second"
               f"{memory}")
+
+
+def plain_dark(maps: np.ndarray, kernel: int = 11) -> np.ndarray:
+    """The published DARK algorithm, map by map: (B, P, h, w) float64 -> (B, P, 2) px."""
+    out, border = np.zeros((*maps.shape[:2], 2)), (kernel - 1) // 2
+    height, width = maps.shape[2:]
+    for b, p in np.ndindex(maps.shape[:2]):
+        m = maps[b, p]
+        y, x = divmod(int(m.argmax()), width)
+        if m[y, x] <= 0:
+            continue
+        out[b, p] = x, y
+        padded = np.zeros((height + 2 * border, width + 2 * border))
+        padded[border:-border, border:-border] = m
+        blurred = cv2.GaussianBlur(padded, (kernel, kernel), 0)[border:-border, border:-border]
+        L = np.log(np.maximum(blurred * (m[y, x] / blurred.max()), 1e-10))
+        if 1 < x < width - 2 and 1 < y < height - 2:
+            dx, dy = (L[y, x + 1] - L[y, x - 1]) / 2, (L[y + 1, x] - L[y - 1, x]) / 2
+            dxx = (L[y, x + 2] - 2 * L[y, x] + L[y, x - 2]) / 4
+            dyy = (L[y + 2, x] - 2 * L[y, x] + L[y - 2, x]) / 4
+            dxy = (L[y + 1, x + 1] - L[y - 1, x + 1] - L[y + 1, x - 1] + L[y - 1, x - 1]) / 4
+            hessian = np.array([[dxx, dxy], [dxy, dyy]])
+            if np.linalg.det(hessian) != 0:
+                out[b, p] -= np.linalg.inv(hessian) @ [dx, dy]
+    return out
+
+
+def bench_dark():
+    """Decoding (16, 106, 96, 96) heatmaps beside the published loop over maps; other inputs and devices."""
+    torch.manual_seed(0)
+    points = 10 + 170 * torch.rand(16, 106, 2)
+    clean = heatmap_landmarks.gaussian_heatmaps(points, 96, 2, 2.0)
+    noise = torch.randn(clean.shape)
+    for name, maps in (("Gaussians", clean), ("with noise of 0.03", clean + 0.03 * noise), ("noise", noise)):
+        slow = median_ms(lambda: plain_dark(maps.numpy().astype(np.float64)), 1)
+        for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+            there = maps.to(device)
+            fast = median_ms(lambda: heatmap_landmarks.decode_dark(there))
+            print(f"dark      16 x 106 maps of 96 px, {name}, {device}: {fast:.1f} ms; loop over maps "
+                  f"{slow:.0f} ms: {slow / fast:.1f} x")
+    for name, read in heatmap_landmarks.DECODERS.items():
+        print(f"dark      {name}, cpu: {median_ms(lambda: read(clean)):.1f} ms; one face at 48 px: "
+              f"{median_ms(lambda: read(clean[:1, :, :48, :48])):.2f} ms")
+
+
+def folded(net: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a HeatmapNet for inference, its batch norms folded into the convolutions before them."""
+    net = copy.deepcopy(net).eval()
+    fuse = torch.nn.utils.fusion.fuse_conv_bn_eval
+    for module in list(net.modules()):
+        if isinstance(module, torch.nn.Sequential):
+            for i in range(len(module) - 1):
+                if isinstance(module[i + 1], torch.nn.BatchNorm2d):
+                    transposed = isinstance(module[i], torch.nn.ConvTranspose2d)
+                    module[i] = fuse(module[i], module[i + 1], transposed)
+                    module[i + 1] = torch.nn.Identity()
+        for n in (1, 2, 3):  # ResNet's blocks name them
+            if isinstance(getattr(module, f"bn{n}", None), torch.nn.BatchNorm2d):
+                setattr(module, f"conv{n}", fuse(getattr(module, f"conv{n}"), getattr(module, f"bn{n}")))
+                setattr(module, f"bn{n}", torch.nn.Identity())
+    return net
+
+
+def bench_latency():
+    """One 192 px face, network and DARK: the paper's 65.7, 131.5 and 241.5 ms were on one core, by TVM."""
+    last = dict(memory_format=torch.channels_last)
+    for backbone in ("mobilenetv2_1.0", "resnet18", "resnet50"):
+        torch.manual_seed(0)
+        net = heatmap_landmarks.HeatmapNet(backbone)
+        image = torch.randn(4, 3, 192, 192)
+        net(image)  # statistics for the batch norms
+        forms = {"eager": net.eval(), "channels_last": copy.deepcopy(net).to(**last),
+                 "folded": folded(net), "folded, channels_last": folded(net).to(**last)}
+        if backbone == "mobilenetv2_1.0":
+            forms["channels_last, compiled"] = torch.compile(copy.deepcopy(net).to(**last))
+        with torch.inference_mode():
+            for name, form in forms.items():
+                one = image[:1].to(**last) if "last" in name else image[:1]
+                ms = median_ms(lambda: heatmap_landmarks.decode_dark(form(one)), 20)
+                print(f"latency   {backbone} SDD, one face, {name}: {ms:.1f} ms")
+
+
+def bench_heatmap_step():
+    """Images a second of a training step of MNetV2-1.0 SDD, 106 points, 192 px."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    settings = [(64, False, False), (64, True, False), (512, False, False), (512, True, False),
+                (512, True, True)]
+    for count, amp, compiled in settings if cuda else [(16, False, False)]:
+        net = heatmap_landmarks.HeatmapNet().to(device, memory_format=torch.channels_last)
+        model = torch.compile(net) if compiled else net
+        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+        image = torch.randn(count, 3, 192, 192, device=device).contiguous(memory_format=torch.channels_last)
+        points = 192 * torch.rand(count, 106, 2, device=device)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+        def step():
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                heatmaps = model(image)
+            optimizer.zero_grad(set_to_none=True)
+            heatmap_landmarks.heatmap_loss(heatmaps, points, net.stride, 2.0).backward()
+            optimizer.step()
+
+        ms = median_ms(step, 20 if cuda else 3)
+        memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
+        print(f"heatmaps  training step, batch {count}, {'bf16' if amp else 'float32'}"
+              f"{', compiled' * compiled}: {count / ms * 1e3:,.0f} images a second{memory}")
 
 
 def main(argv=None):

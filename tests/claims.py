@@ -24,7 +24,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim: `variants` maps a label to flags; the first is claimed to be the best by `metric`."""
+    """One claim: `variants` maps a label to flags; the first is claimed to be the best by `metric`, in which
+    {} stands for the label: runs with the same flags are one run, read under several names."""
 
     name: str
     paper: str  # what the paper reports, in its own metric
@@ -33,6 +34,12 @@ class Claim:
     lower_is_better: bool = True
 
 
+def strategies(*words: str) -> dict[str, str]:
+    """Variants of --strategy with four letters: heatmaps twice as large as --small's, and so is sigma."""
+    return {word: f"--strategy {word} --sigma 2" for word in words}
+
+
+DECODERS = "Sec. 2.2, by argument: NME of dark < shift < argmax, on heatmaps of this size"
 CLAIMS = {
     "sdfl": [
         Claim("head", "Table I, MobileNetV2: NME 4.70 against 4.86", {"graph": "", "fc": "--head fc"}),
@@ -49,9 +56,36 @@ CLAIMS = {
         Claim("occluder", "Fig. 2, by eye: the FC head's visible points move, the graph's stay",
               {"graph": "", "fc": "--head fc"}, "moved@0.2"),
     ],
+    "heatmap_landmarks": [
+        Claim("D for S", "Table 3: AUC DDDD 82.20, SDSD 81.90", strategies("DDDD", "SDSD"), "auc", False),
+        Claim("one D", "Table 3: AUC SSSD 81.71, SSSS 79.18", strategies("SSSD", "SSSS"), "auc", False),
+        Claim("D last", "Table 3: AUC SDSD 81.90, DSDS 80.92", strategies("SDSD", "DSDS"), "auc", False),
+        Claim("one D last", "Table 3: AUC SSSD 81.71, DSSS 80.72", strategies("SSSD", "DSSS"), "auc", False),
+        Claim("flip copies", "Sec. 5.1: AUC + 0.7", {"with": "--flip-copies", "without": ""}, "auc", False),
+        Claim("flip test", "Sec. 5.1: AUC + 0.6 by coordinates; by heatmaps the same or worse than without",
+              {"flip coordinates": "", "flip heatmaps": "", "flip none": ""}, "auc@{}", False),
+        Claim("erasing", "Sec. 5.1: AUC + 0.2", {"with": "--erase 0.5 --erase-from 5", "without": ""}, "auc",
+              False),
+        Claim("rotation", "Sec. 5.1: AUC + 0.2", {"10 degrees": "--rotate 10", "without": ""}, "auc", False),
+        Claim("scaling", "Sec. 5.1: AUC - 1.0", {"without": "", "0.1": "--scale 0.1"}, "auc", False),
+        Claim("repositioning", "Sec. 5.1: AUC - 1.0", {"without": "", "10 px": "--shift 10"}, "auc", False),
+        Claim("alignment", "Sec. 3.1, by argument: five points rather than the box",
+              {"five points": "", "two passes": "--align two-pass", "box": "--align box"}),
+        Claim("spread", "not measured: a landmark's rms distance from its mean, over the crop's side",
+              {"five points": "", "box": "--align box"}, "spread"),
+        Claim("decoders at 24 px", DECODERS, dict.fromkeys(["dark", "shift", "argmax"], ""), "nme@{}"),
+        Claim("decoders at 48 px", DECODERS,
+              dict.fromkeys(["dark", "shift", "argmax"], "--strategy SSSD --sigma 2"), "nme@{}"),
+        Claim("decoders at 96 px", DECODERS,
+              dict.fromkeys(["dark", "shift", "argmax"], "--size 192 --strategy SSSD --sigma 2"), "nme@{}"),
+    ],
 }
-ALWAYS = {"sdfl": "--occluder-test --eval-every 1000"}  # the last epoch is the one that counts
-SMALL = {"sdfl": "--backbone mobilenetv2 --size 96 --batch-size 16 --lr 0.01 --drops 2 --epochs 12"}
+ALWAYS = {"sdfl": "--occluder-test --eval-every 1000",  # the last epoch is the one that counts
+          "heatmap_landmarks": "--compare --eval-every 1000 --flip-test none --no-flip-copies --erase 0 "
+                               "--rotate 0"}  # the paper's baseline, without a trick of Sec. 5.1
+SMALL = {"sdfl": "--backbone mobilenetv2 --size 96 --batch-size 16 --lr 0.01 --drops 2 --epochs 12",
+         "heatmap_landmarks": "--backbone mobilenetv2_0.25 --filters 64 --strategy SSD --sigma 1 --size 96 "
+                              "--batch-size 16 --lr 0.002 --epochs 10"}
 
 
 def run(script: str, flags: str, seed: int, results: Path, threads: int) -> dict:
@@ -78,7 +112,7 @@ def table(script: str, claims, base: str, seeds: int, done: dict) -> str:
     """Markdown: each claim's mean, spread (standard deviation over seeds) and in how many its order held."""
     lines = ["| claim | the paper | here: mean ± sd (x 100) | order held |", "|---|---|---|---|"]
     for claim in claims:
-        values = {label: [done[key]["result"][claim.metric] for seed in range(seeds)
+        values = {label: [done[key]["result"][claim.metric.format(label)] for seed in range(seeds)
                           if (key := f"{script} {join(base, flags)} --seed {seed}") in done]
                   for label, flags in claim.variants.items()}
         cells, counts = [], {len(v) for v in values.values()}

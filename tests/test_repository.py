@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [name for name in ("sdfl.py", "heatmap_landmarks.py", "lddmm_face.py", "stn_align.py", "kprpe.py")
            if (ROOT / name).exists()]
+COPIED = {"conv", "conv_bn", "BasicBlock", "Bottleneck", "InvertedResidual", "Features", "Fuse", "HRModule",
+          "parse_box", "read_faces", "write_image", "draw_points", "make_loader", "init_backbone"}
 PACKAGES = {"torch", "numpy", "cv2", "tqdm", "pytest", "h5py", "common", "tests"} | {s[:-3] for s in SCRIPTS}
 FILES = sorted([*(ROOT / "common").glob("*.py"), *(ROOT / "tests").glob("*.py"),
                 *(ROOT / s for s in SCRIPTS)])
@@ -26,13 +28,12 @@ def test_the_run_time_block_is_the_same_in_all_scripts():
 
 
 def test_a_block_that_two_scripts_copy_is_the_same_in_both():
-    """Classes of one name, but for comment lines, which say what a copy leaves out."""
+    """But for comment lines, which say what a copy leaves out."""
     seen = {}
     for script in SCRIPTS:
         text = (ROOT / script).read_text()
         for node in ast.parse(text).body:
-            if isinstance(node, ast.ClassDef) and node.name in (
-                    "BasicBlock", "Bottleneck", "InvertedResidual", "Fuse", "HRModule"):
+            if getattr(node, "name", None) in COPIED:
                 seen.setdefault(node.name, {})[script] = ast.unparse(node)
     for name, copies in seen.items():
         assert len(set(copies.values())) == 1, f"{name} differs between {', '.join(copies)}"
