@@ -5,12 +5,12 @@ Samuel W. F. Earp, Aubin Samacoits, Sanjana Jain, Pavit Noinongyao, Siwa Boonpun
 
 The method. Five rough landmarks of a detector (eyes, nose tip, mouth corners) turn, scale and shift the face
 into one place of a 192 px crop; the network then sees faces that hardly move. A MobileNetV2 ends in a 6 x 6
-map, which a word of S (pixel shuffle) and D (deconvolution) enlarges, each letter twice: cheap blocks where
-the map is small, good ones where the answer is made. The result is one heatmap for each landmark, trained to
-be a Gaussian about it. Its centre is read off between the pixels: a Gaussian's logarithm is a parabola, whose
-top one Newton step finds. The answer goes back to the image through the inverse of the alignment. Tricks:
-mirrored copies of the training set, the mean of the answers for the image and its mirror image, random
-erasing late in the training, and rotation.
+map. A string of letters enlarges it, each letter a block that doubles its side: S, pixel shuffle, is cheap
+and stands where the map is small, D, deconvolution, where the answer is made. The result is one heatmap for
+each landmark, trained to be a Gaussian about it. Its centre is read off between the pixels: a Gaussian's
+logarithm is a parabola, whose top one Newton step finds. The answer goes back to the image through the
+inverse of the alignment. Tricks: mirrored copies of the training set, the mean of the answers for the image
+and its mirror image, random erasing late in the training, and rotation.
 
 Where each equation is:
   Eq. (1)  argmax of a heatmap       decode_argmax
@@ -19,7 +19,8 @@ Where each equation is:
   Eq. (4)  NME                       common.metrics.nme
 
 There is no code by the authors. They used GluonCV, whose pose networks and training script fill the gaps
-("GluonCV" below); every parameter count and nearly every GFLOPs of the paper's tables then comes out exactly.
+("GluonCV" below): every size in the paper's tables but DDSS's is then met within 0.01 MB, every GFLOPS but
+ResNet18's within 1 %.
 Differs from the paper, or settles what it leaves open:
   - Architecture: as GluonCV. A 1x1 convolution without batch norm brings the backbone's map to 256 channels;
     a D is 4x4, an S 3x3 before its shuffle; S hands on a quarter of its filters. Heatmaps come from a 1x1
@@ -29,35 +30,42 @@ Differs from the paper, or settles what it leaves open:
   - Misprints of the tables: DDSS has 13.00 MB, not 12.00; "SDDSD" in Table 4 is SDSD. ResNet18's 1.13 GFLOPS
     is not explained: that backbone alone has 1.33 G multiply-adds at 192 px, with SDD 1.54.
   - The loss is not named. Here the squared error of a map's pixels, summed, over that of an empty map, so
-    that 1 means "nothing learned". Sigma 2 px of the heatmap (GluonCV), centres not rounded (DARK; GluonCV
-    rounds, which costs up to half a heatmap px). A landmark whose 3-sigma box misses the map has no weight.
+    that 1 means "nothing learned". The Gaussians have height 1 and sigma 2 px of the heatmap (GluonCV), their
+    centres are not rounded (DARK; GluonCV rounds, which costs up to half a heatmap px). A landmark whose
+    3-sigma box misses the map has no weight. Weights start as in GluonCV: Kaiming, the head N(0, 0.001).
   - Eq. (2) as its source (Xiao et al.) computes it: a quarter of a px towards the larger neighbour in x and
     in y, not c times the mixed derivative that is printed. Eq. (3) as its source (Zhang et al., DARK) does,
     blur, step-2 differences and all; but a step is cut at 1 px, where theirs may leave the map.
   - "Affine": a similarity, as for recognition; with all six numbers a profile face is sheared. The reference
-    landmarks are not given: those of LaPa's mean face at 0.8 of the crop's width, which cuts off 0.1 % of the
-    points. Pixel centres are whole numbers in crop and heatmap, x_h = (x + 0.5) / s - 0.5.
-  - The five points come from --five FILE (a detector's). Without it from the ground truth with Gaussian
-    noise of 3 % of the eye distance, one draw for each face: a stand-in for a detector.
-  - Random erasing: from epoch 20 of 40, half of the images, 2 to 15 % of the area, filled with the mean
-    colour (paper: "employed the strategy described by" AID, which erases late). Rotation: up to 15 degrees;
-    the paper tried 1 to 15 and does not say which it kept.
+    landmarks are not given: LaPa's mean face, 0.64 of the crop wide, which left 0.1 % of the 68 points of
+    3,462 video frames outside. Grey 127 outside the image. Pixel centres are whole numbers in crop and
+    heatmap, x_h = (x + 0.5) / s - 0.5.
+  - The five points come from --five FILE (a detector's), of several faces those nearest to the annotated
+    face (paper: the centre-most). Without it training and test crops are placed by the true points with
+    Gaussian noise of 3 % of the face's scale, one draw for each face: a stand-in for a detector.
+    --align two-pass and box, for those who have only a box, are not the paper's.
+  - Random erasing: from epoch 20 of 40, as the paper's [AID] erases in a second stage; half of the images, 2
+    to 15 % of the area, filled with the mean colour. Rotation: up to 15 degrees; the paper tried 1 to 15 and
+    does not say which it kept.
   - Colour: one affine map of RGB for each image holds the PCA shift, the jitter in its random order and the
     normalisation; nothing is clipped between them. No weight decay (not mentioned).
-  - The flip test doubles the cost, 0.87 G multiply-adds; the challenge forbade it. --flip-test none.
-  - Every rate falls tenfold after half and after three quarters of the run: epochs 20 and 30 of 40.
+  - The flip test doubles the cost (MNetV2-1.0 SDD: 0.87 G multiply-adds), and the challenge forbade it: it is
+    switched off by --flip-test none.
+  - With --gpus N each process normalises its own share of the batch; the paper trained on one GPU. The last
+    epoch is reported. For other --epochs than 40 the rate falls at the same fractions, 1/2 and 3/4.
 
-Train on LaPa, the open set in the paper's 106 points, on four GPUs (not run here, see the README):
-  python heatmap_landmarks.py --data lapa --data-root LaPa --gpus 4 --amp --cache device
+Train on LaPa, the open set in the paper's 106 points (not run here, see the README):
+  python heatmap_landmarks.py --data lapa --data-root LaPa --amp --cache device
 Without any data, on drawn faces, under three minutes on two CPU cores (NUMBERS):
   python heatmap_landmarks.py
 Continue, evaluate, use, and cut 112 px crops for face recognition (Sec. 5.4):
-  python heatmap_landmarks.py --data lapa --gpus 4 --cache device --resume
+  python heatmap_landmarks.py --data lapa --cache device --resume
   python heatmap_landmarks.py --data lapa --data-root LaPa --eval runs/heatmap_landmarks-lapa/last.pt
   python heatmap_landmarks.py --predict photo.jpg --detector yunet.onnx --weights RUN/last.pt
   python heatmap_landmarks.py --predict photos/ --detector yunet.onnx --weights RUN/last.pt --align-out DIR
 """
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -88,7 +96,8 @@ from common import datasets, metrics, synthetic, warp
 PAPER = dict(size=192, epochs=40, batch_size=16, lr=1e-3, backbone="mobilenetv2_1.0", strategy="SDD",
              filters=128, sigma=2.0, flip_copies=True, flip_test="coordinates", erase=0.5, erase_from=20,
              rotate=15.0, norm="box", threshold=0.08)
-SMALL = dict(PAPER, size=128, epochs=20, batch_size=32, lr=2e-3, sigma=1.5, erase_from=10, cache="device")
+SMALL = dict(PAPER, size=128, epochs=20, batch_size=32, lr=2e-3, sigma=1.5, kernel=7, erase_from=10,
+             cache="device")
 PRESETS = {
     "jd106": dict(PAPER),  # Table 5
     "lapa": dict(PAPER),
@@ -98,7 +107,7 @@ PRESETS = {
     "youtube": dict(SMALL),
     "folder": dict(SMALL),
     "faces": dict(SMALL, size=96, batch_size=16, epochs=10, erase_from=5, eval_every=5, rotate=0.0,
-                  backbone="mobilenetv2_0.5", filters=64, strategy="SSD", sigma=1.0),
+                  backbone="mobilenetv2_0.5", filters=64, strategy="SSD", sigma=1.0, kernel=5),
 }
 DRAWN = {"train": 1600, "test": 400}  # faces of --data faces
 BOXES = ("landmarks", "face")
@@ -151,27 +160,27 @@ def parse_args(argv=None):
         "D deconvolution, better at the end; each doubles the map (Table 3)")
     add("--filters", type=int, default=128, help="filters of each D and S (256 in Tables 1 to 3)")
     add("--sigma", type=float, default=2.0, help="of the target Gaussians, in px of the heatmap")
-    add("--decode", default="dark", choices=DECODERS, help="Eq. (1), (2) or (3)")
-    add("--kernel", type=int, default=11, help="blur of --decode dark in px of the heatmap, odd; 11 for "
-        "sigma 2, 17 for 3")
+    add("--decode", default="dark", choices=DECODERS, help="argmax: Eq. (1), shift: Eq. (2), dark: Eq. (3)")
+    add("--kernel", type=int, default=11, help="blur of --decode dark in heatmap px, odd: about 5 sigma")
     add = parser.add_argument_group("alignment: Sec. 3.1").add_argument
-    add("--align", default="five", choices=["five", "two-pass", "box"], help="crop by five points; by a "
-        "box, then by the five points of the first answer (trained on both crops); or by the box alone")
+    add("--align", default="five", choices=["five", "two-pass", "box"], help="crop by five points (the "
+        "paper); by a box, then by five points of the answer (trained on both crops); by the box alone")
     add("--five", default="", metavar="CSV", help="a detector's five points, or all of a scheme: rows "
         "image,x0,y0,... in px from 0, images below --data-root; without it the true five, with noise")
-    add("--five-noise", type=float, default=0.03, help="that noise, over the distance of the eyes")
+    add("--five-noise", type=float, default=0.03, help="standard deviation of the noise on the true "
+        "five points, over the face's scale: the distance of the eyes, or from eyes to mouth if longer")
     add("--align-out", default="", metavar="DIR", help="with --predict or --eval: 112 px recognition crops "
-        "by the predicted five points, with .pts (Sec. 5.4)")
+        "by the predicted five points, with .pts (Sec. 5.4); of --eval's faces, found as --align says")
     add = parser.add_argument_group("the bag of tricks: Sec. 3.3 and 5.1").add_argument
-    add("--lighting", type=float, default=0.05, help="PCA colour shift, sigma")
+    add("--lighting", type=float, default=0.05, help="PCA colour shift: standard deviation of its weights")
     add("--jitter", type=float, default=0.4, help="brightness, contrast and saturation, 1 - j to 1 + j")
     add("--flip-copies", action=switch, default=False, help="a mirrored copy of each face: an epoch doubles")
     add("--flip-test", default="none", choices=FLIP_TESTS, help="average over the image and its mirror image")
     add("--erase", type=float, default=0.0, help="chance of random erasing")
     add("--erase-from", type=int, default=0, help="epochs before the erasing begins")
     add("--rotate", type=float, default=0.0, help="random rotation, up to so many degrees")
-    add("--scale", type=float, default=0.0, help="random scaling, 1 - s to 1 + s (the paper: hurts)")
-    add("--shift", type=float, default=0.0, help="random shift in px of a 192 px crop (the paper: hurts)")
+    add("--scale", type=float, default=0.0, help="random scaling, up to 1 - s and 1 + s (the paper: hurts)")
+    add("--shift", type=float, default=0.0, help="random shift, up to so many px of a 192 px crop (hurts)")
     add("--compare", action=switch, default=False, help="at the end also score each decoder and flip test")
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
@@ -237,7 +246,7 @@ def parse_box(text: str) -> list[float] | None:
 # ---- Backbones: Sec. 4.1 and 5.2 -----------------------------------------------------------------
 
 # Image (B, 3, H, W) -> (B, channels, H/32, W/32), H and W multiples of 32. Parameters are named as in
-# torchvision's checkpoints, of which what matches by name and shape loads. The paper trains from scratch.
+# torchvision's checkpoints, which load by name (another shape is an error). The paper trains from scratch.
 
 
 def conv(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -388,7 +397,7 @@ def backbone_of(name: str) -> Callable[[], nn.Module]:
 def check_strategy(strategy: str, filters: int):
     """Raises ValueError for an upsampling strategy that cannot be built on a map of stride 32."""
     if not strategy or set(strategy) - set("SD"):
-        raise ValueError(f"strategy {strategy!r}: expected a word of S (pixel shuffle) and D (deconvolution)")
+        raise ValueError(f"strategy {strategy!r}: expected letters S (pixel shuffle) and D (deconvolution)")
     if len(strategy) > 5:
         raise ValueError(f"strategy {strategy!r}: {len(strategy)} letters enlarge the input's 1/32 by "
                          f"{2**len(strategy)}, to heatmaps larger than the input; at most 5")
@@ -418,8 +427,8 @@ class PixelShuffle(nn.Sequential):
 class HeatmapNet(nn.Module):
     """Image (B, 3, H, W), normalised, H and W multiples of 32 -> heatmaps (B, P, H / stride, W / stride).
 
-    Args: backbone, "mobilenetv2_1.0" (any width), "resnet18" or "resnet50"; strategy, a word of S and D, the
-        first letter for the smallest map; points, P; filters of each block, a multiple of 4.
+    Args: backbone, "mobilenetv2_1.0" (any width), "resnet18" or "resnet50"; strategy, letters S and D, the
+        first one for the smallest map; points, P; filters of each block, a multiple of 4.
     Attributes: stride, 32 / 2^letters: input px of a heatmap px; points.
     Raises: ValueError for a name, a word or filters that cannot be built.   Source: the facts of Sec. 4.
     """
@@ -476,16 +485,15 @@ def landmark_weights(points: torch.Tensor, size: int | tuple[int, int], stride: 
     """1 for each landmark (B, P, 2) px whose 3-sigma box touches its heatmap, else 0: (B, P) float32.
     Source: DARK's rule (Zhang et al., CVPR 2020, code), without its rounding; as `gaussian_heatmaps`."""
     height, width = (size, size) if isinstance(size, int) else size
-    centre, reach = to_heatmap(points, stride), 3 * sigma
-    last = centre.new_tensor([width - 1, height - 1])
-    return ((centre >= -reach) & (centre <= last + reach)).all(-1).float()
+    (x, y), reach = to_heatmap(points, stride).unbind(-1), 3 * sigma
+    return ((x >= -reach) & (x <= width - 1 + reach) & (y >= -reach) & (y <= height - 1 + reach)).float()
 
 
 def find_peaks(heatmaps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The highest px of each map, the first in reading order, and its value.
 
     Args: heatmaps (B, P, h, w) float.   Returns: (B, P, 2) long, (B, P). A map without a positive value has
-        its peak at 0, 0; the value of one with nan or inf is not finite.
+        its peak at 0, 0; the value of one with nan or inf is not finite (-inf is merely low).
     Raises: ValueError for another shape or type.
     """
     if heatmaps.dim() != 4 or not heatmaps.is_floating_point() or not heatmaps.numel():
@@ -509,7 +517,7 @@ def pixels(heatmaps: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Te
 def finish(coordinates: torch.Tensor, height: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The decoders' answer: float coordinates and confidences, nan and 0 where a map is not finite."""
     dtype = torch.promote_types(height.dtype, torch.float32)
-    good = height.isfinite()
+    good = height.isfinite() & coordinates.isfinite().all(-1)
     return coordinates.to(dtype).where(good[..., None], torch.nan), height.to(dtype).where(good, 0)
 
 
@@ -521,9 +529,10 @@ def decode_argmax(heatmaps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def decode_shift(heatmaps: torch.Tensor, c: float = 0.25) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eq. (2): the highest px, and from there `c` px towards the larger neighbour in x and in y, if the peak
-    is 2 px or more from the border. Shapes and bad maps as `decode_argmax`.
-    Source: Xiao et al., ECCV 2018, code: the sign of the gradient; the paper prints c dH/dxdy."""
+    """Eq. (2): the highest px, and from there `c` px towards the larger neighbour in x and in y, if its x is
+    in 2 ... w - 2 and its y in 2 ... h - 2. Shapes and bad maps as `decode_argmax`.
+    Source: Xiao et al., ECCV 2018, code: the sign of the gradient, and these borders, which a mirror image
+    does not share; the paper prints c dH/dxdy."""
     (peak, height), (h, w) = find_peaks(heatmaps), heatmaps.shape[2:]
     px, py = peak.unbind(-1)
     inside = (1 < px) & (px < w - 1) & (1 < py) & (py < h - 1)
@@ -546,11 +555,12 @@ def blur_matrix(length: int, kernel: int, like: torch.Tensor) -> torch.Tensor:
     return rows.to(like.device)
 
 
-def blurred_peaks(maps: torch.Tensor, kernel: int) -> torch.Tensor:
-    """The highest value of each map (K, h, w) after the blur of `blur_matrix`: (K,) float32."""
-    rows, columns = (blur_matrix(n, kernel, maps)[:, kernel // 2:kernel // 2 + n] for n in maps.shape[1:])
-    rows, columns = rows.float(), columns.float()
-    return torch.cat([(rows @ part.float() @ columns.T).amax((1, 2)) for part in maps.split(64)])
+def blurred_peaks(heatmaps: torch.Tensor, chosen: torch.Tensor, kernel: int) -> torch.Tensor:
+    """The highest value after the blur of `blur_matrix` of the K maps `chosen`, (B, P) bool: (K,) float64."""
+    rows, columns = (blur_matrix(n, kernel, heatmaps)[:, kernel // 2:kernel // 2 + n].float()
+                     for n in heatmaps.shape[2:])
+    return torch.cat([(rows @ heatmaps[b, p].float() @ columns.T).amax((1, 2))  # 64 at a time, for memory
+                      for b, p in (part.unbind(1) for part in chosen.nonzero().split(64))]).double()
 
 
 def decode_dark(heatmaps: torch.Tensor, kernel: int = 11) -> tuple[torch.Tensor, torch.Tensor]:
@@ -560,7 +570,7 @@ def decode_dark(heatmaps: torch.Tensor, kernel: int = 11) -> tuple[torch.Tensor,
     Of a Gaussian, log G is a parabola, whose top is a Newton step away from any px: mu = m - H^-1 g with the
     gradient g and the Hessian H of log G at the highest px m. A blur first, as real maps are rough. All of it
     happens in the px about the peak, for all maps at once. Noise alone asks for large steps: they end at 1 px
-    in x and in y. A peak within 2 px of the border stays where it is.
+    in x and in y. A peak less than 2 px from the outermost px stays where it is.
     Source: Zhang et al., "Distribution-Aware Coordinate Representation", CVPR 2020, and its code, ilovepose/
     DarkPose lib/core/inference.py, to rounding: differences of step 2 in H, zeros around the map, the map
     brought back to its height after the blur (which matters for the floor of the logarithm alone).
@@ -580,12 +590,11 @@ def decode_dark(heatmaps: torch.Tensor, kernel: int = 11) -> tuple[torch.Tensor,
     blur = blur_matrix(5, kernel, heatmaps)
     blurred = patch.flatten(2) @ torch.kron(blur, blur).T  # one product instead of B P small ones
     blurred = blurred.unflatten(2, (5, 5))                                                  # (B, P, 5, 5)
-    # The floor is 1e-10 of the map that is brought back to its height. Only noise comes down to it.
-    floor = torch.full_like(height, 1e-10, dtype=torch.float64)
+    # A factor does not change the derivatives of a logarithm, except at its floor. Only noise comes there.
     low = inside & (blurred <= 1e-10).flatten(2).any(2)
     if low.any():
-        floor[low] *= (blurred_peaks(heatmaps[low], kernel) / height[low].float()).double()
-    L = blurred.maximum(floor[..., None, None]).log()
+        blurred[low] *= (height[low].double() / blurred_peaks(heatmaps, low, kernel))[:, None, None]
+    L = blurred.clamp(min=1e-10).log()
     dx, dy = (L[..., 2, 3] - L[..., 2, 1]) / 2, (L[..., 3, 2] - L[..., 1, 2]) / 2
     dxx = (L[..., 2, 4] - 2 * L[..., 2, 2] + L[..., 2, 0]) / 4
     dyy = (L[..., 4, 2] - 2 * L[..., 2, 2] + L[..., 0, 2]) / 4
@@ -593,7 +602,7 @@ def decode_dark(heatmaps: torch.Tensor, kernel: int = 11) -> tuple[torch.Tensor,
     # Eq. (3): -(m - mu) / sigma^2 is the gradient of log G, -1 / sigma^2 its Hessian
     determinant = dxx * dyy - dxy**2
     step = torch.stack([dxy * dy - dyy * dx, dxy * dx - dxx * dy], -1) / determinant[..., None]
-    step = step.clamp(-1, 1).where((inside & (determinant != 0))[..., None], 0)
+    step = step.clamp(-1, 1).where((inside & step.isfinite().all(-1))[..., None], 0)
     return finish(peak + step, height)
 
 
@@ -615,15 +624,21 @@ def heatmap_loss(heatmaps: torch.Tensor, points: torch.Tensor, stride: float, si
 
 # ---- Data: alignment of Sec. 3.1, augmentation of Sec. 3.3 and 5.1 --------------------------------
 
-# Eye centres, nose tip and mouth corners in a 192 px crop: LaPa's mean face, made symmetric, at 0.8.
+# Eye centres, nose tip and mouth corners in a 192 px crop: LaPa's mean face, made symmetric, 122 px wide.
 REFERENCE_5 = torch.tensor([[69.1, 56.6], [121.9, 56.6], [95.5, 87.6], [72.0, 114.5], [119.0, 114.5]],
                            dtype=torch.float64)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1] over ImageNet
 GREY = (0.299, 0.587, 0.114)
-# Columns: principal components of ImageNet's RGB in 0..255, each times its standard deviation [AlexNet].
+# Columns: ImageNet's principal components of RGB in 0..255, each times its eigenvalue [AlexNet].
 PCA = ((-0.5675 * 55.46, 0.7192 * 4.794, 0.4009 * 1.148),
        (-0.5808 * 55.46, -0.0045 * 4.794, -0.8140 * 1.148),
        (-0.5836 * 55.46, -0.6948 * 4.794, 0.4203 * 1.148))
+
+
+@functools.cache
+def constant(values: tuple, device: torch.device) -> torch.Tensor:
+    """A float32 tensor, copied to a device once: a copy waits for what the GPU is at."""
+    return torch.tensor(values, device=device)
 
 
 def align_five(points5, size: int = 192) -> torch.Tensor:
@@ -638,7 +653,7 @@ def align_five(points5, size: int = 192) -> torch.Tensor:
     if points5.shape[-2:] != (5, 2):
         raise ValueError(f"points5 {tuple(points5.shape)}: expected (..., 5, 2)")
     warp.check_points(points5, "similarity")
-    reference = to_crop(to_heatmap(REFERENCE_5, 192 / size), 1).to(points5)  # 192 px -> size px
+    reference = to_heatmap(REFERENCE_5, 192 / size).to(points5)  # px of 192 -> px of size
     return warp.fit_similarity(points5, reference.expand_as(points5))
 
 
@@ -651,22 +666,35 @@ def five_of(points):
     return datasets.group_means(points, datasets.SCHEMES[count].five)
 
 
+def faces_among(five: torch.Tensor) -> torch.Tensor:
+    """Which of the five points (M, 5, 2) px could be a face: (M,) bool. Not if they are within 1 px or not
+    finite; nor if no rotation and scaling brings them near REFERENCE_5, as a face seen in a mirror, for which
+    the best scale is about 0 and the crop endless."""
+    finite = five.isfinite().flatten(1).all(1)[:, None, None]
+    a, b = (p - p.mean(1, keepdim=True) for p in (five.double().where(finite, 0), REFERENCE_5[None]))
+    a, b = (torch.view_as_complex(p.contiguous()) for p in (a, b))
+    likeness = (a.conj() * b).sum(1).abs() / (a.abs().square().sum(1) * b.abs().square().sum(1)).sqrt()
+    return (a.abs().amax(1) > 1) & (likeness > 0.25)  # 1: similar, 0: a mirror image, or nothing
+
+
 def rough_five(args, faces: list) -> np.ndarray:
     """Five points (M, 5, 2) px as a detector has them: of --five, else true ones with noise.
     The noise is one draw for each face of a set, the same in every run: so is a detector's answer."""
     five = five_of(np.stack([face.points for face in faces]).astype(np.float64))
-    eyes = np.linalg.norm(five[:, 1] - five[:, 0], axis=1)[:, None, None]
+    across, down = five[:, 1] - five[:, 0], five[:, :2].mean(1) - five[:, 3:].mean(1)
+    scale = np.linalg.norm([across, down], axis=2).max(0)  # (M,): of a profile face the eyes coincide
     noise = [np.random.default_rng((5, i)).normal(size=(5, 2)) for i in range(len(faces))]
-    rough = five + args.five_noise * eyes * np.stack(noise)
+    rough = five + args.five_noise * scale[:, None, None] * np.stack(noise)
     if args.five:
         found, missed = datasets.read_points_csv(args.five), []
         for i, face in enumerate(faces):
             name = os.path.relpath(face.image, args.data_root or ".") if isinstance(face.image, str) else ""
-            if name not in found:
+            rows = five_of(found[name]) if name in found else np.full((1, 5, 2), np.inf)
+            distance = np.linalg.norm(rows - five[i], axis=2).mean(1)
+            if distance.min() < scale[i]:  # of several faces in one image the nearest, but no neighbour
+                rough[i] = rows[distance.argmin()]
+            else:
                 missed.append(name or f"face {i}")
-                continue
-            rows = five_of(found[name])  # of several faces in one image, the nearest one
-            rough[i] = rows[np.linalg.norm(rows - five[i], axis=2).mean(1).argmin()]
         if len(missed) == len(faces):
             raise ValueError(f"--five {args.five}: none of its images ({', '.join(list(found)[:3])}, ...) is "
                              f"one of the set's ({', '.join(missed[:3])}, ...), as paths below --data-root")
@@ -679,7 +707,12 @@ def rough_five(args, faces: list) -> np.ndarray:
 def first_frames(args, faces: list, align: str) -> np.ndarray:
     """Maps image px -> crop px of the crops that a network sees first: (M, 2, 3) float64."""
     if align == "five":
-        return align_five(rough_five(args, faces), args.size).numpy()
+        five = rough_five(args, faces)
+        for i in np.flatnonzero(~(np.ptp(five, axis=1).max(1) > 0))[:1]:
+            name = faces[i].image if isinstance(faces[i].image, (str, os.PathLike)) else f"face {i}"
+            raise ValueError(f"{name}: its eyes, nose tip and mouth corners coincide, which aligns nothing; "
+                             "correct or leave out that face")
+        return align_five(five, args.size).numpy()
     return datasets.square_frames(datasets.face_boxes(faces, args.box), args.size, args.margin)
 
 
@@ -688,7 +721,7 @@ def next_frames(args, points: torch.Tensor, frames: torch.Tensor) -> torch.Tenso
     or, for a network of boxes, by its box. Where that answer is no face, the crop stays as it is."""
     if args.align != "box":
         five = five_of(points)
-        good = five.isfinite().all(2).all(1) & ((five - five.mean(1, keepdim=True)).abs().amax((1, 2)) > 1)
+        good = faces_among(five)
         chosen = torch.where(good[:, None, None], five, REFERENCE_5)
         return torch.where(good[:, None, None], align_five(chosen, args.size), frames)
     low, high = points.amin(1), points.amax(1)
@@ -725,7 +758,7 @@ def colour_map(draws: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, t
     Args: draws (B, 9) of `augment`; mean (B, 3), the image's mean colour.   Returns: M (B, 3, 3), t (B, 3).
     """
     weights, factors, order = draws.split(3, 1)
-    grey, one = draws.new_tensor(GREY), torch.eye(3, device=draws.device)
+    grey, one = constant(GREY, draws.device), torch.eye(3, device=draws.device)
     M, t = one.expand(len(draws), 3, 3), torch.zeros_like(mean)
     for kind in order.long().unbind(1):                                                     # (B,) 0, 1 or 2
         f = factors.gather(1, kind[:, None])                                                # (B, 1)
@@ -734,7 +767,7 @@ def colour_map(draws: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, t
         mean_grey = ((M @ mean[..., None])[..., 0] + t) @ grey                              # (B,)
         contrast = (1 - f) * (mean_grey * (kind == 1))[:, None]                             # (B, 1)
         M, t = A @ M, (A @ t[..., None])[..., 0] + contrast
-    return M, t + weights @ draws.new_tensor(PCA).T
+    return M, t + weights @ constant(PCA, draws.device).T
 
 
 def prepare(batch: dict, device: torch.device, erase: bool = False) -> torch.Tensor:
@@ -743,7 +776,7 @@ def prepare(batch: dict, device: torch.device, erase: bool = False) -> torch.Ten
     if image.dtype == torch.float32:  # (B, 3, H, W) of the DeviceLoader
         image = image.permute(0, 2, 3, 1)
     image = image.float()                                                                   # (B, H, W, 3)
-    mean, std = (255 * image.new_tensor(values) for values in (MEAN, STD))
+    mean, std = (255 * constant(values, device) for values in (MEAN, STD))
     if "colour" in batch:
         M, t = colour_map(batch["colour"].to(device, non_blocking=True), image.mean((1, 2)))
         image = torch.baddbmm(((t - mean) / std)[:, None], image.flatten(1, 2),
@@ -770,13 +803,12 @@ def read_faces(args, split: str) -> list:
     return faces
 
 
-def make_dataset(args, faces, augmented: bool, frames=None) -> datasets.CropDataset:
-    """Faces as crops: by `frames`, else as --align says; augmented by the tricks, or as they are.
+def make_dataset(args, faces, augmented: bool) -> datasets.CropDataset:
+    """Faces as crops, as --align says; augmented by the tricks, or as they are.
     A network for two passes is trained on each face twice, aligned and as it stands in its box."""
     if not augmented:
-        align = "five" if args.align == "five" else "box"
-        return datasets.CropDataset(faces, first_frames(args, faces, align) if frames is None else frames,
-                                    args.size)
+        frames = first_frames(args, faces, "five" if args.align == "five" else "box")
+        return datasets.CropDataset(faces, frames, args.size)
     aligns = {"five": ["five"], "two-pass": ["five", "box"], "box": ["box"]}[args.align]
     frames = np.concatenate([first_frames(args, faces, align) for align in aligns])
     faces = [*faces] * len(aligns)
@@ -819,7 +851,7 @@ def predict_points(net: HeatmapNet, image: torch.Tensor, decode: str = "dark", k
     if flip_test == "none":
         points, confidence = read(net(image).float())
         return to_crop(points, net.stride), confidence
-    flip, width = torch.as_tensor(flip, device=image.device), image.shape[3]
+    flip, width = constant(tuple(flip), image.device).long(), image.shape[3]
     heatmaps, mirrored = net(torch.cat([image, image.flip(3)])).float().chunk(2)
     if flip_test == "heatmaps":
         points, confidence = read((heatmaps + mirrored.flip(3)[:, flip]) / 2)
@@ -827,40 +859,40 @@ def predict_points(net: HeatmapNet, image: torch.Tensor, decode: str = "dark", k
     points, confidence = read(torch.cat([heatmaps, mirrored]))
     points, back = to_crop(points, net.stride).chunk(2)
     back = torch.stack([width - 1 - back[..., 0], back[..., 1]], -1)[:, flip]
-    confidence, other = confidence.chunk(2)
-    return (points + back) / 2, (confidence + other[:, flip]) / 2
+    points, (confidence, other) = (points + back) / 2, confidence.chunk(2)
+    return points, ((confidence + other[:, flip]) / 2).where(points.isfinite().all(-1), 0)
 
 
-def predict_faces(net: HeatmapNet, loader, args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Landmarks (M, P, 2) px of the images, float64, and confidences (M, P) of a whole loader's faces."""
+def predict_faces(net: HeatmapNet, batches, frames: torch.Tensor, args) -> tuple[torch.Tensor, torch.Tensor]:
+    """Landmarks (M, P, 2) px of the images, float64, and confidences (M, P) of the faces of all batches,
+    whose crops are `frames` (M, 2, 3)."""
     net.eval()
-    device, data = net.head.weight.device, loader.dataset
+    device = net.head.weight.device
     flip = datasets.SCHEMES[net.points].flip if net.points in datasets.SCHEMES else None
     answers = []
-    with precision(args, device):
-        for batch in loader:
-            points, confidence = predict_points(net, prepare(batch, device), args.decode, args.kernel,
-                                                args.flip_test, flip)
-            answers.append((points.cpu().double(), confidence.cpu()))
+    for batch in batches:
+        image = prepare(batch, device)
+        with precision(args, device):
+            points, confidence = predict_points(net, image, args.decode, args.kernel, args.flip_test, flip)
+        answers.append((points.cpu().double(), confidence.cpu()))
     points, confidence = map(torch.cat, zip(*answers))
-    return warp.apply_affine(warp.invert(data.frames), points), confidence
+    return warp.apply_affine(warp.invert(frames), points), confidence
 
 
-def second_pass(args, loader, points: torch.Tensor):
-    """Loader of the same faces, cropped by the answers (M, P, 2) px of the images of a first pass."""
-    data = loader.dataset
-    data = make_dataset(args, data.faces, False, next_frames(args, points, data.frames))
-    batches = datasets.in_order(len(data), args.batch_size)
-    return datasets.make_loader(data, batches, max(args.workers, 0), torch.device("cpu"))
+def recropped(args, data: datasets.CropDataset, points: torch.Tensor) -> datasets.CropDataset:
+    """The same faces, cropped by the answers (M, P, 2) px of the images of a first pass."""
+    return datasets.CropDataset(data.faces, next_frames(args, points, data.frames), args.size)
 
 
-def predict_set(net: HeatmapNet, loader, args) -> tuple[torch.Tensor, torch.Tensor, object]:
-    """As `predict_faces`, in the passes of --align, and the loader of the last one."""
-    points, confidence = predict_faces(net, loader, args)
+def predict_set(net: HeatmapNet, loader, args) -> tuple[torch.Tensor, object]:
+    """Landmarks (M, P, 2) px of the images in the passes of --align, and the loader of the last one."""
+    points, _ = predict_faces(net, loader, loader.dataset.frames, args)
     if args.align == "two-pass":
-        loader = second_pass(args, loader, points)
-        points, confidence = predict_faces(net, loader, args)
-    return points, confidence, loader
+        data = recropped(args, loader.dataset, points)
+        plain = argparse.Namespace(**{**vars(args), "cache": ""})  # these crops are not seen again
+        loader = make_loader(plain, data, datasets.in_order(len(data), 64), net.head.weight.device)
+        points, _ = predict_faces(net, loader, data.frames, args)
+    return points, loader
 
 
 def evaluate(net: HeatmapNet, loader, args, compare: bool = False) -> tuple[dict, torch.Tensor, torch.Tensor]:
@@ -873,7 +905,7 @@ def evaluate(net: HeatmapNet, loader, args, compare: bool = False) -> tuple[dict
         the mean crop as a constant answer; "spread", a landmark's rms distance from its mean, over the crop's
         side; "nme@dark", ... of the comparison. The NME of each face (M,); predictions (M, P, 2) px.
     """
-    points, _, last = predict_set(net, loader, args)
+    points, last = predict_set(net, loader, args)
     data = last.dataset
     target, d, crops = data.points, data.divisors(args.norm), warp.apply_affine(data.frames, data.points)
     error_of = lambda answer: metrics.nme(answer, target, d)  # Eq. (4)
@@ -896,28 +928,33 @@ def evaluate(net: HeatmapNet, loader, args, compare: bool = False) -> tuple[dict
         flips = FLIP_TESTS if net.points in datasets.SCHEMES else ()
         for name, flags in [*((decode, {"decode": decode}) for decode in DECODERS),
                             *((f"flip {kind}", {"flip_test": kind}) for kind in flips)]:
-            other = error_of(predict_faces(net, last, argparse.Namespace(**{**vars(args), **flags}))[0])
+            asked = argparse.Namespace(**{**vars(args), **flags})
+            other = error_of(predict_faces(net, last, data.frames, asked)[0])
             scores |= {f"nme@{name}": float(other.mean()), f"auc@{name}": metrics.auc(other, args.threshold)}
     return scores, errors, points
 
 
+def how_aligned(args) -> str:
+    """What the crops of a set were made from, in words."""
+    box = f"the {args.box} box x {args.margin}"
+    five = args.five and f"five points of {args.five}" or f"true five points with {args.five_noise:.0%} noise"
+    return {"five": five, "two-pass": f"{box}, then five points of the answer", "box": box}[args.align]
+
+
 def print_table(scores: dict, args, points: int):
-    """The rows of Table 5: a column for the full set and each subset."""
-    how = f"{args.box} box x {args.margin}" if args.align == "box" else \
-        "a box, then five points" if args.align == "two-pass" else \
-        "five points" + (f" of {args.five}" if args.five else f" with {args.five_noise:.0%} noise")
+    """The columns of Table 5 as rows, with a column for the full set and each subset."""
     print(f"{args.data}: NME by {datasets.norm_kind(args.norm, points)}, FR and AUC at {args.threshold:.2f}, "
-          f"aligned by {how}, decoded by {args.decode}, flip test: {args.flip_test}")
+          f"aligned by {how_aligned(args)}, decoded by {args.decode}, flip test: {args.flip_test}")
     columns = [key[2:] for key in scores if key == "fr" or key.startswith("fr/")]
     print(" " * 16 + "".join(f"{column[1:] or 'full':>14}" for column in columns))
-    for title, name, scale, digits in [("NME (%)", "nme", 100, 2), ("FR (%)", "fr", 100, 2),
-                                       ("AUC (%)", "auc", 100, 2)]:
-        print(f"{title:16}" + "".join(f"{scale * scores[name + column]:>14.{digits}f}" for column in columns))
+    for name in ("nme", "fr", "auc"):
+        print(f"{name.upper() + ' (%)':16}" +
+              "".join(f"{100 * scores[name + column]:>14.2f}" for column in columns))
     side = args.size >> (5 - len(args.strategy))
     print(f"NME of plain faces: {100 * scores['nme/plain']:.2f} %; the argmax of perfect {side} x {side} "
           f"heatmaps has {100 * scores['nme/floor']:.2f} %")
-    print(f"NME of a constant mean crop: {100 * scores['nme/mean face']:.2f} %; a landmark's spread in the "
-          f"crop: {192 * scores['spread']:.1f} px of 192")
+    print(f"NME of the mean landmarks as the answer for every crop: {100 * scores['nme/mean face']:.2f} %; a "
+          f"landmark is {192 * scores['spread']:.1f} px (rms, of 192) from its mean")
     for name in (key[4:] for key in scores if key.startswith("nme@")):
         print(f"  {name:18} NME {100 * scores['nme@' + name]:.2f} %, AUC {100 * scores['auc@' + name]:.2f} %")
 
@@ -937,60 +974,65 @@ def draw_points(image: np.ndarray, points, colour, radius: float) -> np.ndarray:
     return image
 
 
+GREEN, RED = (60, 220, 60), (240, 50, 50)
+
+
 def tile(tiles: list, columns: int) -> np.ndarray:
     """Images of one size side by side, `columns` in a row."""
     tiles = tiles + [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
     return np.concatenate([np.concatenate(tiles[i:i + columns], 1) for i in range(0, len(tiles), columns)])
 
 
+def chosen(data: datasets.CropDataset, count: int) -> list[int]:
+    """`count` faces over the whole set."""
+    return np.linspace(0, len(data) - 1, min(count, len(data))).astype(int).tolist()
+
+
+def draw_crop(data: datasets.CropDataset, i: int, side: int, *layers) -> np.ndarray:
+    """Crop i, enlarged to `side` px, with (points (P, 2) px of the image, colour) drawn on it."""
+    picture = cv2.resize(data.__getitems__([(0, i)])["image"][0].numpy(), (side, side))
+    for points, colour in layers:
+        places = to_heatmap(warp.apply_affine(data.frames[i], points), data.size / side)
+        draw_points(picture, places, colour, side / 160)
+    return picture
+
+
 def draw_predictions(data: datasets.CropDataset, points: torch.Tensor, side: int = 192) -> np.ndarray:
-    """24 test crops over the whole set, truth in green, predictions (M, P, 2) image px in red."""
-    tiles = []
-    for i in np.linspace(0, len(data) - 1, min(24, len(data))).astype(int).tolist():
-        picture = cv2.resize(data.__getitems__([(0, i)])["image"][0].numpy(), (side, side))
-        to_tile = lambda p: (warp.apply_affine(data.frames[i], p) + 0.5) * side / data.size - 0.5
-        draw_points(picture, to_tile(data.points[i]), (60, 220, 60), side / 160)
-        tiles.append(draw_points(picture, to_tile(points[i]), (240, 50, 50), side / 160))
-    return tile(tiles, 6)
+    """24 test crops, truth in green, predictions (M, P, 2) image px in red."""
+    return tile([draw_crop(data, i, side, (data.points[i], GREEN), (points[i], RED))
+                 for i in chosen(data, 24)], 6)
 
 
 def draw_alignment(data: datasets.CropDataset, side: int = 192) -> np.ndarray:
     """Fig. 1: 12 test images, each beside its crop, with the true landmarks."""
     tiles = []
-    for i in np.linspace(0, len(data) - 1, min(12, len(data))).astype(int).tolist():
-        image = datasets.load_image(data.faces[i].image)
-        height, width = image.shape[:2]
-        frame = datasets.square_frames(np.array([[0, 0, width - 1, height - 1]]), side, 1.0)[0]
-        picture = cv2.warpAffine(image, frame, (side, side), borderValue=(255,) * 3)
-        crop = cv2.resize(data.__getitems__([(0, i)])["image"][0].numpy(), (side, side))
-        placed = (warp.apply_affine(data.frames[i], data.points[i]) + 0.5) * side / data.size - 0.5
-        before = warp.apply_affine(torch.from_numpy(frame), data.points[i])
-        tiles.append(np.concatenate([draw_points(picture, before, (60, 220, 60), 1),
-                                     draw_points(crop, placed, (60, 220, 60), 1)], 1))
+    for i in chosen(data, 12):
+        height, width = datasets.load_image(data.faces[i].image).shape[:2]
+        whole = datasets.square_frames(np.array([[0, 0, width - 1, height - 1]]), side, 1.0)
+        whole, layer = datasets.CropDataset([data.faces[i]], whole, side), (data.points[i], GREEN)
+        tiles.append(np.concatenate([draw_crop(whole, 0, side, layer), draw_crop(data, i, side, layer)], 1))
     return tile(tiles, 3)
 
 
 @torch.inference_mode()
 def draw_heatmaps(net: HeatmapNet, data: datasets.CropDataset, args, side: int = 256) -> np.ndarray:
     """The highest of all heatmaps over the face, for 8 test faces, and below it where they are read."""
-    device, tiles = net.head.weight.device, []
-    for i in np.linspace(0, len(data) - 1, min(8, len(data))).astype(int).tolist():
+    tiles = []
+    for i in chosen(data, 8):
         batch = data.__getitems__([(0, i)])
-        with precision(args, device):
-            heatmaps = net(prepare(batch, device)).float()
-        crop = cv2.resize(batch["image"][0].numpy(), (side, side))
+        heatmaps = net(prepare(batch, net.head.weight.device)).float()
         heat = heatmaps[0].amax(0).clamp(0, 1).cpu().numpy()
         heat = cv2.resize(heat, (side, side), interpolation=cv2.INTER_NEAREST)[..., None]
         warm = cv2.applyColorMap((255 * heat).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
-        points = to_crop(DECODERS[args.decode](heatmaps)[0][0], net.stride).cpu()
-        read = draw_points(crop.copy(), (points + 0.5) * side / data.size - 0.5, (240, 50, 50), side / 160)
-        over = (crop * (1 - 0.8 * heat) + warm * 0.8 * heat).astype(np.uint8)
-        tiles.append(np.concatenate([over, read]))
+        points, _ = predict_faces(net, [batch], data.frames[i:i + 1], args)
+        over = (draw_crop(data, i, side) * (1 - 0.8 * heat) + warm * 0.8 * heat).astype(np.uint8)
+        tiles.append(np.concatenate([over, draw_crop(data, i, side, (points[0], RED))]))
     return tile(tiles, 4)
 
 
 def write_pictures(folder: Path, net: HeatmapNet, data, errors, points, args):
-    """What the paper shows, from this run: alignment.png (Fig. 1), heatmaps.png, predictions.png, ced.png."""
+    """From this run: Fig. 1 (alignment.png), heatmaps.png, predictions.png and the errors (ced.png)."""
+    data = recropped(args, data, points) if args.align == "two-pass" else data
     write_image(folder / "alignment.png", draw_alignment(data))
     write_image(folder / "heatmaps.png", draw_heatmaps(net, data, args))
     write_image(folder / "predictions.png", draw_predictions(data, points))
@@ -1012,21 +1054,20 @@ def align_set(net: HeatmapNet, args, folder: Path, split: str):
     """--align-out with --eval: crops of a whole split, as a set of --data folder: SPLIT/IDENTITY/NAME.png."""
     data = make_dataset(args, read_faces(args, split), augmented=False)
     loader = make_loader(args, data, datasets.in_order(len(data), args.batch_size), net.head.weight.device)
-    points, _, _ = predict_set(net, loader, args)
-    written, left_out = set(), 0
-    for i, face in enumerate(tqdm(data.faces, f"aligned {split}")):
-        stem = Path(face.image).stem if isinstance(face.image, (str, os.PathLike)) else f"{i:06d}"
-        name = "/".join([split, *([face.identity] if face.identity else []), stem])
-        name = next(n for n in itertools.chain([name], (f"{name}.face{k}" for k in itertools.count(2)))
-                    if n not in written)
-        spread = (five_of(points[i]) - five_of(points[i])[0]).abs().max()
-        if not spread > 1:
-            left_out += 1
-            continue
-        written.add(name)
-        write_aligned(folder, name, face.image, points[i])
-    print(f"{len(written)} aligned faces in {folder / split}" +
-          (f"; left out {left_out} without an answer" if left_out else ""))
+    points, _ = predict_set(net, loader, args)
+    good, written = faces_among(five_of(points)), set()
+    for i in tqdm(good.nonzero()[:, 0].tolist(), f"aligned {split}"):
+        image, person = data.faces[i].image, data.faces[i].identity
+        if isinstance(image, (str, os.PathLike)):  # below SPLIT as below --data-root
+            stem = os.path.splitext(os.path.relpath(image, args.data_root))[0].removeprefix(split + os.sep)
+        else:
+            stem = f"{person}/{i:06d}" if person else f"{i:06d}"
+        names = itertools.chain([stem], (f"{stem}.face{k}" for k in itertools.count(2)))
+        stem = next(name for name in names if name not in written)  # an image may hold several faces
+        written.add(stem)
+        write_aligned(folder / split, stem, image, points[i])
+    print(f"{len(written)} aligned faces in {folder / split}; left out {len(good) - len(written)} without an "
+          f"answer; they were looked for by {how_aligned(args)}")
 
 
 # ---- Run-time: the same lines in all five scripts ------------------------------------------------
@@ -1239,34 +1280,35 @@ def init_backbone(backbone: nn.Module, path: str) -> str:
 
 def check_scheme(args, points: int):
     """Raises ValueError where the flags need to know what the landmarks mean, and nobody does."""
-    wants = [flag for flag, wanted in (("--flip-copies", args.flip_copies),
-                                       ("--flip-test", args.flip_test != "none"),
-                                       (f"--align {args.align}", args.align != "box"),
-                                       ("--align-out", args.align_out)) if wanted]
+    wants = [cure for cure, wanted in (("add --no-flip-copies", args.flip_copies),
+                                       ("add --flip-test none", args.flip_test != "none"),
+                                       ("add --align box", args.align != "box"),
+                                       ("leave out --align-out", args.align_out)) if wanted]
     if points not in datasets.SCHEMES and wants:
         raise ValueError(f"{points} landmarks are no known scheme ({', '.join(map(str, datasets.SCHEMES))}), "
-                         f"so no {', '.join(wants)}: add --align box --no-flip-copies --flip-test none")
+                         f"so they cannot be mirrored or aligned: {', '.join(wants)}")
 
 
-def open_checkpoint(args, path: str, free: set[str]) -> HeatmapNet:
-    """A checkpoint's network, in evaluation mode; `args` takes its flags over, but for `free`."""
-    args.gpus = 1
+def open_checkpoint(args, path: str, free: set[str]) -> tuple[HeatmapNet, dict]:
+    """A checkpoint's network, in evaluation mode, and its flags. `args` takes these over, but for `free`, the
+    typed ones of DATA and TEST, and all of DATA where --data names another set."""
+    args.gpus, given = 1, set(args.given)
     device = setup(args)[2]
     state = load(path, "heatmap_landmarks")
-    restore_args(args, state["args"], MACHINE | free)
+    other = "data" in given and args.data != state["args"]["data"]
+    restore_args(args, state["args"], MACHINE | free | (TEST & given) | (DATA if other else DATA & given))
     args.points = len(state["model"]["head.weight"])
     net = build(args, args.points, device)
     net.load_state_dict(state["model"])
     check_scheme(args, args.points)
-    return net.eval()
+    return net.eval(), state["args"]
 
 
 def evaluate_checkpoint(args) -> dict:
     """--eval: the numbers of a checkpoint on the test set of --data; with --output, the pictures too; with
     --align-out, both splits as recognition crops. Data and how the network is asked are those that it was
     trained with, unless flags of DATA or TEST say otherwise."""
-    given = set(args.given)
-    net = open_checkpoint(args, args.eval, (DATA if "data" in given else DATA & given) | (TEST & given))
+    net, _ = open_checkpoint(args, args.eval, set())
     folder = find_run(args, "heatmap_landmarks")
     data = make_dataset(args, read_faces(args, "test"), augmented=False)
     if data.points.shape[1] != net.points:
@@ -1283,6 +1325,14 @@ def evaluate_checkpoint(args) -> dict:
     return scores
 
 
+def open_detector(path: str):
+    """cv2's detector from a YuNet model file.   Raises: ValueError for another kind of file."""
+    try:
+        return cv2.FaceDetectorYN.create(path, "", (320, 320))
+    except cv2.error as error:
+        raise ValueError(f"--detector {path}: no YuNet model that OpenCV can read ({error.err})") from None
+
+
 def find_frames(args, image: np.ndarray, detector) -> tuple[torch.Tensor, int]:
     """Crops of an image's faces, (M, 2, 3) image px -> crop px, and how often the network is to look.
     A detector's five points are aligned at once; a box, or the whole image, is a first guess."""
@@ -1291,10 +1341,12 @@ def find_frames(args, image: np.ndarray, detector) -> tuple[torch.Tensor, int]:
         detector.setInputSize((width, height))
         found = detector.detect(np.ascontiguousarray(image[..., ::-1]))[1]
         found = np.zeros((0, 15)) if found is None else found.astype(np.float64)
-        if args.align != "box":  # YuNet: x y w h, then the five points, image-left eye first
-            return align_five(found[:, 4:14].reshape(-1, 5, 2), args.size), 1
-        boxes = np.concatenate([found[:, :2], found[:, :2] + found[:, 2:4]], 1)
-        return torch.from_numpy(datasets.square_frames(boxes, args.size, args.margin)), 1
+        five = torch.from_numpy(found[:, 4:14].reshape(-1, 5, 2))  # behind x y w h; image-left eye first
+        five, boxes = five[faces_among(five)], found[found[:, 2:4].min(1, initial=np.inf) > 0, :4]
+        if args.align != "box":
+            return align_five(five, args.size), 1
+        boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+        return torch.from_numpy(datasets.square_frames(boxes, args.size, args.margin)), 2
     whole = args.box in BOXES
     box = [0, 0, width - 1, height - 1] if whole else parse_box(args.box)
     if box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0:
@@ -1309,8 +1361,7 @@ def find_points(net: HeatmapNet, image: np.ndarray, frame: torch.Tensor, looks: 
     frames = frame[None]
     for look in range(looks):
         data = datasets.CropDataset([datasets.Face(image)], frames, args.size)
-        loader = datasets.make_loader(data, datasets.in_order(1, 1), 0, torch.device("cpu"))
-        points, confidence = predict_faces(net, loader, args)
+        points, confidence = predict_faces(net, [data.__getitems__([(0, 0)])], frames, args)
         frames = next_frames(args, points, frames)
     return points[0], confidence[0]
 
@@ -1326,10 +1377,12 @@ def predict(args) -> dict:
     an orientation tag.
     Raises: FileNotFoundError for a path without images; ValueError for two images of one name, or one that
         cannot be read; FileExistsError where a result would be written over a file."""
-    given = set(args.given)
-    net = open_checkpoint(args, args.weights, DATA | {"box"} | (TEST & given))
-    detector = cv2.FaceDetectorYN.create(args.detector, "", (320, 320)) if args.detector else None
+    net, trained = open_checkpoint(args, args.weights, DATA | {"box"})
+    detector = open_detector(args.detector) if args.detector else None
     found = datasets.image_paths(args.predict)  # {name: path}
+    for name in found:
+        if (first := re.sub(r"\.face\d+$", "", name)) != name and first in found:
+            raise ValueError(f"{found[name]} has the name of a further face of {found[first]}: rename it")
     datasets.check_images([datasets.Face(path) for path in found.values()])
     args.data = "predict"
     folder, faceless = find_run(args, "heatmap_landmarks"), []
@@ -1337,6 +1390,9 @@ def predict(args) -> dict:
         if target.exists():
             raise FileExistsError(f"--output {folder}: {target} exists already; name another folder")
     folder = make_run(args, "heatmap_landmarks", folder)
+    if trained["align"] == "five" and not detector:
+        print("note: this network has seen no faces but those aligned by five points; in the crop of a box "
+              "its answer hardly moves: give --detector, or train with --align two-pass")
     for name, path in tqdm(found.items(), "predict"):
         image = datasets.load_image(path)
         picture, count = image.copy(), 0
@@ -1345,10 +1401,12 @@ def predict(args) -> dict:
         for frame in frames:
             points, confidence = find_points(net, image, frame, looks, args)
             extent = float(np.ptp(points.numpy(), 0).max())
-            if not extent > 1:  # one place, or not finite
+            if not extent > 1 or args.align != "box" and not faces_among(five_of(points[None])):
                 continue
             count += 1
             this = name if count == 1 else f"{name}.face{count}"
+            if count > 1 and (folder / f"{this}.pts").exists():
+                raise FileExistsError(f"{folder / this}.pts exists already; name another folder")
             datasets.write_pts(folder / f"{this}.pts", points)
             if args.align_out:
                 write_aligned(Path(args.align_out), this, image, points)
@@ -1433,8 +1491,7 @@ def train(args) -> dict:
         model = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     batches = datasets.EpochBatches(len(train_set), args.batch_size, args.seed, rank, world)
     loader = make_loader(args, train_set, batches, device, everywhere=True)
-    steps, scores, began = len(batches), {}, time.time()
-    start = state["epoch"] if state else 0
+    steps, start, scores, began = len(batches), state["epoch"] if state else 0, {}, time.time()
     if rank == 0:  # only the first process evaluates and writes
         folder = make_run(args, "heatmap_landmarks", folder)
         print(f"run: {folder}, processes: {world}, epochs done: {start} of {args.epochs}", flush=True)
@@ -1453,10 +1510,11 @@ def train(args) -> dict:
         for step, batch in enumerate(loader):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(epoch * steps + step, args.epochs * steps, args.lr)
+            image = prepare(batch, device, args.erase > 0 and epoch >= args.erase_from)
             with precision(args, device):
-                heatmaps = model(prepare(batch, device, args.erase > 0 and epoch >= args.erase_from))
-            target = batch["points"].to(device, non_blocking=True)
-            loss = heatmap_loss(heatmaps, target, net.stride, args.sigma)
+                heatmaps = model(image)
+            points = batch["points"].to(device, non_blocking=True)
+            loss = heatmap_loss(heatmaps, points, net.stride, args.sigma)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -1476,7 +1534,7 @@ def train(args) -> dict:
                        gpu_gb=torch.cuda.max_memory_allocated() / 1e9)
             last = epoch + 1 == args.epochs
             if last or (epoch + 1) % args.eval_every == 0:
-                scores, errors, points = evaluate(net, test_loader, args, last and args.compare)
+                scores, errors, found = evaluate(net, test_loader, args, last and args.compare)
                 row |= scores
             row["minutes"] = (time.time() - began) / 60
             bar.write(summary(row))
@@ -1488,9 +1546,9 @@ def train(args) -> dict:
     # Table and pictures
     if rank == 0:
         if start >= args.epochs:  # it was killed after its last checkpoint
-            scores, errors, points = evaluate(net, test_loader, args, args.compare)
+            scores, errors, found = evaluate(net, test_loader, args, args.compare)
         print_table(scores, args, net.points)
-        write_pictures(folder, net, test_set, errors, points, args)
+        write_pictures(folder, net, test_set, errors, found, args)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
