@@ -230,6 +230,8 @@ def check_flags(args, error: Callable[[str], None]):
         error("--detector belongs to --predict; for a whole set write its points to a file, see --five")
     if args.align_out and not (args.predict or args.eval):
         error("--align-out belongs to --predict or --eval: crops are made by a trained network")
+    if args.align_out and args.output and os.path.abspath(args.align_out) == os.path.abspath(args.output):
+        error(f"--align-out {args.align_out} is --output too: both would write NAME.png there")
     if args.align_out and os.path.isdir(args.align_out) and os.listdir(args.align_out):
         error(f"--align-out {args.align_out} is not empty: name another folder")
 
@@ -1058,10 +1060,10 @@ def align_set(net: HeatmapNet, args, folder: Path, split: str):
     good, written = faces_among(five_of(points)), set()
     for i in tqdm(good.nonzero()[:, 0].tolist(), f"aligned {split}"):
         image, person = data.faces[i].image, data.faces[i].identity
-        if isinstance(image, (str, os.PathLike)):  # below SPLIT as below --data-root
-            stem = os.path.splitext(os.path.relpath(image, args.data_root))[0].removeprefix(split + os.sep)
-        else:
-            stem = f"{person}/{i:06d}" if person else f"{i:06d}"
+        on_disk = isinstance(image, (str, os.PathLike))
+        stem = os.path.splitext(os.path.relpath(image, args.data_root))[0] if on_disk else f"{i:06d}"
+        stem = stem.removeprefix(split + os.sep)
+        stem = f"{person}/{Path(stem).name}" if person else stem  # `read_folder` takes a folder for a person
         names = itertools.chain([stem], (f"{stem}.face{k}" for k in itertools.count(2)))
         stem = next(name for name in names if name not in written)  # an image may hold several faces
         written.add(stem)

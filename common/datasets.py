@@ -344,7 +344,7 @@ def read_points_csv(path: str) -> dict[str, np.ndarray]:
     found: dict[str, list[np.ndarray]] = {}
     for number, (where, line) in enumerate(_lines(path)):
         name, *fields = [field.strip() for field in line.split(",")]
-        if number == 0 and fields and not re.match(r"[-+.\d]", fields[0]):
+        if number == 0 and fields and fields[0][:1].isalpha() and fields[0].lower() not in ("nan", "inf"):
             continue
         count = len(next(iter(found.values()))[0]) if found else len(fields) // 2
         if not count:

@@ -99,6 +99,42 @@ def test_copies_are_drawn_apart():
     assert batch["index"].tolist() == [2, 2] and not torch.equal(batch["points"][0], batch["points"][1])
 
 
+def with_mirrored_copies(augment=None):
+    """The set and then its mirror image."""
+    data = crops(augment=augment, copies=np.tile(np.arange(4), 2))
+    data.mirrored = torch.arange(8) >= 4
+    return data
+
+
+def test_mirrored_copies_are_the_crop_seen_in_a_mirror():
+    batch = with_mirrored_copies().__getitems__([(0, i) for i in range(8)])
+    assert batch["index"].tolist() == [0, 1, 2, 3] * 2
+    points, mirrored = batch["points"].chunk(2)
+    mirror = points[:, [1, 0, 2, 3, 5, 4]] * torch.tensor([-1.0, 1]) + torch.tensor([95.0, 0])
+    torch.testing.assert_close(mirrored, mirror, atol=1e-4, rtol=0)
+    image, copy = batch["image"].float().chunk(2)
+    assert (image.flip(2) - copy).abs().mean() < 0.5 and (image - copy).abs().mean() > 4
+    assert torch.equal(batch["image"][:4], crops().__getitems__([(0, i) for i in range(4)])["image"])
+    determinant = torch.linalg.det(batch["matrix"][:, :, :2])
+    torch.testing.assert_close(determinant[4:], -determinant[:4])
+
+
+def test_points_follow_the_image_of_a_mirrored_copy_that_is_turned():
+    data, keys = with_mirrored_copies(turn), [(epoch, i) for epoch in range(3) for i in range(8)]
+    batch, flip = data.__getitems__(keys), [1, 0, 2, 3, 5, 4]
+    drawn = [turn(np.random.default_rng((0, *key)), 96)[1] for key in keys]
+    for b, (_, i) in enumerate(keys):
+        mirror = float(torch.linalg.det(batch["matrix"][b, :, :2])) < 0
+        assert mirror == (drawn[b] != (i >= 4))  # drawn mirrored, a mirrored copy is as the face was
+        placed = warp.apply_affine(batch["matrix"][b], torch.from_numpy(data.faces[i % 4].points))
+        torch.testing.assert_close(batch["points"][b], placed[flip] if mirror else placed, atol=1e-3, rtol=0)
+        image, points, radius = batch["image"][b].numpy(), batch["points"][b].numpy(), 11
+        for point in points[((points > radius + 1) & (points < 94 - radius)).all(1)]:
+            assert np.abs(dot_at(image, point, radius) - point).max() < 0.1
+    loaded = list(datasets.DeviceLoader(data, [keys[2:7]], torch.device("cpu")))[0]
+    assert torch.equal(loaded["points"], batch["points"][2:7])
+
+
 @pytest.mark.parametrize("size", [48, 256])
 def test_kept_regions_give_the_same_crops(tmp_path, size):
     keys = [(1, i) for i in range(4)]

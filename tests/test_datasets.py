@@ -200,6 +200,15 @@ def test_anchors_and_special_points():
         assert tuple(SCHEMES[points].anchors[name] for points in (68, 98, 194)) == tuple((i,) for i in ids)
 
 
+def test_recognition_points_are_arcfaces_template():
+    left, right, nose, *mouth = datasets.ARCFACE_5
+    assert datasets.ARCFACE_5.shape == (5, 2)
+    assert datasets.ARCFACE_5.sum(0) == pytest.approx([280.1308, 359.5039])  # no digit is lost
+    assert left[0] < nose[0] < right[0] and mouth[0][0] < nose[0] < mouth[1][0]  # image-left first
+    assert max(left[1], right[1]) < nose[1] < min(mouth[0][1], mouth[1][1]) < 112
+    assert datasets.flip_residual(datasets.ARCFACE_5[None], SCHEMES[5].flip) < 0.02
+
+
 def test_group_means_are_the_same_in_numpy_and_torch():
     points = RNG.normal(size=(3, 68, 2))
     five = datasets.group_means(points, SCHEMES[68].five)
@@ -317,6 +326,35 @@ def test_pts_errors_name_file_and_line(tmp_path, text, message):
     put_text(tmp_path / "a.pts", text)
     with pytest.raises(ValueError, match=message):
         read_pts(str(tmp_path / "a.pts"))
+
+
+def test_points_of_a_detector_by_image(tmp_path):
+    first, second, third = (draw_points(5) for _ in range(3))
+    rows = [",".join([name, *flat(points)]) for name, points in
+            (("a/one.jpg", first), ("./b c.png", second), ("a//one.jpg", third))]
+    for header in ("", "image,x0,y0,x1,y1\n", "\ufefffile, left_x\r\n"):
+        put_text(tmp_path / "five.csv", header + "\n\n".join(rows) + "\n")
+        found = datasets.read_points_csv(str(tmp_path / "five.csv"))
+        assert list(found) == ["a/one.jpg", "b c.png"] and found["b c.png"].shape == (1, 5, 2)
+        np.testing.assert_allclose(found["a/one.jpg"], np.stack([first, third]), atol=1e-5)
+        assert found["a/one.jpg"].dtype == np.float32
+    put_text(tmp_path / "five.csv", "a.jpg, -1.5, .5,+2 ,3e1\n")
+    assert datasets.read_points_csv(str(tmp_path / "five.csv"))["a.jpg"].tolist() == [[[-1.5, 0.5], [2, 30]]]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("image,x0,y0\na.jpg,1,2,3,4\nb.jpg,1,2,3\n", r"five.csv:3: found 3 numbers, wanted 4"),
+    ("a.jpg,1,2,3\n", r"five.csv:1: found 3 numbers, wanted 2"),
+    ("a.jpg,1,2\n\nb.jpg,1,x\n", r"five.csv:3: .*'x'.* wanted a number"),
+    ("a.jpg,1,2\nb.jpg,inf,2\n", r"five.csv:2: found inf, wanted a finite number"),
+    ("a.jpg,nan,2\nb.jpg,1,2\n", r"five.csv:1: found nan, wanted a finite number"),
+    ("a.jpg\n", r"five.csv:1: found 'a.jpg', wanted image,x0,y0,x1,y1"),
+    ("image,x0,y0\n", r"five.csv has no row image,x0,y0"), ("", r"five.csv has no row"),
+])
+def test_points_of_a_detector_name_the_bad_line(tmp_path, text, message):
+    put_text(tmp_path / "five.csv", text)
+    with pytest.raises(ValueError, match=message):
+        datasets.read_points_csv(str(tmp_path / "five.csv"))
 
 
 class Mat:

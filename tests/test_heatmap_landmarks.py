@@ -1,0 +1,1605 @@
+"""heatmap_landmarks.py: equations against loops and published code, published sizes, the command line."""
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from datetime import timedelta
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import heatmap_landmarks as hl
+from common import datasets, synthetic, warp
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- Sizes: Tables 1 to 6 ------------------------------------------------------------------------
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def macs(module, shape):
+    """Multiply-adds of the convolutions, and the shape of the result, counted where nothing is computed."""
+    total = []
+
+    def add(layer, given, out):  # a deconvolution multiplies each px of its input by its whole kernel
+        pixels = given[0] if isinstance(layer, nn.ConvTranspose2d) else out
+        total.append(pixels[0].numel() * layer.weight[0].numel())
+
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            layer.register_forward_hook(add)
+    return module(torch.empty(shape, device="meta")).shape, sum(total)
+
+
+MODELS = [  # filters (256 in Tables 1 to 3, 128 in 4 to 6), heatmap side, 10^9 multiply-adds, parameters
+    ("mobilenetv2_0.25", "SSSS", 256, 96, 0.5623, 1_605_016),
+    ("mobilenetv2_0.25", "DSSS", 256, 96, 0.6425, 2_506_136),
+    ("mobilenetv2_0.25", "DDSS", 256, 96, 0.9634, 3_407_256),
+    ("mobilenetv2_0.25", "DSSD", 256, 96, 1.0943, 2_641_176),
+    ("mobilenetv2_0.25", "DSDS", 256, 96, 1.7278, 3_063_192),
+    ("mobilenetv2_0.25", "DDDS", 256, 96, 2.2469, 4_308_376),
+    ("mobilenetv2_0.25", "SSSD", 256, 96, 1.0141, 1_740_056),
+    ("mobilenetv2_0.25", "SDSD", 256, 96, 1.2854, 2_297_112),
+    ("mobilenetv2_0.25", "SSDD", 256, 96, 2.8921, 2_641_176),
+    ("mobilenetv2_0.25", "SDDD", 256, 96, 3.3616, 3_542_296),
+    ("mobilenetv2_0.25", "DDDD", 256, 96, 3.4914, 4_787_480),
+    ("mobilenetv2_0.25", "DDDD", 128, 96, 0.9693, 1_889_304),
+    ("mobilenetv2_1.0", "SSD", 128, 48, 0.3168, 2_963_200),
+    ("mobilenetv2_1.0", "SDD", 128, 48, 0.4341, 3_188_480),
+    ("mobilenetv2_1.0", "SSSD", 128, 96, 0.5450, 3_000_320),
+    ("mobilenetv2_1.0", "SDSD", 128, 96, 0.6129, 3_139_584),
+    ("resnet18", "SDD", 128, 48, 1.5394, 11_944_512),
+    ("resnet50", "SDD", 128, 48, 3.2240, 24_669_248)]
+
+
+@pytest.mark.parametrize("backbone, strategy, filters, side, billions, parameters", MODELS)
+def test_models_have_the_published_sizes(backbone, strategy, filters, side, billions, parameters):
+    with torch.device("meta"):
+        net = hl.HeatmapNet(backbone, strategy, 106, filters).eval()
+    shape, total = macs(net, (1, 3, 192, 192))
+    assert (shape, count(net), net.stride) == ((1, 106, side, side), parameters, 192 // side)
+    assert round(total / 1e9, 4) == billions
+
+
+@pytest.mark.parametrize("name, channels, parameters, millions", [
+    ("mobilenetv2_0.25", 1280, 236_312, 20.9), ("mobilenetv2_1.0", 1280, 2_223_872, 220.0),
+    ("resnet18", 512, 11_176_512, 1332.4), ("resnet50", 2048, 23_508_032, 3002.8)])
+def test_backbone_sizes(name, channels, parameters, millions):
+    with torch.device("meta"):
+        backbone = hl.backbone_of(name)().eval()
+    assert (count(backbone), backbone.channels) == (parameters, channels)
+    shape, total = macs(backbone, (1, 3, 192, 192))
+    assert shape == (1, channels, 6, 6) and total / 1e6 == pytest.approx(millions, abs=0.05)
+    assert backbone(torch.empty(2, 3, 64, 96, device="meta")).shape == (2, channels, 2, 3)
+
+
+def test_widths_are_cut_and_not_rounded_to_multiples_of_eight():
+    with torch.device("meta"):
+        features = hl.mobilenetv2(0.25).features
+    assert features[0][0].out_channels == 8
+    stages = [block.conv[-1].num_features for block in list(features)[1:-1]]
+    assert [width for width, last in zip(stages, [0, *stages]) if width != last] == [4, 6, 8, 16, 24, 40, 80]
+    first, second = features[1].conv, features[2].conv
+    assert len(first) == 3 and len(second) == 4  # the first block does not widen
+    with torch.device("meta"):
+        assert [hl.mobilenetv2(width).channels for width in (0.1, 0.5, 2)] == [1280, 1280, 2560]
+
+
+# ---- Pixel centres, target heatmaps and loss -----------------------------------------------------
+
+@pytest.mark.parametrize("stride", [2, 4, 3.5])
+def test_crop_and_heatmap_coordinates_are_inverse_and_commute_with_mirroring(stride):
+    points = 192 * torch.rand(50, 2, generator=seeded(), dtype=torch.float64)
+    heat = hl.to_heatmap(points, stride)
+    torch.testing.assert_close(hl.to_crop(heat, stride), points, atol=1e-12, rtol=0)
+    mirrored = hl.to_heatmap(191 - points, stride)
+    torch.testing.assert_close(mirrored, 192 / stride - 1 - heat, atol=1e-12, rtol=0)
+    assert hl.to_heatmap(-0.5, stride) == -0.5  # the edges of crop and heatmap coincide
+    assert hl.to_heatmap(4 * stride - 0.5, stride) == pytest.approx(3.5)
+
+
+@pytest.mark.parametrize("size, stride, sigma", [(12, 4, 2.0), ((7, 12), 2, 1.5)])
+def test_target_heatmaps_are_the_numerator_of_equation_3(size, stride, sigma):
+    points = 40 * torch.rand(2, 3, 2, generator=seeded(), dtype=torch.float64) - 5
+    maps = hl.gaussian_heatmaps(points, size, stride, sigma)
+    height, width = (size, size) if isinstance(size, int) else size
+    assert maps.shape == (2, 3, height, width) and maps.dtype == torch.float64
+    inverse = np.linalg.inv(sigma**2 * np.eye(2))
+    for b in range(2):
+        for p in range(3):
+            mu = (points[b, p].numpy() + 0.5) / stride - 0.5
+            for y in range(height):
+                for x in range(width):
+                    away = np.array([x, y]) - mu
+                    assert float(maps[b, p, y, x]) == pytest.approx(math.exp(-away @ inverse @ away / 2))
+    half = hl.gaussian_heatmaps(points.half(), size, stride, sigma)
+    assert half.dtype == torch.float32  # in half precision the centre would be off by up to 0.06 px
+    torch.testing.assert_close(half, hl.gaussian_heatmaps(points.half().float(), size, stride, sigma))
+
+
+def test_target_heatmaps_follow_a_mirrored_image():
+    points = 64 * torch.rand(2, 5, 2, generator=seeded(), dtype=torch.float64)
+    mirrored = points * torch.tensor([-1.0, 1]) + torch.tensor([63.0, 0])
+    torch.testing.assert_close(hl.gaussian_heatmaps(mirrored, 16, 4, 2.0),
+                               hl.gaussian_heatmaps(points, 16, 4, 2.0).flip(3))
+
+
+def test_only_landmarks_whose_box_touches_the_map_have_a_weight():
+    generator, size, stride, sigma = seeded(), (10, 16), 4, 2.0
+    points = 120 * torch.rand(1, 400, 2, generator=generator) - 30
+    weight = hl.landmark_weights(points, size, stride, sigma)
+    assert weight.dtype == torch.float32
+    for (x, y), w in zip(points[0].tolist(), weight[0].tolist()):
+        x, y = (x + 0.5) / 4 - 0.5, (y + 0.5) / 4 - 0.5
+        misses = x - 6 > 15 or x + 6 < 0 or y - 6 > 9 or y + 6 < 0
+        assert w == (0 if misses else 1)
+    assert 0.2 < weight.mean() < 0.8
+
+
+def test_loss_is_one_for_empty_maps_and_zero_for_perfect_ones():
+    points = 60 + 70 * torch.rand(3, 4, 2, generator=seeded())
+    perfect = hl.gaussian_heatmaps(points, 48, 4, 2.0)
+    assert hl.heatmap_loss(0 * perfect, points, 4, 2.0).item() == pytest.approx(1, abs=1e-4)
+    assert hl.heatmap_loss(perfect, points, 4, 2.0).item() == 0
+    assert hl.heatmap_loss(perfect.bfloat16(), points, 4, 2.0).dtype == torch.float32
+
+
+def test_loss_is_the_mean_over_the_landmarks_with_a_weight():
+    points = torch.tensor([80.0, 48]) * torch.rand(2, 5, 2, generator=seeded())
+    points[0, 1], points[1, 4] = torch.tensor([200.0, 10]), torch.tensor([10.0, -90])
+    maps = torch.randn(2, 5, 12, 20, generator=seeded(1), requires_grad=True)
+    loss = hl.heatmap_loss(maps, points, 4, 1.5)
+    target, weight = (f(points, (12, 20), 4, 1.5) for f in (hl.gaussian_heatmaps, hl.landmark_weights))
+    total = 0.0
+    for b in range(2):
+        for p in range(5):
+            error = sum((float(maps[b, p, y, x].detach()) - float(target[b, p, y, x]))**2
+                        for y in range(12) for x in range(20))
+            total += error / (math.pi * 1.5**2) * float(weight[b, p])
+    assert weight.sum() == 8 and loss.item() == pytest.approx(total / 8, rel=1e-5)
+    loss.backward()
+    assert torch.equal(maps.grad.abs().sum((2, 3)) > 0, weight > 0)
+    outside = torch.full((1, 2, 2), 900.0)  # nothing to learn is no error
+    assert hl.heatmap_loss(torch.ones(1, 2, 8, 8), outside, 4, 2.0).item() == 0
+
+
+# ---- Eq. (1) to (3) ------------------------------------------------------------------------------
+
+def clean_maps(count=400, size=(48, 48), sigma=2.0, border=8, seed=0):
+    """Gaussians at random places `border` px inside: centres (count, 1, 2), maps (count, 1, h, w)."""
+    span = torch.tensor([size[1] - 1.0, size[0] - 1.0]) - 2 * border
+    centres = border + span * torch.rand(count, 1, 2, generator=seeded(seed))
+    return centres, hl.gaussian_heatmaps(centres, size, 1, sigma)
+
+
+def maps_of(kind, size, count=60):
+    generator, border = seeded(), min(2, min(size) // 2)
+    noise = torch.randn(count, 1, *size, generator=generator)
+    clean = clean_maps(count, size, min(2.0, min(size) / 4), border)[1]
+    return {"clean": clean, "noisy": clean + 0.05 * noise, "noise": noise, "weak": 0.15 * clean + 0.1 * noise,
+            "uniform": torch.rand(count, 1, *size, generator=generator), "flat": torch.full_like(clean, 0.3),
+            "mostly negative": noise - 2}[kind]
+
+
+def test_argmax_is_equation_1():
+    maps = torch.randn(4, 5, 9, 13, generator=seeded()).round(decimals=1)  # rounded, so that maxima tie
+    maps[0, 0], maps[0, 1] = maps[0, 0].clamp(max=0.5), maps[0, 1].clamp(max=0.1)
+    points, confidence = hl.decode_argmax(maps)
+    for b in range(4):
+        for p in range(5):
+            best = (-math.inf, 0, 0)
+            for y in range(9):
+                for x in range(13):
+                    if float(maps[b, p, y, x]) > best[0]:  # a later px of the same value changes nothing
+                        best = (float(maps[b, p, y, x]), x, y)
+            assert (float(confidence[b, p]), *points[b, p].tolist()) == best
+
+
+def test_shift_is_equation_2_as_its_source_computes_it():
+    for size in ((9, 13), (6, 5)):
+        maps = torch.randn(40, 2, *size, generator=seeded()).round(decimals=1)
+        points, (h, w) = hl.decode_shift(maps)[0].view(-1, 2), size
+        for heatmap, found in zip(maps.view(-1, h, w).numpy(), points.tolist()):
+            py, px = divmod(int(heatmap.argmax()), w)
+            expected = [px, py]
+            if 1 < px < w - 1 and 1 < py < h - 1:
+                expected[0] += 0.25 * np.sign(heatmap[py, px + 1] - heatmap[py, px - 1])
+                expected[1] += 0.25 * np.sign(heatmap[py + 1, px] - heatmap[py - 1, px])
+            assert found == expected
+    torch.testing.assert_close(hl.decode_shift(maps, 0.0)[0], hl.decode_argmax(maps)[0])
+
+
+def dark_of(heatmap, kernel):
+    """Peak and Newton step of one map (h, w) float64, as DARK's code has them: nothing bounds the step. It is
+    inf where the blur leaves nothing positive: there the code's rescaling turns the map upside down."""
+    h, w = heatmap.shape
+    py, px = divmod(int(heatmap.argmax()), w)
+    if heatmap.max() <= 0:
+        return np.zeros(2), np.zeros(2)
+    border = (kernel - 1) // 2
+    blurred = cv2.GaussianBlur(np.pad(heatmap, border), (kernel, kernel), 0)
+    blurred = blurred[border:border + h, border:border + w]
+    if blurred.max() <= 0:
+        return np.array([px, py]), np.full(2, np.inf)
+    L, step = np.log(np.maximum(blurred * (heatmap.max() / blurred.max()), 1e-10)), np.zeros(2)
+    if 1 < px < w - 2 and 1 < py < h - 2:
+        gradient = np.array([L[py, px + 1] - L[py, px - 1], L[py + 1, px] - L[py - 1, px]]) / 2
+        xx = (L[py, px + 2] - 2 * L[py, px] + L[py, px - 2]) / 4
+        yy = (L[py + 2, px] - 2 * L[py, px] + L[py - 2, px]) / 4
+        xy = (L[py + 1, px + 1] - L[py - 1, px + 1] - L[py + 1, px - 1] + L[py - 1, px - 1]) / 4
+        if xx * yy - xy**2 != 0:
+            step = -np.linalg.inv([[xx, xy], [xy, yy]]) @ gradient
+    return np.array([px, py]), step
+
+
+@pytest.mark.parametrize("size", [(48, 48), (20, 31), (9, 6)])  # the last is smaller than most kernels
+@pytest.mark.parametrize("kernel", [3, 7, 11, 17])
+@pytest.mark.parametrize("kind", ["clean", "noisy", "noise", "weak", "uniform", "flat", "mostly negative"])
+def test_dark_is_its_published_code_with_a_bounded_step(kind, kernel, size):
+    maps = maps_of(kind, size)
+    found, confidence = hl.decode_dark(maps, kernel)
+    assert torch.equal(confidence, maps.amax((2, 3)))
+    compared = 0
+    for heatmap, answer in zip(maps[:, 0].double().numpy(), found[:, 0].double().numpy()):
+        peak, step = dark_of(heatmap, kernel)
+        assert np.abs(answer - peak).max() <= 1 + 1e-6
+        if np.abs(step).max() <= 1:
+            compared += 1
+            assert np.abs(answer - peak - step).max() < 1e-4
+    assert compared >= {"clean": 60, "noisy": 55, "flat": 60, "mostly negative": 0}.get(kind, 10)
+
+
+@pytest.mark.parametrize("size", [48, 96])
+def test_each_decoder_is_as_exact_as_its_equation_allows(size):
+    centres, maps = clean_maps(size=(size, size))
+    error = {name: (decode(maps)[0] - centres).norm(dim=2) for name, decode in hl.DECODERS.items()}
+    assert error["argmax"].mean() == pytest.approx(0.3826, abs=0.03)  # a random point's distance in its px
+    assert error["shift"].mean() == pytest.approx(0.191, abs=0.02)
+    assert error["dark"].mean() < 5e-4 and error["dark"].max() < 1e-3
+
+
+@pytest.mark.parametrize("sigma", [1.5, 2.0])
+@pytest.mark.parametrize("stride, size", [(2, (96, 96)), (4, (48, 48)), (4, (40, 64))])
+def test_what_is_encoded_is_decoded(stride, size, sigma):
+    centres, _ = clean_maps(size=size, border=5, seed=1)
+    points = hl.to_crop(centres, stride)
+    decoded, confidence = hl.decode_dark(hl.gaussian_heatmaps(points, size, stride, sigma))
+    assert (hl.to_crop(decoded, stride) - points).abs().max() < 1e-2
+    assert confidence.min() > math.exp(-0.25 / sigma**2) - 1e-6  # the peak is at most half a px away, twice
+
+
+def test_noise_moves_dark_by_hundredths_of_a_px():
+    centres, maps = clean_maps(size=(96, 96))
+    noisy = maps + 0.03 * torch.randn(maps.shape, generator=seeded(1))
+    error = {name: (decode(noisy)[0] - centres).norm(dim=2).mean() for name, decode in hl.DECODERS.items()}
+    assert error["dark"] < 0.04 and error["shift"] > 0.18 and error["argmax"] > 0.38
+
+
+ALL = pytest.mark.parametrize("decode", hl.DECODERS.values(), ids=hl.DECODERS)
+
+
+@ALL
+@pytest.mark.parametrize("place", [(0, 0), (11, 10), (19, 23)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_map_that_is_not_finite_says_so_and_leaves_its_neighbours_alone(decode, value, place):
+    _, maps = clean_maps(6, (20, 24), border=6)
+    maps = maps.view(2, 3, 20, 24)
+    good, confidence = decode(maps)
+    bad = maps.clone()
+    bad[1, 1, place[0], place[1]] = value
+    points, height = decode(bad)
+    assert points[1, 1].isnan().all() and height[1, 1] == 0
+    keep = torch.ones(2, 3, dtype=torch.bool)
+    keep[1, 1] = False
+    assert torch.equal(points[keep], good[keep]) and torch.equal(height[keep], confidence[keep])
+
+
+@ALL
+@pytest.mark.parametrize("place", [(0, 0), (10, 12)])
+def test_no_answer_that_is_not_finite_has_a_confidence(decode, place):
+    maps = clean_maps(1, (20, 24), border=8)[1]
+    maps[0, 0, place[0], place[1]] = -math.inf
+    points, confidence = decode(maps)
+    assert points.isfinite().all() or confidence.item() == 0
+
+
+@ALL
+def test_maps_without_a_gaussian_have_a_finite_answer(decode):
+    maps = torch.zeros(1, 5, 16, 20)
+    maps[0, 1], maps[0, 2], maps[0, 3, 7, 9] = 0.5, -0.5, 1  # all zero, constant, negative, one px
+    maps[0, 4], maps[0, 4, 7, 9] = -1, 0.1  # negative but for one px: so are the maps of a new network
+    points, confidence = decode(maps)
+    assert points[0].tolist() == [[0, 0], [0, 0], [0, 0], [9, 7], [9, 7]]
+    torch.testing.assert_close(confidence, torch.tensor([[0, 0.5, -0.5, 1, 0.1]]))
+
+
+@ALL
+def test_a_new_network_has_finite_answers(decode):
+    torch.manual_seed(0)
+    net = hl.HeatmapNet("mobilenetv2_0.25", "SSD", 29, 16)
+    points, confidence = decode(net(torch.randn(4, 3, 64, 64)).detach())
+    assert points.min() >= 0 and points.max() <= 15 and confidence.isfinite().all()  # nan is neither
+
+
+@ALL
+def test_decoders_take_any_float_and_any_layout_and_change_nothing(decode):
+    _, maps = clean_maps(6, (20, 24), border=4)
+    maps = (maps + 0.02 * torch.randn(maps.shape, generator=seeded())).view(2, 3, 20, 24)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        given = maps.to(dtype)
+        before = given.clone()
+        points, confidence = decode(given)
+        wanted = torch.float64 if dtype == torch.float64 else torch.float32
+        assert points.dtype == confidence.dtype == wanted and torch.equal(given, before)
+        exact, height = decode(given.double())
+        torch.testing.assert_close(points.double(), exact, atol=1e-5, rtol=0)
+        assert torch.equal(confidence.double(), height)
+        for other in (given.to(memory_format=torch.channels_last), given.mT.contiguous().mT,
+                      torch.stack([given, given], -1)[..., 1], given.detach().requires_grad_()):
+            assert torch.equal(decode(other)[0], points)
+    with torch.inference_mode():
+        assert torch.equal(decode(maps)[0], decode(maps.clone())[0])
+    assert torch.equal(decode(maps[:1].expand(3, -1, -1, -1))[0][2], decode(maps)[0][0])
+
+
+@ALL
+def test_decoders_follow_a_mirrored_map(decode):
+    _, maps = clean_maps(60, (21, 26), border=4)
+    maps = maps + 0.02 * torch.randn(maps.shape, generator=seeded())
+    points, mirrored = decode(maps)[0], decode(maps.flip(3))[0]
+    torch.testing.assert_close(mirrored[..., 0], 25 - points[..., 0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(mirrored[..., 1], points[..., 1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(decode(maps.mT)[0], points.flip(2), atol=1e-5, rtol=0)
+
+
+@ALL
+def test_decoders_refuse_what_is_no_heatmap(decode):
+    for bad in (torch.zeros(3, 8, 8), torch.zeros(1, 1, 1, 8, 8), torch.zeros(1, 2, 8, 8, dtype=torch.int64),
+                torch.zeros(1, 0, 8, 8), torch.zeros(0, 2, 8, 8), torch.zeros(1, 2, 8, 0)):
+        with pytest.raises(ValueError, match=r"expected float \(B, P, h, w\)"):
+            decode(bad)
+    for size in ((1, 1), (2, 2), (1, 7), (3, 3), (4, 5)):
+        points, _ = decode(torch.rand(1, 4, *size, generator=seeded()))
+        assert points.isfinite().all() and (points >= 0).all()
+        assert (points <= torch.tensor([size[1] - 1, size[0] - 1])).all()
+
+
+@pytest.mark.parametrize("kernel", [0, 4, -3])
+def test_dark_refuses_a_kernel_without_a_middle(kernel):
+    with pytest.raises(ValueError, match=f"kernel {kernel}: expected an odd number"):
+        hl.decode_dark(torch.rand(1, 1, 8, 8), kernel)
+
+
+@pytest.mark.parametrize("kind", ["clean", "noise", "mostly negative"])
+def test_dark_needs_less_memory_than_its_input(tmp_path, kind):
+    """A copy of all maps in float64, as a blur of whole maps makes, would be twice the input by itself."""
+    maps = maps_of(kind, (96, 96), 4 * 106).view(4, 106, 96, 96)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
+        hl.decode_dark(maps)
+    run.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["args"]["Ev Idx"])
+    live = np.cumsum([event["args"]["Bytes"] for event in events])
+    assert len(live) > 50 and live[0] > 0 and live.max() < maps.numel() * maps.element_size()
+
+
+# ---- The network ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("backbone, strategy", [("mobilenetv2_0.25", "SSD"), ("resnet18", "DS")])
+def test_forward_and_gradients(backbone, strategy):
+    torch.manual_seed(0)
+    net = hl.HeatmapNet(backbone, strategy, 12, 16)
+    heatmaps = net(torch.randn(4, 3, 64, 96))
+    side = 2 * 2 ** len(strategy)
+    assert heatmaps.shape == (4, 12, side, 3 * side // 2) and heatmaps.is_contiguous()
+    points = torch.tensor([96.0, 64]) * torch.rand(4, 12, 2)
+    loss = hl.heatmap_loss(heatmaps, points, net.stride, 2.0)
+    assert loss.item() < 1.1  # starts from nearly empty maps
+    loss.backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
+    assert net.eval()(torch.randn(1, 3, 32, 32)).shape == (1, 12, side // 2, side // 2)
+
+
+def test_a_shuffle_hands_on_a_quarter_of_its_filters_and_the_first_letter_sees_the_smallest_map():
+    with torch.device("meta"):
+        net = hl.HeatmapNet("mobilenetv2_0.25", "SDS", 29, 64)
+    assert [type(block) for block in net.upsample] == [hl.PixelShuffle, hl.Deconvolution, hl.PixelShuffle]
+    convs = [block[0] for block in net.upsample]
+    assert [layer.in_channels for layer in convs] == [256, 16, 64] and net.head.in_channels == 16
+    assert all(layer.bias is None for layer in (net.project, *convs, net.head))
+    x = torch.empty(1, 256, 3, 5, device="meta")
+    for block, channels in zip(net.upsample, (16, 64, 16)):
+        (_, _, h, w), x = x.shape, block(x)
+        assert x.shape == (1, channels, 2 * h, 2 * w)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(strategy="SDX"), "strategy 'SDX': expected"), (dict(strategy=""), "strategy ''"),
+    (dict(strategy="SSSSSS"), "6 letters enlarge the input's 1/32 by 64"),
+    (dict(filters=6), "filters 6: expected a multiple of 4"), (dict(filters=0), "filters 0"),
+    (dict(backbone="mobilenetv2_0"), "backbone 'mobilenetv2_0': expected resnet18"),
+    (dict(backbone="mobilenetv2_0.05"), "a width of 0.1 to 4"), (dict(backbone="vgg"), "backbone 'vgg'")])
+def test_networks_that_cannot_be_built_are_named(flags, message):
+    with pytest.raises(ValueError, match=message):
+        hl.HeatmapNet(**flags)
+
+
+def test_init_takes_what_matches_by_torchvisions_names(tmp_path):
+    source, target = (hl.backbone_of("mobilenetv2_0.25")() for _ in range(2))
+    state = {"module." + name: value + 1 for name, value in source.state_dict().items()}
+    first = state.pop("module.features.0.1.weight")
+    torch.save({"state_dict": state | {"classifier.1.weight": torch.zeros(3)}}, tmp_path / "a.pth")
+    report = hl.init_backbone(target, str(tmp_path / "a.pth"))
+    own = target.state_dict()
+    assert f"{len(own) - 1} of {len(own)}" in report and "classifier.1.weight" in report
+    assert torch.equal(own["features.18.0.weight"], source.state_dict()["features.18.0.weight"] + 1)
+    assert torch.equal(own["features.0.1.weight"], first - 1)  # as it was: a batch norm starts from ones
+    with torch.device("meta"):  # shapes of torchvision's mobilenet_v2 and resnet50
+        mobile, res = hl.mobilenetv2(1.0).state_dict(), hl.backbone_of("resnet50")().state_dict()
+    for names, name, shape in [
+            (mobile, "features.1.conv.0.0.weight", (32, 1, 3, 3)),
+            (mobile, "features.1.conv.2.weight", (16,)), (mobile, "features.2.conv.2.weight", (24, 96, 1, 1)),
+            (mobile, "features.18.1.running_var", (1280,)), (res, "layer1.0.downsample.1.bias", (256,)),
+            (res, "conv1.weight", (64, 3, 7, 7)), (res, "layer4.2.conv3.weight", (2048, 512, 1, 1))]:
+        assert names[name].shape == shape
+
+
+def test_the_loss_and_the_optimiser_fit_eight_faces_to_less_than_the_argmax_can():
+    args = hl.parse_args(["--size", "64", "--limit", "8", "--points", "29"])
+    data = hl.make_dataset(args, hl.read_faces(args, "train"), augmented=False)
+    batch = data.__getitems__([(0, i) for i in range(8)])
+    image, target = hl.prepare(batch, CPU), batch["points"]
+    torch.manual_seed(0)
+    net = hl.HeatmapNet("mobilenetv2_0.25", "SSD", 29, 64)
+    optimizer = torch.optim.Adam(net.parameters())
+    for step in range(90):
+        optimizer.param_groups[0]["lr"] = hl.learning_rate(step, 90, 5e-3)
+        heatmaps = net(image)
+        optimizer.zero_grad()
+        hl.heatmap_loss(heatmaps, target, net.stride, 1.5).backward()
+        optimizer.step()
+    floor = (hl.to_crop(hl.to_heatmap(target, net.stride).round(), net.stride) - target).norm(dim=2).mean()
+    error = {name: (hl.to_crop(decode(heatmaps.detach())[0], net.stride) - target).norm(dim=2).mean()
+             for name, decode in hl.DECODERS.items()}
+    assert error["dark"] < 0.65 * floor < 0.95 * floor < error["argmax"]
+
+
+# ---- Alignment -----------------------------------------------------------------------------------
+
+def similarities(count, seed=0):
+    """Maps (count, 2, 3) float64: any rotation, scales 0.3 to 3, shifts of hundreds of px."""
+    rng = np.random.default_rng(seed)
+    a, s = rng.uniform(-np.pi, np.pi, count), np.exp(rng.uniform(-1.2, 1.2, count))
+    c, n, t = s * np.cos(a), s * np.sin(a), rng.uniform(-300, 300, (count, 2))
+    return torch.from_numpy(np.stack([c, -n, t[:, 0], n, c, t[:, 1]], 1).reshape(count, 2, 3))
+
+
+def test_align_five_finds_the_similarity_that_moved_the_face():
+    maps = similarities(50)
+    five = warp.apply_affine(warp.invert(maps), hl.REFERENCE_5)
+    found = hl.align_five(five)
+    torch.testing.assert_close(found, maps, atol=1e-9, rtol=0)
+    torch.testing.assert_close(warp.apply_affine(warp.invert(found),
+                                                 hl.REFERENCE_5.expand_as(five)), five, atol=1e-8, rtol=0)
+    identity = torch.eye(2, 3, dtype=torch.float64)
+    torch.testing.assert_close(hl.align_five(hl.REFERENCE_5, 192), identity, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("size", [64, 96, 256])
+def test_align_five_scales_with_the_crop_about_its_corner(size):
+    placed = warp.apply_affine(hl.align_five(hl.REFERENCE_5, size), hl.REFERENCE_5)
+    torch.testing.assert_close(placed, (hl.REFERENCE_5 + 0.5) * size / 192 - 0.5)
+    torch.testing.assert_close(hl.align_five(hl.REFERENCE_5, size) @ torch.tensor([95.5, 95.5, 1]).double(),
+                               torch.full((2,), (size - 1) / 2).double())  # the middle stays the middle
+
+
+def test_align_five_is_a_least_squares_fit():
+    five = 30 * torch.randn(5, 2, generator=seeded(), dtype=torch.float64) + 100
+    best = hl.align_five(five)
+    left = lambda m: (warp.apply_affine(m, five) - hl.REFERENCE_5).square().sum()
+    p, q, x, y = best[0, 0], best[1, 0], best[0, 2], best[1, 2]
+    for change in (1e-3 * torch.eye(4, dtype=torch.float64)).tolist() + (-1e-3 * torch.eye(4)).tolist():
+        a, b, c, d = (value + step for value, step in zip((p, q, x, y), change))
+        assert left(torch.stack([torch.stack([a, -b, c]), torch.stack([b, a, d])])) > left(best)
+
+
+def test_align_five_takes_arrays_tensors_and_batches():
+    five = hl.REFERENCE_5 + torch.randn(2, 3, 5, 2, generator=seeded(), dtype=torch.float64)
+    maps = hl.align_five(five, 96)
+    assert maps.shape == (2, 3, 2, 3) and maps.dtype == torch.float64
+    for i in range(2):
+        for j in range(3):
+            torch.testing.assert_close(hl.align_five(five[i, j].numpy(), 96), maps[i, j])
+    torch.testing.assert_close(hl.align_five(five.float(), 96), maps, atol=1e-4, rtol=0)
+    assert hl.align_five(five.round().int(), 96).dtype == torch.float64
+    assert hl.align_five(torch.zeros(0, 5, 2)).shape == (0, 2, 3)
+
+
+def test_align_five_refuses_what_has_no_answer():
+    for shape in ((4, 2), (5, 3), (2, 5), (5,)):
+        with pytest.raises(ValueError, match=r"expected \(..., 5, 2\)"):
+            hl.align_five(torch.ones(shape))
+    five = hl.REFERENCE_5.repeat(3, 1, 1)
+    five[1] = 7.0
+    with pytest.raises(ValueError, match=r"points\[1\]: 5 points, 1 of them distinct"):
+        hl.align_five(five)
+    five[1], five[1, 2, 0] = hl.REFERENCE_5, math.nan
+    with pytest.raises(ValueError, match=r"points\[1\].*finite"):
+        hl.align_five(five)
+
+
+@pytest.mark.parametrize("size", [96, 192])
+def test_image_and_landmarks_come_to_the_same_place(size):
+    """A soft dot at each of the five points of a turned face, found again where the map sends the point."""
+    turned = torch.tensor([[[1.1, -0.4, 60], [0.4, 1.1, 20]]]).double()
+    points = warp.apply_affine(turned, hl.REFERENCE_5)[0] + torch.randn(5, 2, generator=seeded())
+    y, x = np.mgrid[:320, :320]
+    dots = sum(np.exp(-((x - px) ** 2 + (y - py) ** 2) / 18) for px, py in points.tolist())
+    image = np.repeat((255 * np.clip(dots, 0, 1)).astype(np.uint8)[..., None], 3, 2)
+    face = datasets.Face(image, points.float().numpy())
+    args = hl.parse_args(["--size", str(size), "--points", "5", "--five-noise", "0"])
+    data = hl.make_dataset(args, [face], augmented=False)
+    crop, placed = data.__getitems__([(0, 0)])["image"][0, ..., 0].double().numpy(), data.crop_points()[0]
+    reference = (hl.REFERENCE_5 + 0.5) * size / 192 - 0.5
+    assert (placed - reference).norm(dim=1).max() < 3 and (placed - reference).norm(dim=1).max() > 0.1
+    for px, py in placed.tolist():
+        x0, y0 = round(px) - size // 16, round(py) - size // 16
+        patch = crop[y0:y0 + size // 8 + 1, x0:x0 + size // 8 + 1]
+        y, x = np.mgrid[y0:y0 + size // 8 + 1, x0:x0 + size // 8 + 1]
+        assert abs((patch * x).sum() / patch.sum() - px) < 0.1
+        assert abs((patch * y).sum() / patch.sum() - py) < 0.1
+
+
+# ---- Five points, first and second crops ---------------------------------------------------------
+
+@pytest.mark.parametrize("count", datasets.SCHEMES)
+def test_five_points_are_eyes_nose_and_mouth_of_each_scheme(count):
+    points = np.stack([face.points for face in synthetic.read_faces("test", 3, 256, count)])
+    truth = np.stack([face.points for face in synthetic.read_faces("test", 3, 256, 5)])
+    found = hl.five_of(points)
+    assert found.shape == (3, 5, 2) and isinstance(found, np.ndarray)
+    assert np.linalg.norm(found - truth, axis=2)[:, [0, 1, 3, 4]].max() < 12  # 194 has no nose tip
+    as_tensor = hl.five_of(torch.from_numpy(points)[None])
+    np.testing.assert_allclose(as_tensor[0], found, rtol=1e-6)
+
+
+def test_five_points_of_no_scheme():
+    with pytest.raises(ValueError, match=r"7 landmarks are no known scheme \(5, 19, .*; take --align box"):
+        hl.five_of(torch.zeros(2, 7, 2))
+
+
+def drawn_args(*flags):
+    return hl.parse_args(["--size", "64", "--points", "29", "--limit", "24", *flags])
+
+
+def test_rough_points_are_the_same_in_every_run_and_as_noisy_as_the_flag_says():
+    faces = synthetic.read_faces("test", 300, 64, 29)
+    true = hl.five_of(np.stack([face.points for face in faces]).astype(np.float64))
+    lengths = [true[:, 1] - true[:, 0], true[:, :2].mean(1) - true[:, 3:].mean(1)]  # across, and down
+    scale = np.linalg.norm(lengths, axis=2).max(0)[:, None, None]  # in profile the eyes are in one place
+    unit = (hl.rough_five(drawn_args("--five-noise", "1"), faces) - true) / scale
+    for level in (0.03, 0.1):
+        flags = ["--five-noise", str(level)]
+        rough = hl.rough_five(drawn_args(*flags), faces)
+        noise = (rough - true) / scale
+        assert noise.std() == pytest.approx(level, rel=0.05) and abs(noise.mean()) < 0.1 * level
+        assert np.array_equal(rough, hl.rough_five(drawn_args(*flags, "--seed", "3"), faces))
+        assert np.array_equal(rough[:20], hl.rough_five(drawn_args(*flags), faces[:20]))
+        np.testing.assert_allclose(noise / level, unit, atol=1e-9)  # the same draws, whatever their size
+    assert np.array_equal(hl.rough_five(drawn_args("--five-noise", "0"), faces), true)
+
+
+def test_points_of_a_detector_are_found_by_path_and_by_face(tmp_path):
+    drawn = synthetic.read_faces("test", 4, 64, 29)
+    names = ["a/one.jpg", "a/two.jpg", "a/two.jpg", "b c.jpg"]  # two faces in one image
+    faces = [datasets.Face(str(tmp_path / "set" / name), face.points + 100 * i)
+             for i, (name, face) in enumerate(zip(names, drawn))]
+    true = hl.five_of(np.stack([face.points for face in faces]))
+    rows = [(names[i], true[i] + shift) for i, shift in ((2, 3), (0, 1), (1, 2))]
+    lines = [",".join([name, *(f"{v:.3f}" for v in five.ravel())]) for name, five in rows]
+    (tmp_path / "five.csv").write_text("image,x0,y0,x1,y1\n" + "\n".join(lines))
+    flags = ["--data", "folder", "--data-root", str(tmp_path / "set"), "--five", str(tmp_path / "five.csv")]
+    args = hl.parse_args([*flags, "--five-noise", "0.1"])
+    with pytest.warns(UserWarning, match="no points for 1 of 4 faces, the first is b c.jpg"):
+        rough = hl.rough_five(args, faces)
+    np.testing.assert_allclose(rough[:3], true[:3] + np.array([1, 2, 3])[:, None, None], atol=1e-3)
+    other = hl.rough_five(hl.parse_args([*flags[:4], "--five-noise", "0.1"]), faces)
+    assert np.array_equal(rough[3], other[3]) and not np.allclose(other[3], true[3])
+    torch.testing.assert_close(torch.from_numpy(hl.first_frames(args, faces[:3], "five")),
+                               hl.align_five(rough[:3], args.size))
+    with pytest.raises(ValueError, match=r"none of its images \(a/two.jpg, .* is one of the set's \(b c.jpg"):
+        hl.rough_five(args, faces[3:])
+    faces[3].image = faces[0].image  # points of a neighbour, 300 px away, are no points of this face
+    with pytest.warns(UserWarning, match="no points for 1 of 2 faces, the first is a/one.jpg"):
+        assert np.array_equal(hl.rough_five(args, [faces[0], faces[3]])[1],
+                              hl.rough_five(hl.parse_args([*flags[:4], "--five-noise", "0.1"]), faces[2:])[1])
+    with pytest.raises(ValueError, match="none of its images"):  # drawn faces have no file
+        hl.rough_five(hl.parse_args(["--five", str(tmp_path / "five.csv"), "--points", "29"]), drawn)
+
+
+def test_a_face_whose_five_points_coincide_is_named(tmp_path):
+    good, = synthetic.read_faces("test", 1, 64, 29)
+    flat = datasets.Face(str(tmp_path / "b.png"), np.full((29, 2), 7, np.float32))
+    with pytest.raises(ValueError, match="b.png: its eyes, nose tip and mouth corners coincide"):
+        hl.first_frames(drawn_args("--five-noise", "0"), [good, flat], "five")
+
+
+def test_points_of_a_detector_may_be_of_any_scheme(tmp_path):
+    face, = synthetic.read_faces("test", 1, 64, 98)
+    whole = datasets.Face(str(tmp_path / "a.png"), face.points)
+    (tmp_path / "p.csv").write_text(",".join(["./a.png", *map(str, face.points.ravel().tolist())]) + "\n")
+    flags = ["--data", "folder", "--data-root", str(tmp_path), "--five", str(tmp_path / "p.csv")]
+    rough = hl.rough_five(hl.parse_args(flags), [whole])
+    np.testing.assert_allclose(rough[0], hl.five_of(face.points), atol=1e-4)
+
+
+@pytest.mark.parametrize("align", ["two-pass", "box"])
+def test_the_second_crop_follows_a_good_answer_and_keeps_the_first_crop_after_a_bad_one(align):
+    args = drawn_args("--align", align)
+    faces = synthetic.read_faces("test", 4, 64, 29)
+    points = torch.from_numpy(np.stack([face.points for face in faces])).double()
+    frames = torch.from_numpy(hl.first_frames(args, faces, "box")) + 0.01
+    answer = points.clone()
+    answer[1], answer[2, 16] = torch.tensor([30.0, 40.0]), math.nan  # one place; not finite (an eye)
+    found = hl.next_frames(args, answer, frames)
+    good = hl.align_five(hl.five_of(points), 64) if align == "two-pass" else \
+        torch.from_numpy(hl.first_frames(args, faces, "box"))  # the box of perfect landmarks is the true one
+    torch.testing.assert_close(found[[0, 3]], good[[0, 3]])
+    assert torch.equal(found[[1, 2]], frames[[1, 2]])
+
+
+@pytest.mark.parametrize("off", [0.0, 0.01])
+def test_an_answer_seen_in_a_mirror_keeps_the_first_crop(off):
+    """No rotation brings a mirrored face to the reference: the best scale is about 0, the crop endless."""
+    middle = hl.REFERENCE_5.mean(0)
+    wide, high = (hl.REFERENCE_5 - middle).square().sum(0)
+    five = middle + (hl.REFERENCE_5 - middle) * torch.tensor([-float(high / wide), 1]) + off * torch.eye(5, 2)
+    frames = torch.tensor([[[1.0, 0, 5], [0, 1, 6]]]).double()
+    args = hl.parse_args(["--size", "64", "--points", "5", "--align", "two-pass"])
+    found = hl.next_frames(args, five[None], frames)
+    assert torch.linalg.det(found[0, :, :2]) > 1e-6
+    face = datasets.Face(np.zeros((192, 192, 3), np.uint8))
+    assert datasets.CropDataset([face], found, 64).__getitems__([(0, 0)])["image"].shape == (1, 64, 64, 3)
+
+
+# ---- The bag of tricks ---------------------------------------------------------------------------
+
+TRICKS = dict(rotate=15.0, scale=0.1, shift=20.0, lighting=0.05, jitter=0.4, erase=0.5)
+
+
+def drawn_tricks(seed, size=192, **tricks):
+    """What `augment` draws, by trick: degrees, factor, px, PCA weights, factors and their order, box."""
+    matrix, mirror, extras = hl.augment(np.random.default_rng(seed), size, **tricks)
+    assert not mirror and matrix.shape == (2, 3) and set(extras) == {"colour", "erase"}
+    angle = math.degrees(math.atan2(matrix[0, 1], matrix[0, 0]))
+    middle = np.full(2, (size - 1) / 2)
+    return {"rotate": angle, "scale": math.sqrt(np.linalg.det(matrix[:, :2])),
+            "shift": matrix @ [*middle, 1] - middle, "lighting": extras["colour"][:3],
+            "jitter": extras["colour"][3:6], "order": extras["colour"][6:], "erase": extras["erase"]}
+
+
+def test_without_tricks_nothing_is_moved_coloured_or_hidden():
+    for seed in range(5):
+        drawn = drawn_tricks(seed)
+        assert drawn["rotate"] == 0 and drawn["scale"] == pytest.approx(1) and np.allclose(drawn["shift"], 0)
+        assert (drawn["lighting"] == 0).all() and (drawn["jitter"] == 1).all()
+        assert (drawn["erase"] == -1).all()
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_a_trick_leaves_the_draws_of_the_others_alone(trick):
+    hidden = 0
+    for seed in range(20):
+        every, none, alone = drawn_tricks(seed, **TRICKS), drawn_tricks(seed), \
+            drawn_tricks(seed, **{trick: TRICKS[trick]})
+        for name in every:
+            wanted = every if name == trick else none
+            np.testing.assert_allclose(alone[name], wanted[name], atol=1e-9)
+        assert np.array_equal(every["order"], none["order"])
+        hidden += every["erase"][0] >= 0
+    assert 4 < hidden < 16
+
+
+@pytest.mark.parametrize("size", [192, 96])
+def test_tricks_stay_within_what_the_flags_say(size):
+    drawn = [drawn_tricks(seed, size, **TRICKS) for seed in range(300)]
+    angles, scales = (np.array([d[name] for d in drawn]) for name in ("rotate", "scale"))
+    shifts = np.array([d["shift"] for d in drawn]) * 192 / size
+    assert 14 < np.abs(angles).max() <= 15 and abs(angles.mean()) < 2
+    assert 0.9 <= scales.min() < 0.91 and 1.09 < scales.max() <= 1.1
+    assert 19 < np.abs(shifts).max() <= 20
+    factors = np.array([d["jitter"] for d in drawn])
+    assert 0.6 <= factors.min() < 0.61 and 1.39 < factors.max() <= 1.4
+    assert np.array([d["lighting"] for d in drawn]).std() == pytest.approx(0.05, rel=0.1)
+    assert len({tuple(d["order"]) for d in drawn}) == 6
+    boxes = np.array([d["erase"] for d in drawn if d["erase"][0] >= 0])
+    w, h = (boxes[:, 2:] - boxes[:, :2]).T
+    assert 110 < len(boxes) < 190 and boxes.min() >= 0 and boxes.max() <= size
+    assert 0.02 <= (w * h / size**2).min() < 0.03 and 0.14 < (w * h / size**2).max() <= 0.15 + 1e-9
+    assert np.abs(np.log(w / h)).max() <= 1.2 + 1e-9
+
+
+def test_rotation_is_about_the_middle_and_keeps_distances():
+    matrix = torch.from_numpy(hl.augment(np.random.default_rng(2), 96, rotate=15.0)[0])
+    points = 96 * torch.rand(10, 2, generator=seeded(), dtype=torch.float64)
+    moved, middle = warp.apply_affine(matrix, points), torch.full((1, 2), 47.5, dtype=torch.float64)
+    torch.testing.assert_close(torch.cdist(moved, moved), torch.cdist(points, points))
+    torch.testing.assert_close(warp.apply_affine(matrix, middle), middle)
+    assert (moved - points).abs().max() > 1 and torch.linalg.det(matrix[:, :2]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("tricks", ["--rotate 15", "--rotate 90", "--rotate 20 --scale 0.2 --shift 30"])
+def test_the_source_of_a_crop_holds_all_that_the_tricks_can_look_at(tricks):
+    args = drawn_args("--limit", "40", *tricks.split())
+    data = hl.make_dataset(args, hl.read_faces(args, "train"), augmented=True)
+    keys = [(epoch, i) for epoch in range(5) for i in range(40)]
+    batch, maps = data.geometry(keys)
+    corners = torch.tensor([[-0.5, -0.5], [63.5, -0.5], [-0.5, 63.5], [63.5, 63.5]], dtype=torch.float64)
+    seen = warp.apply_affine(warp.invert(maps), corners.expand(len(keys), 4, 2))
+    side = torch.from_numpy(data.regions.side)[batch["index"]]
+    assert seen.min() >= -0.5 and (seen.amax((1, 2)) <= side - 0.5).all()
+
+
+def test_flip_copies_are_the_set_and_then_its_mirror_image():
+    args = drawn_args("--flip-copies", "--rotate", "0", "--limit", "12")
+    faces = hl.read_faces(args, "train")
+    data = hl.make_dataset(args, faces, augmented=True)
+    assert len(data) == 24 and len(hl.make_dataset(args, faces, augmented=False)) == 12
+    assert len(hl.make_dataset(drawn_args("--no-flip-copies"), faces, augmented=True)) == 12
+    first, second = (data.__getitems__([(3, i + start) for i in range(12)]) for start in (0, 12))
+    assert torch.equal(first["index"], second["index"]) and torch.equal(first["index"], torch.arange(12))
+    plain = hl.make_dataset(args, faces, augmented=False)  # which half is the mirror image
+    torch.testing.assert_close(first["points"], plain.crop_points(), atol=1e-3, rtol=0)
+    difference = first["image"].flip(2).float() - second["image"].float()
+    assert difference.abs().mean() < 0.5 and difference.abs().max() <= 8  # cv2 rounds to 1/32 px
+    flip = list(datasets.SCHEMES[29].flip)
+    torch.testing.assert_close(second["points"][..., 0], 63 - first["points"][:, flip, 0], atol=1e-3, rtol=0)
+    torch.testing.assert_close(second["points"][..., 1], first["points"][:, flip, 1], atol=1e-3, rtol=0)
+    for batch in (first, second):
+        five = hl.five_of(batch["points"])
+        assert (five[:, 0, 0] < five[:, 1, 0]).all() and (five[:, 3, 0] < five[:, 4, 0]).all()
+    again = hl.make_dataset(args, faces, augmented=True).__getitems__([(3, 23), (3, 0)])
+    assert torch.equal(again["image"][0], second["image"][11]) and torch.equal(again["colour"][1],
+                                                                              first["colour"][0])
+    assert not torch.equal(first["colour"], second["colour"])  # a copy has tricks of its own
+
+
+def coloured(pixels, draws):
+    """The tricks one after another on one image (H, W, 3) float64, as GluonCV and AlexNet have them."""
+    grey = np.array([0.299, 0.587, 0.114])
+    for kind in draws[6:].astype(int):
+        f = draws[3 + kind]
+        other = [0, (pixels @ grey).mean(), (pixels @ grey)[..., None]][kind]
+        pixels = f * pixels + (1 - f) * other
+    values = np.array([55.46, 4.794, 1.148])
+    vectors = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+    return pixels + vectors @ (draws[:3] * values)
+
+
+def colour_draws(count, **tricks):
+    tricks = dict(lighting=0.5, jitter=0.4) | tricks
+    drawn = (hl.augment(np.random.default_rng(seed), 64, **tricks)[2] for seed in range(count))
+    return np.stack([extras["colour"] for extras in drawn])
+
+
+def test_the_colour_map_is_the_tricks_one_after_another():
+    draws, images = colour_draws(12), np.random.default_rng(0).integers(0, 256, (12, 9, 7, 3)).astype(float)
+    M, t = hl.colour_map(*(torch.from_numpy(array).float() for array in (draws, images.mean((1, 2)))))
+    assert len({tuple(order) for order in draws[:, 6:]}) >= 4
+    for b in range(12):
+        found = images[b] @ M[b].numpy().T + t[b].numpy()
+        np.testing.assert_allclose(found, coloured(images[b], draws[b]), atol=1e-3)
+
+
+def test_prepare_normalises_and_colours():
+    image = torch.randint(0, 256, (6, 10, 12, 3), dtype=torch.uint8, generator=seeded())
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    plain = hl.prepare({"image": image}, CPU)
+    assert plain.dtype == torch.float32 and plain.shape == (6, 3, 10, 12)
+    assert plain.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_allclose(plain.permute(0, 2, 3, 1), (image.numpy() / 255 - mean) / std, atol=1e-5)
+    nothing = torch.from_numpy(colour_draws(6, lighting=0, jitter=0)).float()
+    torch.testing.assert_close(hl.prepare({"image": image, "colour": nothing}, CPU), plain, atol=1e-5, rtol=0)
+    draws = colour_draws(6)
+    batch = {"image": image, "colour": torch.from_numpy(draws).float()}
+    out = hl.prepare(batch, CPU)
+    for b in range(6):  # nothing is clipped in between
+        wanted = (coloured(image[b].double().numpy(), draws[b]) / 255 - mean) / std
+        np.testing.assert_allclose(out[b].permute(1, 2, 0), wanted, atol=2e-5)
+    on_device = batch | {"image": image.permute(0, 3, 1, 2).float()}  # as the DeviceLoader hands it over
+    torch.testing.assert_close(hl.prepare(on_device, CPU), out, atol=1e-6, rtol=0)
+
+
+def test_erasing_hides_a_box_when_asked_and_moves_no_landmark():
+    image = torch.randint(0, 256, (2, 10, 12, 3), dtype=torch.uint8, generator=seeded())
+    batch = {"image": image, "erase": torch.tensor([[2.5, 3, 6, 7.5], [-1] * 4]),
+             "points": torch.rand(2, 5, 2, generator=seeded())}
+    points, plain = batch["points"].clone(), hl.prepare({"image": image}, CPU)
+    out = hl.prepare(batch, CPU, erase=True)
+    for y in range(10):
+        for x in range(12):
+            hidden = 2.5 <= x < 6 and 3 <= y < 7.5
+            assert torch.equal(out[0, :, y, x], torch.zeros(3) if hidden else plain[0, :, y, x])
+    assert torch.equal(out[1], plain[1]) and torch.equal(hl.prepare(batch, CPU), plain)
+    assert torch.equal(batch["points"], points)
+
+
+def test_training_faces_that_are_test_faces_too_are_left_out(tmp_path):
+    contents = {"train/a": b"12345", "train/b": b"12346", "train/c": b"123", "train/d": b"99999",
+                "test/x": b"12345", "test/y": b"99998", "test/z": b"99999"}
+    for name, data in contents.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    faces = {name: datasets.Face(str(tmp_path / name)) for name in contents}
+    train, test = ([face for name, face in faces.items() if split in name] for split in ("train/", "test/"))
+    assert hl.without_copies(train, test) == [faces["train/b"], faces["train/c"]]
+    assert hl.without_copies(train, []) == train
+
+
+# ---- Flip test -----------------------------------------------------------------------------------
+
+class Mirror(nn.Module):
+    """A network that mirrors with its input: one map is the left half of the image's first channel, one its
+    right half, and one the second channel."""
+    stride, points = 1, 3
+
+    def forward(self, image):
+        left = torch.arange(image.shape[3]) < image.shape[3] / 2
+        return torch.stack([image[:, 0] * left, image[:, 0] * ~left, image[:, 1]], 1)
+
+
+class Still(nn.Module):
+    """Answers the image and its mirror image with fixed maps."""
+    stride, points = 2, 3
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.maps = torch.cat([hl.gaussian_heatmaps(p, 32, 2, 2.0) for p in (first, second)])
+
+    def forward(self, image):
+        return self.maps[:len(image)]
+
+
+def test_a_flip_test_changes_nothing_for_a_network_that_mirrors_with_its_input():
+    points = torch.tensor([[[9.3, 20], [40.2, 23]], [[12.1, 30], [35, 12]]])
+    channel = hl.gaussian_heatmaps(points, 48, 1, 2.0).amax(1)
+    image = torch.stack([channel, hl.gaussian_heatmaps(points[:, :1] + 5, 48, 1, 2.0)[:, 0], channel], 1)
+    plain, confidence = hl.predict_points(Mirror(), image)
+    for kind in ("coordinates", "heatmaps"):
+        found, height = hl.predict_points(Mirror(), image, flip_test=kind, flip=(1, 0, 2))
+        torch.testing.assert_close(found, plain, atol=1e-4, rtol=0)
+        torch.testing.assert_close(height, confidence)
+    assert (plain[:, :2] - points).abs().max() < 0.05
+
+
+def test_the_flip_test_of_coordinates_is_the_mean_of_two_answers():
+    first = torch.tensor([[[18.0, 15], [40, 16], [20, 30]]])
+    second = torch.tensor([[[20.0, 17], [42, 12], [29, 32]]])
+    net, image = Still(first, second), torch.zeros(1, 3, 64, 64)
+    found, confidence = hl.predict_points(net, image, flip_test="coordinates", flip=(1, 0, 2))
+    back = torch.stack([63 - second[..., 0], second[..., 1]], -1)[:, [1, 0, 2]]
+    torch.testing.assert_close(found, (first + back) / 2, atol=1e-2, rtol=0)
+    heights = net.maps.amax((2, 3))
+    torch.testing.assert_close(confidence, (heights[:1] + heights[1:, [1, 0, 2]]) / 2)
+    torch.testing.assert_close(hl.predict_points(net, image)[0], first, atol=1e-2, rtol=0)
+    of_maps, _ = hl.predict_points(net, image, flip_test="heatmaps", flip=(1, 0, 2))
+    mean = (net.maps[:1] + net.maps[1:].flip(3)[:, [1, 0, 2]]) / 2
+    torch.testing.assert_close(of_maps, hl.to_crop(hl.decode_dark(mean)[0], 2))
+    assert (of_maps - found).abs().max() > 3  # where the two differ, one of them wins
+    for decode in hl.DECODERS:
+        exact = hl.to_crop(hl.DECODERS[decode](net.maps[:1])[0], 2)
+        torch.testing.assert_close(hl.predict_points(net, image, decode)[0], exact)
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+
+class Oracle(nn.Module):
+    """Answers the faces of a set, asked in order, with perfect heatmaps, moved by `shift` px of the crop."""
+
+    def __init__(self, data=None, stride=2, sigma=2.0, shift=0.0):
+        super().__init__()
+        self.stride, self.sigma, self.shift, self.head = stride, sigma, shift, nn.Conv2d(1, 1, 1)
+        self.watch(data)
+
+    def watch(self, data):
+        if data is not None:
+            self.truth, self.size, self.calls = data.crop_points(), data.size, 0
+            self.points = self.truth.shape[1]
+
+    def forward(self, image):
+        half = len(image) // 2
+        mirrored = len(image) % 2 == 0 and torch.equal(image[:half].flip(3), image[half:])  # a flip test
+        rows = torch.arange(self.calls, self.calls + (half if mirrored else len(image))) % len(self.truth)
+        self.calls += len(rows)
+        maps = hl.gaussian_heatmaps(self.truth[rows] + torch.tensor([self.shift, 0.0]),
+                                    self.size // self.stride, self.stride, self.sigma)
+        return torch.cat([maps, maps.flip(3)[:, datasets.SCHEMES[self.points].flip]]) if mirrored else maps
+
+
+def oracle_of(*flags, **options):
+    """An oracle for drawn test faces, the loader of these, and the flags."""
+    args = drawn_args("--size", "96", "--kernel", "7", "--batch-size", "7", *flags)
+    data = hl.make_dataset(args, hl.read_faces(args, "test"), augmented=False)
+    return Oracle(data, **options), datasets.make_loader(data, datasets.in_order(24, 7), 0, CPU), args
+
+
+def test_evaluate_is_equation_4_in_image_pixels_and_by_subset():
+    net, loader, args = oracle_of("--norm", "box", "--threshold", "0.08")
+    perfect, _, points = hl.evaluate(net, loader, args)
+    data = loader.dataset
+    torch.testing.assert_close(points, data.points, atol=0.2, rtol=0)  # the blur feels the border near it
+    assert perfect["nme"] < 5e-4 and perfect["fr"] == 0 and perfect["auc"] > 0.993
+    moved, errors, _ = hl.evaluate(Oracle(data, shift=2.0), loader, args)
+    for i, face in enumerate(data.faces):
+        x, y = face.points.T.astype(np.float64)
+        d, px = np.sqrt(np.ptp(x) * np.ptp(y)), 1 / np.sqrt(float(torch.linalg.det(data.frames[i, :, :2])))
+        assert float(errors[i]) == pytest.approx(2 * px / d, abs=2e-3)
+    for tag in {tag for face in data.faces for tag in face.tags}:
+        chosen = errors[[tag in face.tags for face in data.faces]]
+        assert moved[f"nme/{tag}"] == pytest.approx(float(chosen.mean()))
+    plain = errors[[not face.tags for face in data.faces]]
+    assert 0 < len(plain) < 24 and moved["nme/plain"] == pytest.approx(float(plain.mean()))
+    assert moved["fr"] == 0 and moved["auc"] + moved["nme"] / 0.08 == pytest.approx(1)  # without failures
+    args.threshold = 0.02
+    strict, _, _ = hl.evaluate(Oracle(data, shift=2.0), loader, args)
+    assert strict["fr"] == pytest.approx(float((errors > 0.02).double().mean()))
+    assert strict["auc"] == pytest.approx(float((1 - errors / 0.02).clamp(min=0).mean()))
+
+
+@pytest.mark.parametrize("stride, flags", [(2, ""), (4, ""), (2, "--align box --margin 0.9")])
+def test_the_floor_is_what_the_argmax_of_perfect_heatmaps_scores(stride, flags):
+    net, loader, args = oracle_of("--decode", "argmax", *flags.split(), stride=stride)
+    scores, _, _ = hl.evaluate(net, loader, args)
+    outside = (net.truth < -0.5) | (net.truth > 95.5)
+    assert outside.any() if flags else not outside.any()  # such a landmark is sought at the map's edge
+    assert scores["nme/plain"] == pytest.approx(scores["nme/floor"], rel=1e-6)
+    assert 0.005 < scores["nme/floor"] < 0.1
+
+
+def test_the_mean_crop_and_the_spread_are_of_the_crops():
+    net, loader, args = oracle_of()
+    scores, _, _ = hl.evaluate(net, loader, args)
+    data = loader.dataset
+    crops = np.stack([(face.points @ frame[:, :2].T + frame[:, 2])
+                      for face, frame in zip(data.faces, data.frames.numpy())])
+    mean = crops.mean(0)
+    spread = np.sqrt(((crops - mean) ** 2).sum(2).mean(0)).mean()
+    assert scores["spread"] == pytest.approx(spread / 96, rel=1e-5)
+    scale = np.sqrt(np.linalg.det(data.frames[:, :, :2].numpy()))
+    d = datasets.normaliser(data.points, "box").numpy()
+    error = np.linalg.norm(crops - mean, axis=2).mean(1) / scale / d
+    assert scores["nme/mean face"] == pytest.approx(error.mean(), rel=1e-4)
+
+
+def test_compare_scores_every_decoder_and_flip_test():
+    net, loader, args = oracle_of("--decode", "shift", "--flip-test", "none")
+    scores, _, _ = hl.evaluate(net, loader, args, compare=True)
+    assert scores["nme@shift"] == scores["nme@flip none"] == pytest.approx(scores["nme"])
+    assert scores["auc@shift"] == pytest.approx(scores["auc"])
+    assert scores["nme@dark"] < 0.2 * scores["nme@shift"] < 0.2 * 0.7 * scores["nme@argmax"]
+    assert {"nme@flip coordinates", "nme@flip heatmaps"} <= scores.keys()
+    plain, _, _ = hl.evaluate(Oracle(loader.dataset), loader, args)
+    assert not [key for key in plain if "@" in key]
+
+
+def test_the_flip_test_of_a_whole_set_permutes_the_landmarks_back():
+    net, loader, args = oracle_of("--flip-test", "coordinates")
+    scores, _, _ = hl.evaluate(net, loader, args)  # a wrong permutation or side would cost far more
+    assert scores["nme"] < 5e-4
+
+
+def watch(monkeypatch, see):
+    """Shows every dataset that is made from now on to `see`."""
+    original = datasets.CropDataset.__init__
+
+    def made(self, *given, **named):
+        original(self, *given, **named)
+        see(self)
+
+    monkeypatch.setattr(datasets.CropDataset, "__init__", made)
+
+
+def answering(monkeypatch, answers=None):
+    """Any network answers the crops of the dataset made last, asked in order, with (M, P, 2) px of their
+    images, or else with the true points; returns the datasets."""
+    seen, asked = [], []
+    watch(monkeypatch, lambda data: (seen.append(data), asked.clear()))
+
+    def answer(net, image, *given, **named):
+        points = seen[-1].points if answers is None else answers
+        rows = (len(asked) + torch.arange(len(image))) % len(points)
+        asked.extend(rows.tolist())
+        crop = warp.apply_affine(seen[-1].frames, points)[rows].float()
+        return crop, torch.ones(crop.shape[:2])
+
+    monkeypatch.setattr(hl, "predict_points", answer)
+    return seen
+
+
+def test_after_a_good_first_look_two_passes_see_what_five_points_see(monkeypatch):
+    _, aligned, args_of_five = oracle_of("--five-noise", "0")
+    net, loader, args = oracle_of("--align", "two-pass", sigma=1.5)
+    assert (loader.dataset.frames - aligned.dataset.frames).abs().max() > 0.05
+    made = []
+    watch(monkeypatch, lambda data: made.append(data) or net.watch(data))
+    scores, _, points = hl.evaluate(net, loader, args)
+    second, = made
+    torch.testing.assert_close(second.crop_points(), aligned.dataset.crop_points(), atol=0.05, rtol=0)
+    torch.testing.assert_close(points, aligned.dataset.points, atol=0.2, rtol=0)
+    assert scores["nme"] < 1e-3 and scores["spread"] == pytest.approx(
+        hl.evaluate(Oracle(aligned.dataset), aligned, args_of_five)[0]["spread"], rel=1e-2)
+    images = [data.__getitems__([(0, i) for i in range(24)])["image"].float() for data in
+              (second, aligned.dataset)]
+    assert (images[0] - images[1]).abs().mean() < 1
+
+
+def test_a_network_for_two_passes_learns_both_crops():
+    args = drawn_args("--align", "two-pass", "--no-flip-copies")
+    faces = hl.read_faces(args, "train")
+    both = hl.make_dataset(args, faces, augmented=True)
+    alone = [hl.make_dataset(drawn_args("--align", align, "--no-flip-copies"), faces, augmented=True)
+             for align in ("five", "box")]
+    assert torch.equal(both.frames, torch.cat([data.frames for data in alone])) and len(both) == 48
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+TINY = ["--size", "64", "--backbone", "mobilenetv2_0.25", "--strategy", "SSD", "--filters", "16", "--sigma",
+        "1.5", "--lr", "0.01", "--limit", "16", "--batch-size", "8", "--epochs", "6", "--device", "cpu",
+        "--points", "29", "--eval-every", "2"]
+
+
+def test_presets_are_flags_and_flags_beat_presets():
+    for name, preset in hl.PRESETS.items():
+        args = hl.parse_args(["--data", name])
+        for key, value in preset.items():
+            assert getattr(args, key) == value
+    args = hl.parse_args(["--data", "wflw", "--epochs", "7", "--no-flip-copies"])
+    assert args.epochs == 7 and not args.flip_copies and args.batch_size == hl.PRESETS["wflw"]["batch_size"]
+    assert args.given == ["data", "epochs", "flip_copies"]
+    paper = hl.parse_args(["--data", "jd106"])  # Sec. 3.3 and Table 5
+    assert (paper.size, paper.epochs, paper.batch_size, paper.lr, paper.backbone, paper.strategy) == \
+        (192, 40, 16, 1e-3, "mobilenetv2_1.0", "SDD")
+    assert (paper.lighting, paper.jitter, paper.scale, paper.shift, paper.norm, paper.threshold) == \
+        (0.05, 0.4, 0, 0, "box", 0.08)
+    assert paper.filters == 128 and paper.flip_copies and paper.flip_test == "coordinates"
+
+
+def test_learning_rate_falls_tenfold_after_half_and_after_three_quarters():
+    rates = [hl.learning_rate(step, 400, 0.001) for step in (0, 199, 200, 299, 300, 399)]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole run, in process: its folder and numbers."""
+    folder = tmp_path_factory.mktemp("run") / "a"
+    return folder, hl.train(hl.parse_args([*TINY, "--output", str(folder), "--compare"]))
+
+
+def evaluated(folder, *flags):
+    return hl.train(hl.parse_args(["--eval", str(folder / "last.pt"), "--device", "cpu", *flags]))
+
+
+def test_a_run_leaves_its_log_checkpoint_and_pictures(finished):
+    folder, result = finished
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["lr"] for row in rows] == pytest.approx([1e-2, 1e-2, 1e-2, 1e-3, 1e-4, 1e-4])
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"] and rows[0]["loss"] < 1.2 and result["nme"] < 0.3
+    assert rows[-1]["nme"] == result["nme"] and "nme/mean face" in rows[-1] and "spread" in rows[-1]
+    assert result["nme@dark"] == result["nme@flip " + hl.parse_args(TINY).flip_test] == result["nme"]
+    for name in ("alignment.png", "heatmaps.png", "predictions.png", "ced.png"):
+        assert cv2.imread(str(folder / name)) is not None
+    state = hl.load(folder / "last.pt", "heatmap_landmarks")
+    assert state["epoch"] == 6 and state["args"]["data"] == "faces" and state["faces"][1] == 29
+    tracked = state["model"]["backbone.features.0.1.num_batches_tracked"]
+    assert tracked == 6 * 32 // 8  # each evaluation is followed by training mode; mirrored copies count
+    assert not list(folder.glob("*.part"))
+
+
+def test_eval_repeats_the_numbers(finished, capsys):
+    folder, result = finished
+    again = evaluated(folder)
+    for key in ("nme", "auc", "nme/plain", "nme/floor", "spread"):
+        assert again[key] == pytest.approx(result[key], rel=1e-6)
+    text = capsys.readouterr().out
+    assert "NME (%)" in text and "five points" in text and "NME by box" in text and "16 x 16 heatmaps" in text
+
+
+def test_eval_asks_the_network_as_the_flags_say(finished, tmp_path, capsys):
+    folder, result = finished
+    again = evaluated(folder, "--decode", "argmax", "--flip-test", "heatmaps", "--limit", "8",
+                      "--output", str(tmp_path / "new"))
+    assert again["nme"] != result["nme"] and (tmp_path / "new/predictions.png").exists()
+    assert "decoded by argmax, flip test: heatmaps" in capsys.readouterr().out
+    assert evaluated(folder, "--align", "box")["spread"] > 1.5 * result["spread"]
+    assert math.isfinite(evaluated(folder, "--align", "two-pass", "--box", "face", "--limit", "8")["nme"])
+    text = capsys.readouterr().out
+    assert "landmarks box x 1.6" in text and "then five points" in text
+    with pytest.raises(ValueError, match="--size 96: the checkpoint was made with 64"):
+        evaluated(folder, "--size", "96")
+    with pytest.raises(FileExistsError, match="holds a run"):
+        evaluated(folder, "--output", str(folder))
+
+
+def written(image, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), np.ascontiguousarray(image[..., ::-1]))
+
+
+def predicted(folder, images, *flags):
+    return hl.train(hl.parse_args(["--predict", str(images), "--weights", str(folder / "last.pt"), "--device",
+                                   "cpu", *map(str, flags)]))
+
+
+def test_predict_writes_points_and_pictures(finished, tmp_path, capsys):
+    face = synthetic.read_faces("test", 1, size=128, points=29)[0]
+    for name in ("one two.png", "sub/b.jpg"):
+        written(datasets.load_image(face.image), tmp_path / "in" / name)
+    for box in ((), ("--box", "20,10,110,120")):
+        out = tmp_path / f"out{len(box)}"
+        predicted(finished[0], tmp_path / "in", "--output", out, *box)
+        assert "2 images with landmarks in" in capsys.readouterr().out
+        for name in ("one two", "sub/b"):
+            points = datasets.read_pts(out / f"{name}.pts")
+            assert points.shape == (29, 2) and points.min() > -128 and points.max() < 256
+            assert cv2.imread(str(out / f"{name}.png")).shape == (128, 128, 3)
+
+
+def test_a_recognition_crop_has_the_five_points_in_their_places(finished, tmp_path, monkeypatch):
+    face = synthetic.read_faces("test", 1, size=256, points=29)[0]
+    written(datasets.load_image(face.image), tmp_path / "in/a.png")
+    truth = torch.from_numpy(face.points).double(), torch.ones(29)
+    monkeypatch.setattr(hl, "find_points", lambda *given: truth)
+    predicted(finished[0], tmp_path / "in", "--output", tmp_path / "out", "--align-out", tmp_path / "crops")
+    np.testing.assert_allclose(datasets.read_pts(tmp_path / "out/a.pts"), face.points, atol=1e-3)
+    placed = datasets.read_pts(tmp_path / "crops/a.pts")
+    assert np.linalg.norm(hl.five_of(placed) - datasets.ARCFACE_5, axis=1).max() < 8  # a face is no template
+    frame = warp.fit_similarity(hl.five_of(truth[0]), torch.from_numpy(datasets.ARCFACE_5)).numpy()
+    wanted = cv2.warpAffine(datasets.load_image(face.image), frame, (112, 112), borderValue=(127,) * 3)
+    crop = cv2.imread(str(tmp_path / "crops/a.png"))[..., ::-1]
+    assert np.abs(cv2.blur(crop, (5, 5)).astype(float) - cv2.blur(wanted, (5, 5))).mean() < 6
+
+
+def test_a_face_without_an_answer_is_reported_and_gets_no_points(finished, tmp_path, monkeypatch, capsys):
+    written(np.zeros((40, 50, 3), np.uint8), tmp_path / "in/a.png")
+    nowhere = torch.full((29, 2), math.nan, dtype=torch.float64), torch.zeros(29)
+    monkeypatch.setattr(hl, "find_points", lambda *given: nowhere)
+    predicted(finished[0], tmp_path / "in", "--output", tmp_path / "out")
+    assert "no face found in 1" in capsys.readouterr().out and not list((tmp_path / "out").glob("*.pts"))
+
+
+class Detector:
+    """Two faces, as YuNet reports them: x y w h, five points, a score."""
+
+    def __init__(self, faces):
+        self.faces = faces
+
+    def setInputSize(self, size):
+        self.size = size
+
+    def detect(self, image):
+        assert image.shape[:2] == self.size[::-1]
+        self.corner = image[0, 0].tolist()
+        return 1, self.faces
+
+
+def test_faces_of_a_detector_are_aligned_at_once():
+    image = np.broadcast_to(np.array([1, 2, 3], np.uint8), (90, 120, 3))
+    five = (hl.REFERENCE_5 / 3 + torch.tensor([[[5.0, 2]], [[40, 10]]])).float().numpy()
+    boxes = np.float32([[10, 20, 30, 40], [50, 60, 20, 10]])
+    found = np.concatenate([boxes, five.reshape(2, 10), np.ones((2, 1), np.float32)], 1)
+    args = hl.parse_args(["--size", "64"])
+    detector = Detector(found)
+    frames, looks = hl.find_frames(args, image, detector)
+    assert detector.corner == [3, 2, 1]  # as OpenCV has it: BGR
+    torch.testing.assert_close(frames, hl.align_five(five.astype(np.float64), 64))
+    assert looks == 1 and hl.find_frames(args, image, Detector(None))[0].shape == (0, 2, 3)
+    args.align = "box"
+    frames, _ = hl.find_frames(args, image, Detector(found))
+    ends = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1).astype(np.float64)
+    np.testing.assert_allclose(frames, datasets.square_frames(ends, 64, args.margin))
+
+
+def test_further_faces_of_an_image_have_files_of_their_own(finished, tmp_path, monkeypatch):
+    pair = synthetic.read_faces("test", 2, size=64, points=29)
+    written(np.concatenate([datasets.load_image(face.image) for face in pair], 1), tmp_path / "in/a.png")
+    points = [torch.from_numpy(face.points).double() for face in pair]
+    points[1] += torch.tensor([64.0, 0])
+    answers = iter([(p, torch.ones(29)) for p in points])
+    found = np.stack([np.r_[0, 0, 9, 9, hl.five_of(p.numpy()).ravel(), 1] for p in points]).astype(np.float32)
+    monkeypatch.setattr(cv2, "FaceDetectorYN", Namespace(create=lambda *given: Detector(found)))
+    monkeypatch.setattr(hl, "find_points", lambda *given: next(answers))
+    (tmp_path / "a.onnx").touch()
+    predicted(finished[0], tmp_path / "in", "--output", tmp_path / "out", "--detector", tmp_path / "a.onnx")
+    for name, wanted in zip(("a", "a.face2"), points):
+        np.testing.assert_allclose(datasets.read_pts(tmp_path / f"out/{name}.pts"), wanted, atol=1e-3)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.pts", "a.face2.pts", "a.png"}
+
+
+def test_predict_looks_again_at_the_face_aligned_by_its_answer(monkeypatch):
+    face = synthetic.read_faces("test", 1, size=128, points=29)[0]
+    image, truth = datasets.load_image(face.image), torch.from_numpy(face.points).double()
+    args, net, seen = hl.parse_args(["--size", "64"]), Oracle(), answering(monkeypatch, truth[None])
+    net.points = 29
+    for box, looks in (("landmarks", 3), ("20,10,110,120", 2)):
+        args.box = box
+        frames, times = hl.find_frames(args, image, None)
+        seen.clear()
+        points, _ = hl.find_points(net, image, frames[0], times, args)
+        torch.testing.assert_close(points, truth, atol=1e-3, rtol=0)
+        assert len(seen) == looks and torch.equal(seen[0].frames, frames)
+        for later in seen[1:]:
+            wanted = hl.align_five(hl.five_of(truth[None]), 64)
+            torch.testing.assert_close(later.frames, wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_predict_writes_over_nothing_and_reads_before_it_starts(finished, tmp_path):
+    written(np.zeros((20, 30, 3), np.uint8), tmp_path / "own/a.png")
+    with pytest.raises(FileExistsError, match="a.png exists already; name another folder"):
+        predicted(finished[0], tmp_path / "own", "--output", tmp_path / "own")
+    with pytest.raises(ValueError, match="--box 100,100,200,200 lies outside an image of 30 x 20"):
+        predicted(finished[0], tmp_path / "own", "--output", tmp_path / "x", "--box", "100,100,200,200")
+    (tmp_path / "own/b.jpg").write_text("no image")
+    with pytest.raises(ValueError, match="b.jpg is no image that cv2 can decode; of 2 images"):
+        predicted(finished[0], tmp_path / "own", "--output", tmp_path / "y")
+    assert not (tmp_path / "y").exists()
+
+
+def test_crops_and_predictions_of_one_name_do_not_share_a_folder(finished, tmp_path, capsys):
+    face = synthetic.read_faces("test", 1, size=128, points=29)[0]
+    written(datasets.load_image(face.image), tmp_path / "in/a.png")
+    with pytest.raises((SystemExit, ValueError, OSError)):
+        predicted(finished[0], tmp_path / "in", "--output", tmp_path / "x", "--align-out", tmp_path / "x")
+
+
+def test_a_whole_set_is_cut_for_recognition_and_read_back(finished, tmp_path, monkeypatch, capsys):
+    answering(monkeypatch)
+    evaluated(finished[0], "--limit", "12", "--align-out", str(tmp_path / "set"))
+    text = capsys.readouterr().out
+    for split in ("train", "test"):
+        faces = datasets.read("folder", str(tmp_path / "set"), split, 29)
+        drawn = synthetic.read_faces(split, 12, 64, 29)
+        assert f"12 aligned faces in {tmp_path / 'set' / split}" in text
+        assert [face.identity for face in faces] == [face.identity for face in drawn]
+        for face, source in zip(faces, drawn):
+            frame = warp.fit_similarity(torch.from_numpy(hl.five_of(source.points)),
+                                        torch.from_numpy(datasets.ARCFACE_5))
+            placed = warp.apply_affine(frame, torch.from_numpy(source.points))
+            np.testing.assert_allclose(face.points, placed, atol=1e-2)
+            assert datasets.load_image(face.image).shape == (112, 112, 3)
+    with pytest.raises(SystemExit):
+        evaluated(finished[0], "--align-out", str(tmp_path / "set"))
+    assert "is not empty: name another folder" in capsys.readouterr().err
+
+
+def cut(monkeypatch, faces, root, folder, answers=None):
+    """--align-out of some faces of a set below `root`, read back by name below the split."""
+    monkeypatch.setattr(hl, "read_faces", lambda args, split: faces)
+    answering(monkeypatch, answers)
+    args = hl.parse_args([*TINY, "--data-root", str(root), "--five-noise", "0"])
+    hl.align_set(Oracle(faces_of(faces)), args, folder, "test")
+    return {os.path.relpath(face.image, folder / "test"): face for face in datasets.read(
+        "folder", str(folder), "test")}
+
+
+def faces_of(faces):
+    return datasets.CropDataset(faces, np.tile(np.eye(2, 3), (len(faces), 1, 1)), 64)
+
+
+def test_faces_of_one_image_and_images_of_one_name_become_crops_of_their_own(tmp_path, monkeypatch, capsys):
+    pair = synthetic.read_faces("test", 2, size=64, points=29)
+    both = np.concatenate([datasets.load_image(face.image) for face in pair], 1)
+    pair[1].points[:, 0] += 64
+    for name in ("a.b.png", "x/a.b.png", "x/a.b.face2.jpg"):
+        written(both, tmp_path / "set" / name)
+    faces = [datasets.Face(str(tmp_path / "set" / name), pair[i].points) for name, i in (
+        ("a.b.png", 0), ("a.b.png", 1), ("x/a.b.png", 0), ("x/a.b.png", 1), ("x/a.b.face2.jpg", 0))]
+    found = cut(monkeypatch, faces, tmp_path / "set", tmp_path / "out")
+    assert len(found) == 5 and "5 aligned faces" in capsys.readouterr().out
+    for first, second in (("a.b.png", "a.b.face2.png"), ("x/a.b.png", "x/a.b.face2.png")):
+        for name, face in ((first, pair[0]), (second, pair[1])):
+            frame = warp.fit_similarity(torch.from_numpy(hl.five_of(face.points)),
+                                        torch.from_numpy(datasets.ARCFACE_5))
+            placed = warp.apply_affine(frame, torch.from_numpy(face.points))
+            np.testing.assert_allclose(found[name].points, placed, atol=1e-2)
+
+
+def test_recognition_crops_lie_in_the_folder_of_their_person(tmp_path, monkeypatch):
+    """As of --data youtube, whose images lie in one folder; `datasets.read` takes a folder for a person."""
+    drawn, faces = synthetic.read_faces("test", 3, size=64, points=29), []
+    for i, face in enumerate(drawn):
+        path = tmp_path / "set/data/training" / f"{'Ann Bob Bob'.split()[i]}_{i}.jpg"
+        written(datasets.load_image(face.image), path)
+        faces.append(datasets.Face(str(path), face.points, identity=path.stem[:3]))
+    found = cut(monkeypatch, faces, tmp_path / "set", tmp_path / "out")
+    people = sorted(Path(face.identity).name for face in found.values())
+    assert people == ["Ann", "Bob", "Bob"]
+
+
+def test_an_answer_that_is_no_face_gets_no_recognition_crop(tmp_path, monkeypatch, capsys):
+    face, = synthetic.read_faces("test", 1, size=64, points=29)
+    written(datasets.load_image(face.image), tmp_path / "set/a.png")
+    faces = [datasets.Face(str(tmp_path / "set/a.png"), face.points)] * 4
+    answers = torch.from_numpy(np.stack([face.points] * 4)).double()
+    answers[0], answers[1] = torch.tensor([30.0, 20]), math.nan
+    five = [list(group) for group in datasets.SCHEMES[29].five]
+    template = torch.from_numpy(datasets.ARCFACE_5)
+    wide, high = (template - template.mean(0)).square().sum(0)
+    for group, place in zip(five, template.mean(0) + (template - template.mean(0)) *
+                            torch.tensor([-float(high / wide), 1])):
+        answers[2, group] = place  # seen in a mirror: the best scale is about 0, the crop endless
+    found = cut(monkeypatch, faces, tmp_path / "set", tmp_path / "out", answers)
+    text = capsys.readouterr().out
+    assert len(found) == 1 and "1 aligned faces" in text and "left out 3" in text
+
+
+def test_a_run_is_never_written_over(finished, tmp_path, monkeypatch):
+    with pytest.raises(FileExistsError, match="holds a run: continue it by --resume"):
+        hl.train(hl.parse_args([*TINY, "--output", str(finished[0])]))
+    monkeypatch.chdir(tmp_path)
+    args = hl.parse_args(TINY)
+    find = lambda: hl.find_run(args, "heatmap_landmarks")
+    names = [hl.make_run(args, "heatmap_landmarks", find()).name for _ in range(2)]
+    assert names == ["heatmap_landmarks-faces", "heatmap_landmarks-faces-2"]
+
+
+def test_a_checkpoint_of_another_script_is_refused(finished, tmp_path):
+    state = hl.read_tensors(finished[0] / "last.pt")
+    torch.save(state | {"script": "sdfl"}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="last.pt is no checkpoint of heatmap_landmarks.py, but of sdfl"):
+        evaluated(tmp_path)
+
+
+def test_flags_that_contradict_the_checkpoint_are_named(finished):
+    with pytest.raises(ValueError, match="--sigma 3.0: the checkpoint was made with"):
+        hl.train(hl.parse_args(["--resume", "--output", str(finished[0]), "--sigma", "3", "--device", "cpu"]))
+    with pytest.raises(ValueError, match="--strategy SDD: the checkpoint was made with SSD"):
+        evaluated(finished[0], "--strategy", "SDD")
+
+
+def test_a_run_killed_after_its_last_checkpoint_still_gets_its_table(finished, capsys):
+    folder, result = finished
+    (folder / "ced.png").unlink()
+    again = hl.train(hl.parse_args(["--resume", "--output", str(folder), "--device", "cpu"]))
+    assert again["nme"] == pytest.approx(result["nme"]) and (folder / "ced.png").exists()
+    assert "NME (%)" in capsys.readouterr().out
+
+
+def test_resume_on_other_data_is_refused(finished):
+    folder, _ = finished
+    args = hl.parse_args(["--resume", "--output", str(folder), "--device", "cpu"])
+    state = hl.load(folder / "last.pt", "heatmap_landmarks")
+    faces, points = state["faces"]
+    hl.restore_args(args, state["args"], hl.MACHINE)
+    data = hl.load_sets(args, 1)[0]
+    for other in ([faces - 1, points], [faces, points + 1]):
+        with pytest.raises(ValueError, match="29 landmarks, the run was started on {} of {}".format(*other)):
+            hl.make_model(args, data, state | {"faces": other}, CPU, 1)
+
+
+def folder_of_seven(root):
+    """A set of --data folder with seven of the drawn landmarks, an order that nobody knows."""
+    for split in ("train", "test"):
+        for i, face in enumerate(synthetic.read_faces(split, 8, 64, 29)):
+            written(datasets.load_image(face.image), root / split / f"{i}.png")
+            datasets.write_pts(root / split / f"{i}.pts", face.points[[16, 17, 20, 22, 23, 28, 0]])
+
+
+def test_landmarks_of_no_scheme_train_on_box_crops(tmp_path, capsys):
+    folder_of_seven(tmp_path / "set")
+    flags = ["--data", "folder", "--data-root", str(tmp_path / "set"), *TINY, "--epochs", "1",
+             "--compare", "--output", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="7 landmarks are no known scheme") as error:
+        hl.train(hl.parse_args(flags))
+    added = ["--align", "box", "--no-flip-copies", "--flip-test", "none"]
+    assert all(flag in str(error.value) for flag in ("--align box", "--no-flip-copies", "--flip-test none"))
+    assert not (tmp_path / "run").exists()
+    result = hl.train(hl.parse_args([*flags, *added]))
+    text = capsys.readouterr().out
+    assert "7 landmarks, which are no known scheme" in text and "landmarks box x 1.6" in text
+    assert math.isfinite(result["nme"]) and "nme@dark" in result and "nme@flip none" not in result
+    assert evaluated(tmp_path / "run")["nme"] == pytest.approx(result["nme"])
+    for flag, value in (("--align", "five"), ("--flip-test", "heatmaps"), ("--align-out", tmp_path / "c")):
+        with pytest.raises(ValueError, match=f"7 landmarks are no known scheme .*{flag}"):
+            evaluated(tmp_path / "run", flag, str(value))
+    predicted(tmp_path / "run", tmp_path / "set/test", "--output", tmp_path / "out")
+    assert all(cv2.imread(str(tmp_path / f"out/{i}.png")) is not None for i in range(8))
+
+
+def test_two_splits_of_different_landmarks_are_refused(monkeypatch):
+    drawn = hl.read_faces
+    monkeypatch.setattr(hl, "read_faces", lambda args, split: drawn(
+        Namespace(**{**vars(args), "points": 29 if split == "train" else 68}), split))
+    with pytest.raises(ValueError, match="training faces have 29 landmarks, test faces 68"):
+        hl.load_sets(hl.parse_args(TINY), 1)
+
+
+def test_the_challenges_training_set_loses_the_test_images_that_it_holds(tmp_path, capsys):
+    for folder, indices in (("Train", (0, 1, 2)), ("Test_data1", (1,))):
+        for i in indices:
+            face = synthetic.read_faces("train", 3, 64, 106)[i]
+            written(datasets.load_image(face.image), tmp_path / folder / "picture" / f"{i}{folder}.jpg")
+            (tmp_path / folder / "landmark").mkdir(exist_ok=True)
+            rows = "\n".join(f"{x} {y}" for x, y in face.points.tolist())
+            (tmp_path / folder / "landmark" / f"{i}{folder}.jpg.txt").write_text(f"106\n{rows}\n")
+    train, test = hl.load_sets(hl.parse_args(["--data", "jd106", "--data-root", str(tmp_path)]), 0)
+    assert [Path(face.image).name for face in train.faces] == ["0Train.jpg", "2Train.jpg"] and len(test) == 1
+    assert "left out 1 training images that are test images too" in capsys.readouterr().out
+
+
+def test_eval_on_faces_of_other_landmarks_is_refused(finished, tmp_path):
+    face = synthetic.read_faces("test", 1, size=64, points=68)[0]
+    for split in ("train", "test"):
+        written(datasets.load_image(face.image), tmp_path / split / "a.png")
+        datasets.write_pts(tmp_path / split / "a.pts", face.points)
+    with pytest.raises(ValueError, match="the model has 29 landmarks, the faces of --data folder have 68"):
+        evaluated(finished[0], "--data", "folder", "--data-root", str(tmp_path))
+
+
+def test_erasing_begins_late(tmp_path, monkeypatch):
+    asked, prepare = [], hl.prepare
+
+    def watched(batch, device, erase=False):
+        asked.append((len(batch["image"]), "erase" in batch, erase))
+        return prepare(batch, device, erase)
+
+    monkeypatch.setattr(hl, "prepare", watched)
+    flags = [*TINY, "--limit", "8", "--epochs", "3", "--no-flip-copies", "--output", str(tmp_path / "run")]
+    hl.train(hl.parse_args([*flags, "--erase", "0.5", "--erase-from", "2"]))
+    assert [erase for _, trained, erase in asked if trained] == [False, False, True]
+    assert not any(erase for _, trained, erase in asked if not trained)  # test faces are never hidden
+    asked.clear()
+    flags += ["--output", str(tmp_path / "other"), "--epochs", "1"]
+    hl.train(hl.parse_args([*flags, "--erase", "0", "--erase-from", "0"]))
+    assert not any(erase for *_, erase in asked)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    calls, original = [], hl.heatmap_loss
+
+    def poisoned(*args):
+        calls.append(1)
+        return original(*args) * (math.nan if len(calls) == 7 else 1)  # four steps an epoch: epoch 2, step 3
+
+    monkeypatch.setattr(hl, "heatmap_loss", poisoned)
+    with pytest.raises(FloatingPointError, match="the loss is nan at epoch 2, step 3"):
+        hl.train(hl.parse_args([*TINY, "--batch-size", "4", "--no-flip-copies", "--output",
+                                str(tmp_path / "run")]))
+    assert hl.load(tmp_path / "run" / "last.pt", "heatmap_landmarks")["epoch"] == 1
+
+
+def test_bad_flags_are_named(tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/a.png").touch()
+    for flags, message in [
+            ("--strategy SDX", "--strategy 'SDX': expected"), ("--strategy SSSSSS", "at most 5"),
+            ("--filters 6", "--filters 6: expected a multiple of 4"), ("--filters 0", "--filters 0"),
+            ("--backbone mobilenetv2_0", "--backbone 'mobilenetv2_0': expected resnet18, resnet50 or"),
+            ("--backbone alexnet", "--backbone 'alexnet'"), ("--device tpu", "invalid choice"),
+            ("--kernel 4", "--kernel 4: expected"), ("--kernel -1", "--kernel -1: expected"),
+            ("--erase 2", "--erase 2.0: expected"), ("--jitter 1.5", "--jitter 1.5: expected"),
+            ("--rotate 190", "--rotate 190.0: expected"), ("--scale 1", "--scale 1.0: expected"),
+            ("--sigma 0", "--sigma 0.0: expected"), ("--five-noise nan", "--five-noise nan: expected"),
+            ("--five-noise -1", "--five-noise -1.0: expected"), ("--shift inf", "--shift inf: expected"),
+            ("--erase-from -1", "--erase-from -1: expected"), ("--lr nan", "--lr nan: expected"),
+            ("--size 100", "--size 100: expected"), ("--margin inf", "--margin inf: expected"),
+            ("--threshold 0", "--threshold 0.0: expected"), ("--limit -5", "--limit -5: expected"),
+            ("--gpus 0", "--gpus 0: expected"), ("--decode mean", "invalid choice"),
+            ("--gpus 2 --batch-size 7", "--batch-size 7 does not divide over --gpus 2"),
+            ("--align four", "invalid choice"), ("--dat faces", "unrecognized"),
+            ("--init no.pt", "--init: no file no.pt"), ("--five no.csv", "--five: no file no.csv"),
+            ("--predict a.jpg", "belong together"), ("--weights a.pt", "belong together"),
+            ("--detector a.onnx", "no file a.onnx"), ("--eval a.pt --resume", "--eval goes"),
+            (f"--detector {__file__}", "--detector belongs to --predict"),
+            ("--align-out x", "belongs to --predict or --eval"), ("--box head", "expected landmarks or face"),
+            ("--box 1,2,3,4", "with --predict x0,y0,x1,y1"),
+            (f"--eval a.pt --align-out {tmp_path / 'full'}", "full is not empty: name another folder")]:
+        with pytest.raises(SystemExit):
+            hl.parse_args(flags.split())
+        assert message in capsys.readouterr().err, flags
+    for box in ("1,2,3", "1,2,x,4", "5,5,5,9", "0,0,inf,4"):
+        assert hl.parse_box(box) is None
+    assert hl.parse_box("-1e1,2,30,40.5") == [-10, 2, 30, 40.5]
+    run = lambda *flags: hl.train(hl.parse_args([*TINY, "--output", str(tmp_path / "x"), *flags]))
+    with pytest.raises(FileNotFoundError, match="--data-root"):
+        run("--data", "wflw", "--data-root", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="no normaliser 'io' for 5 points"):
+        run("--points", "5", "--norm", "io")
+    assert not (tmp_path / "x").exists()  # all before the first step
+
+
+# ---- Killed and resumed --------------------------------------------------------------------------
+
+def rank_of(rank, port):
+    """What torchrun tells a process of two."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port)}
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start(folder, *flags, environment=None):
+    command = [sys.executable, "heatmap_landmarks.py", "--output", str(folder), *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}))
+
+
+def kill_after_a_checkpoint(folder, *processes):
+    """SIGKILL to all processes of a run, somewhere after its first checkpoint."""
+    deadline = time.time() + 120
+    while not (folder / "last.pt").exists() and time.time() < deadline:
+        time.sleep(0.005)
+    for process in processes:
+        process.kill()
+    out = [process.communicate()[0] for process in processes]
+    assert (folder / "last.pt").exists(), out
+    assert 1 <= hl.load(folder / "last.pt", "heatmap_landmarks")["epoch"] < 6
+
+
+def run_two(monkeypatch, folder, *flags):
+    """A run of two processes to its end: this one and another, which saves a third of the time."""
+    port = free_port()
+    other = start(folder, *flags, environment=rank_of(1, port))
+    with monkeypatch.context() as patch:
+        for name, value in rank_of(0, port).items():
+            patch.setenv(name, value)
+        patch.setattr(hl, "timedelta", lambda hours: timedelta(seconds=120))  # no endless wait for the other
+        try:
+            hl.train(hl.parse_args(["--output", str(folder), *flags]))
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            out, _ = other.communicate(timeout=180)
+    assert other.returncode == 0, out
+
+
+def assert_same_run(whole, broken):
+    a, b = (hl.load(folder / "last.pt", "heatmap_landmarks") for folder in (whole, broken))
+    assert a["epoch"] == b["epoch"] == 6 and a["world"] == b["world"]
+    assert a["model"].keys() == b["model"].keys()
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    for i, moments in a["optimizer"]["state"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(moments[name], b["optimizer"]["state"][i][name])
+    logs = [list(map(json.loads, open(folder / "log.jsonl"))) for folder in (whole, broken)]
+    assert len(logs[0]) == len(logs[1]) == 6
+    assert all(a.get(key) == b.get(key) for a, b in zip(*logs) for key in ("epoch", "loss", "lr", "nme"))
+
+
+def test_killed_and_resumed_is_the_same_run_bit_for_bit(finished, tmp_path):
+    kill_after_a_checkpoint(tmp_path, start(tmp_path, *TINY))
+    hl.train(hl.parse_args(["--resume", "--output", str(tmp_path), "--device", "cpu"]))
+    assert_same_run(finished[0], tmp_path)
+
+
+def test_killed_and_resumed_is_the_same_run_bit_for_bit_with_two_processes(tmp_path, monkeypatch):
+    whole, broken, port = tmp_path / "whole", tmp_path / "broken", free_port()
+    processes = [start(broken, *TINY, environment=rank_of(rank, port)) for rank in (0, 1)]
+    kill_after_a_checkpoint(broken, *processes)
+    run_two(monkeypatch, broken, "--device", "cpu", "--resume")
+    run_two(monkeypatch, whole, *TINY)
+    assert_same_run(whole, broken)
+    assert hl.load(whole / "last.pt", "heatmap_landmarks")["world"] == 2
