@@ -106,7 +106,7 @@ PRESETS = {
     "cofw": dict(PAPER, norm="io", threshold=0.10),
     "youtube": dict(SMALL),
     "folder": dict(SMALL),
-    "faces": dict(SMALL, size=96, batch_size=16, epochs=10, erase_from=5, eval_every=5, rotate=0.0,
+    "faces": dict(SMALL, size=96, batch_size=16, epochs=8, erase_from=4, eval_every=4, rotate=0.0,
                   backbone="mobilenetv2_0.5", filters=64, strategy="SSD", sigma=1.0, kernel=5),
 }
 DRAWN = {"train": 1600, "test": 400}  # faces of --data faces
@@ -232,7 +232,7 @@ def check_flags(args, error: Callable[[str], None]):
         error("--align-out belongs to --predict or --eval: crops are made by a trained network")
     if args.align_out and args.output and os.path.abspath(args.align_out) == os.path.abspath(args.output):
         error(f"--align-out {args.align_out} is --output too: both would write NAME.png there")
-    if args.align_out and os.path.isdir(args.align_out) and os.listdir(args.align_out):
+    if os.path.exists(args.align_out) and (not os.path.isdir(args.align_out) or os.listdir(args.align_out)):
         error(f"--align-out {args.align_out} is not empty: name another folder")
 
 
@@ -491,6 +491,14 @@ def landmark_weights(points: torch.Tensor, size: int | tuple[int, int], stride: 
     return ((x >= -reach) & (x <= width - 1 + reach) & (y >= -reach) & (y <= height - 1 + reach)).float()
 
 
+def pixels(heatmaps: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Values of each map of (B, P, h, w) at its own x, y (B, P, ...) px, which broadcast: (B, P, ...)."""
+    (B, P, h, w), ones = heatmaps.shape, (1,) * (y.dim() - 2)
+    first = torch.arange(B * P, device=y.device).view(B, P, *ones) * (h * w)
+    index = (first + y * w) + x  # one flat index: several times as fast as four
+    return heatmaps.reshape(-1).index_select(0, index.reshape(-1)).view(index.shape)
+
+
 def find_peaks(heatmaps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The highest px of each map, the first in reading order, and its value.
 
@@ -502,18 +510,10 @@ def find_peaks(heatmaps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(f"heatmaps {heatmaps.dtype} {tuple(heatmaps.shape)}: expected float (B, P, h, w)")
     # Rows first: amax streams through memory, several times as fast as an argmax of the flat map on a CPU.
     height, y = heatmaps.amax(3).max(2)                                                     # (B, P) each
-    row = heatmaps.gather(2, y[..., None, None].expand(-1, -1, 1, heatmaps.shape[3]))       # (B, P, 1, w)
+    row = pixels(heatmaps, torch.arange(heatmaps.shape[3], device=y.device), y[..., None])  # (B, P, w)
     # Eq. (1): (x, y) = argmax H
-    peak = torch.stack([row[:, :, 0].argmax(2), y], 2)
+    peak = torch.stack([row.argmax(2), y], 2)
     return peak * (height > 0)[..., None], height
-
-
-def pixels(heatmaps: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Values of each map of (B, P, h, w) at its own x, y (B, P, ...) px, which broadcast: (B, P, ...)."""
-    (B, P, h, w), ones = heatmaps.shape, (1,) * (y.dim() - 2)
-    first = torch.arange(B * P, device=y.device).view(B, P, *ones) * (h * w)
-    index = (first + y * w) + x  # one flat index: several times as fast as four
-    return heatmaps.reshape(-1).index_select(0, index.reshape(-1)).view(index.shape)
 
 
 def finish(coordinates: torch.Tensor, height: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -586,11 +586,10 @@ def decode_dark(heatmaps: torch.Tensor, kernel: int = 11) -> tuple[torch.Tensor,
     # The px about each peak that the blur of 5 x 5 of them needs: n = kernel + 4 a side, zero off the map.
     offset = torch.arange(kernel + 4, device=heatmaps.device) - kernel // 2 - 2
     x, y = px[..., None] + offset, py[..., None] + offset                                   # (B, P, n)
-    on_map = ((y >= 0) & (y < h))[..., :, None] & ((x >= 0) & (x < w))[..., None, :]
     patch = pixels(heatmaps, x.clamp(0, w - 1)[..., None, :], y.clamp(0, h - 1)[..., :, None])
-    patch = patch.double().where(on_map & inside[..., None, None], 0)                       # (B, P, n, n)
+    patch *= ((y >= 0) & (y < h))[..., :, None] & ((x >= 0) & (x < w))[..., None, :]        # (B, P, n, n)
     blur = blur_matrix(5, kernel, heatmaps)
-    blurred = patch.flatten(2) @ torch.kron(blur, blur).T  # one product instead of B P small ones
+    blurred = patch.flatten(2).double() @ torch.kron(blur, blur).T  # one product, not B P small ones
     blurred = blurred.unflatten(2, (5, 5))                                                  # (B, P, 5, 5)
     # A factor does not change the derivatives of a logarithm, except at its floor. Only noise comes there.
     low = inside & (blurred <= 1e-10).flatten(2).any(2)
@@ -1232,8 +1231,8 @@ def run(main, args):
 # Flags of the machine or the command, not of the run whose checkpoint is opened; --eval also chooses DATA
 # and, where they are given, TEST: how the network is asked.
 MACHINE = {"output", "gpus", "device", "workers", "compile", "resume", "eval", "predict",
-           "weights", "cache", "init", "given", "detector", "align_out"}
-DATA = {"data", "data_root", "amp", "limit", "norm", "threshold", "batch_size", "compare", "five"}
+           "weights", "cache", "init", "given", "detector", "align_out", "compare"}
+DATA = {"data", "data_root", "amp", "limit", "norm", "threshold", "batch_size", "five"}
 TEST = {"box", "margin", "align", "decode", "kernel", "flip_test", "five_noise"}
 
 
@@ -1403,7 +1402,8 @@ def predict(args) -> dict:
         for frame in frames:
             points, confidence = find_points(net, image, frame, looks, args)
             extent = float(np.ptp(points.numpy(), 0).max())
-            if not extent > 1 or args.align != "box" and not faces_among(five_of(points[None])):
+            aligned = args.align != "box" or args.align_out
+            if not extent > 1 or aligned and not faces_among(five_of(points[None])):
                 continue
             count += 1
             this = name if count == 1 else f"{name}.face{count}"
@@ -1458,8 +1458,8 @@ def make_model(args, train_set, state: dict | None, device: torch.device, rank: 
     seed_all(args.seed)
     faces = [len(train_set), train_set.points.shape[1]]
     if state and state["faces"] != faces:
-        raise ValueError(f"--resume: {faces[0]} training faces of {faces[1]} landmarks, the run was started "
-                         f"on {state['faces'][0]} of {state['faces'][1]}; see --data-root")
+        raise ValueError(f"--resume: {faces[0]} training faces an epoch of {faces[1]} landmarks, the run was "
+                         f"started on {state['faces'][0]} of {state['faces'][1]}; see --data-root")
     net = build(args, faces[1], device)
     optimizer = torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay)
     side = args.size // net.stride

@@ -882,7 +882,7 @@ class CropDataset(torch.utils.data.Dataset):
     crop px and extras is a dict of small arrays for the batch, a crop is a pure function of (seed, epoch,
     index), whatever the workers, the ranks or what was drawn before. Mirroring swaps the points by `flip`;
     without one (a landmark count of no scheme) nothing is mirrored. `copies` (L,) names each index's face;
-    with the attribute `mirrored` (L,) bool some of them are mirrored before all else.
+    those of the attribute `mirrored` (L,) bool are mirror images, to begin with.
     A batch is a dict: image (B, size, size, 3) uint8; points (B, P, 2) float32 crop px, if faces have any;
     matrix (B, 2, 3) float32, image px -> crop px; index (B,) of the face; and the extras.
     """

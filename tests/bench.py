@@ -168,19 +168,20 @@ def bench_step():
 
 
 def plain_dark(maps: np.ndarray, kernel: int = 11) -> np.ndarray:
-    """The published DARK algorithm, map by map: (B, P, h, w) float64 -> (B, P, 2) px."""
-    out, border = np.zeros((*maps.shape[:2], 2)), (kernel - 1) // 2
-    height, width = maps.shape[2:]
-    for b, p in np.ndindex(maps.shape[:2]):
-        m = maps[b, p]
-        y, x = divmod(int(m.argmax()), width)
-        if m[y, x] <= 0:
-            continue
-        out[b, p] = x, y
+    """DARK as published, pass after pass over all maps, each a loop: (B, P, h, w) float64 -> (B, P, 2) px."""
+    border, (B, P, height, width) = (kernel - 1) // 2, maps.shape
+    flat = maps.reshape(B, P, -1)
+    peaks, heights = flat.argmax(2), flat.max(2)
+    out = np.stack([peaks % width, peaks // width], 2) * (heights > 0)[..., None].astype(np.float64)
+    blurred = np.empty_like(maps)
+    for b, p in np.ndindex(B, P):
         padded = np.zeros((height + 2 * border, width + 2 * border))
-        padded[border:-border, border:-border] = m
-        blurred = cv2.GaussianBlur(padded, (kernel, kernel), 0)[border:-border, border:-border]
-        L = np.log(np.maximum(blurred * (m[y, x] / blurred.max()), 1e-10))
+        padded[border:-border, border:-border] = maps[b, p]
+        blurred[b, p] = cv2.GaussianBlur(padded, (kernel, kernel), 0)[border:-border, border:-border]
+        blurred[b, p] *= heights[b, p] / blurred[b, p].max()
+    logs = np.log(np.maximum(blurred, 1e-10))
+    for b, p in np.ndindex(B, P):
+        L, (x, y) = logs[b, p], out[b, p].astype(int)
         if 1 < x < width - 2 and 1 < y < height - 2:
             dx, dy = (L[y, x + 1] - L[y, x - 1]) / 2, (L[y + 1, x] - L[y - 1, x]) / 2
             dxx = (L[y, x + 2] - 2 * L[y, x] + L[y, x - 2]) / 4
