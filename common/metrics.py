@@ -61,18 +61,20 @@ def auc_steps(nme):
     return 10 * torch.trapezoid((nme[:, None] <= thresholds).double().mean(0), dx=0.005).item()
 
 
-def curve_error(pred, target, parts, norm, icp=False):
+def curve_error(pred, target, parts, norm, icp=False, pred_parts=None):
     """Curve error NME_c of LDDMM-Face: the distance between point sets, whatever the numbering within a part.
-    Args: pred, target (B, P, 2) px in the scheme of the ground truth; parts {name: indices}; norm (B,) px;
-        icp: first move each predicted part rigidly onto its target.
+    Args: pred, target (B, P, 2) px; parts {name: indices}; norm (B,) px; icp: first move each predicted part
+        rigidly onto its target; pred_parts {name: indices}: those of a `pred` with other points, (B, K, 2).
     Returns: {name: (B,), ..., "overall": (B,)}, overall being the plain mean of the parts.
     Source: Sec. 4, "Error Metrics". paper: "ICP error", code (CRazorback/LDDMM-Face, cb45e96): distances to
     the nearest points as they lie; we follow the code unless `icp`."""
-    pred, target, norm = _checked(pred, target, norm)
+    if pred_parts is None:
+        pred_parts, (pred, target, norm) = parts, _checked(pred, target, norm)
+    target, pred, norm = torch.as_tensor(target).double(), torch.as_tensor(pred).double(), _positive(norm)
     pred, target = torch.complex(*pred.unbind(-1)), torch.complex(*target.unbind(-1))             # (B, P)
     errors = {}
     for name, indices in parts.items():
-        p, t = pred[:, list(indices)], target[:, list(indices)]
+        p, t = pred[:, list(pred_parts[name])], target[:, list(indices)]
         distance = ((_rigid_icp(p, t) if icp else p)[:, :, None] - t[:, None]).abs()              # (B, K, K)
         errors[name] = torch.cat([distance.amin(2), distance.amin(1)], dim=1).mean(1) / norm      # both ways
     return errors | {"overall": torch.stack(list(errors.values())).mean(0)}

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import heatmap_landmarks
+import lddmm_face
 import sdfl
 from common import datasets, metrics, synthetic, warp
 
@@ -274,6 +275,65 @@ def bench_heatmap_step():
         memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
         print(f"heatmaps  training step, batch {count}, {'bf16' if amp else 'float32'}"
               f"{', compiled' * compiled}: {count / ms * 1e3:,.0f} images a second{memory}")
+
+
+def plain_flow(mean, momenta, curves, sigma, steps=2):
+    """Eq. (7) as it reads: curve after curve, with the kernel of all N x N points."""
+    ends = torch.zeros_like(momenta)
+    for ids, width in zip(curves.values(), sigma.tolist()):
+        own = momenta.new_zeros(momenta.shape[-2], 1)
+        own[ids] = 1
+        x = mean.expand_as(momenta)
+        for _ in range(steps):
+            k = (-(x[:, :, None] - x[:, None]).square().sum(-1) / width**2).exp()           # (B, N, N)
+            x = x + k @ (momenta * own) / steps
+        ends = ends + x * own
+    return ends
+
+
+def bench_flow():
+    """The deformation layer, forward and backward, batch 32, beside a loop over curves with N x N kernels."""
+    for scheme in (98, 194):
+        curves = lddmm_face.carriers(scheme).curves
+        count = sum(map(len, curves.values()))
+        torch.manual_seed(0)
+        mean, momenta = 256 * torch.rand(count, 2), torch.randn(32, count, 2).requires_grad_()
+        sigma, layout = lddmm_face.curve_scale(mean, curves), lddmm_face.Layout(curves)
+        target, d = mean + torch.randn(32, count, 2), torch.full((32,), 60.0)
+        ours = lambda: lddmm_face.deform(mean[None], momenta, layout, sigma)[:, -1]
+        fast = median_ms(lambda: ours().square().sum().backward(), 15)
+        both = median_ms(lambda: lddmm_face.lddmm_loss(ours(), target, layout, sigma, d).backward(), 15)
+        slow = median_ms(lambda: plain_flow(mean, momenta, curves, sigma).square().sum().backward(), 3)
+        print(f"flow      {scheme} points, batch 32, forward and backward: {fast:.1f} ms (with the loss "
+              f"{both:.1f}); loop over curves, N x N kernel {slow:.0f} ms: {slow / fast:.0f} x")
+
+
+def bench_lddmm_step():
+    """Table 6: samples a second and memory of a training step, HRNet-W18, 256 px, batch 32; GPU only."""
+    if not torch.cuda.is_available():
+        print("lddmm     training step of Table 6: not run without a GPU")
+        return
+    device = torch.device("cuda")
+    for scheme, points in ((68, 50), (98, 100), (194, 100)):
+        for method in ("heatmap", "coord", "lddmm"):
+            args = lddmm_face.parse_args(["--method", method])
+            mean = 256 * torch.rand(scheme, 2)
+            net = lddmm_face.LDDMMFace("hrnet_w18", scheme, mean, points, method=method)
+            net = net.to(device, memory_format=torch.channels_last)
+            optimizer = torch.optim.Adam(net.parameters(), 1e-4)
+            image = torch.randn(32, 3, 256, 256, device=device).contiguous(memory_format=torch.channels_last)
+            target = 256 * torch.rand(32, scheme, 2, device=device)
+            torch.cuda.reset_peak_memory_stats()
+
+            def step():
+                loss = lddmm_face.loss_of(net, net(image), target, args)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+
+            ms = median_ms(step, 20)
+            print(f"lddmm     {scheme} points, {len(net.carriers.ids)} carriers, {method}: "
+                  f"{32 / ms * 1e3:,.0f} samples/s, {torch.cuda.max_memory_allocated() / 1e6:,.0f} MB")
 
 
 def main(argv=None):

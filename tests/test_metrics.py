@@ -151,11 +151,11 @@ def test_rates_refuse_an_empty_set_and_a_meaningless_threshold():
 # ----------------------------------------------------------------------------------------------- curve error
 
 
-def loop_curve_error(pred, target, parts, norm):
+def loop_curve_error(pred, target, parts, norm, pred_parts=None):
     result = {}
     for name, indices in parts.items():
-        result[name] = []
-        for p, t, d in zip(pred[:, indices].numpy(), target[:, indices].numpy(), norm.tolist()):
+        result[name], own = [], (pred_parts or parts)[name]
+        for p, t, d in zip(pred[:, own].numpy(), target[:, indices].numpy(), norm.tolist()):
             distances = [min(np.hypot(*(a - b)) for b in t) for a in p]
             distances += [min(np.hypot(*(a - b)) for a in p) for b in t]
             result[name].append(sum(distances) / len(distances) / d)
@@ -183,6 +183,26 @@ def test_curve_error_equals_a_loop():
     assert list(errors) == ["contour", "mouth", "overall"]
     for name in errors:
         np.testing.assert_allclose(errors[name].numpy(), expected[name], rtol=1e-12)
+
+
+def test_curve_error_between_faces_of_different_landmarks_equals_a_loop():
+    target, pred = (torch.rand(3, points, 2, generator=generator(points)).double() * 30 for points in (12, 9))
+    parts, own = {"contour": range(7), "mouth": [7, 9, 8, 10, 11]}, {"mouth": [0, 1], "contour": [8, 7, 2, 3]}
+    norm = torch.tensor([9.0, 10.0, 11.0])
+    errors = metrics.curve_error(pred, target, parts, norm, pred_parts=own)
+    expected = loop_curve_error(pred, target, parts, norm, own)
+    assert list(errors) == ["contour", "mouth", "overall"]
+    for name in errors:
+        np.testing.assert_allclose(errors[name].numpy(), expected[name], rtol=1e-12)
+    few = {name: list(indices)[::2] for name, indices in parts.items()}  # fewer points on the same curves
+    kept = [index for indices in few.values() for index in indices]
+    places = {name: [kept.index(index) for index in indices] for name, indices in few.items()}
+    errors = metrics.curve_error(target[:, kept], target, parts, norm, pred_parts=places)
+    assert all((error > 0).all() for error in errors.values())
+    same = metrics.curve_error(pred, pred, own, norm, pred_parts=own)
+    assert all(error.tolist() == [0, 0, 0] for error in same.values())
+    with pytest.raises(ValueError, match="image 1 is 0"):
+        metrics.curve_error(pred, target, parts, torch.tensor([1.0, 0.0, 1.0]), pred_parts=own)
 
 
 def test_curve_error_ignores_the_numbering_within_a_part_only():

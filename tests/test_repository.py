@@ -103,5 +103,6 @@ def test_claims_name_flags_that_exist():
         module = __import__(script)
         for claim in listed:
             for flags in claim.variants.values():
-                module.parse_args(["--data", "folder", *claims.ALWAYS[script].split(),
+                data = "faces" if "--also" in flags else "folder"
+                module.parse_args(["--data", data, *claims.ALWAYS[script].split(),
                                    *claims.SMALL[script].split(), *flags.split()])
