@@ -651,10 +651,6 @@ class Carriers(NamedTuple):
         """Different landmarks among the carriers, as a part of the scheme's."""
         return len(set(self.ids)) / self.scheme
 
-    def dense(self, carried: torch.Tensor, extra: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Carriers (..., K, 2) and `extra`, the points of `extras` (..., m, 2), to the scheme (..., P, 2)."""
-        return torch.cat([carried, *(extra[name] for name in self.extras)], -2)[..., self.place, :]
-
 
 def carriers(scheme: int, points: int | Sequence[int] = 100) -> Carriers:
     """Which landmarks carry momenta, the curve of each, and which landmarks go with them.

@@ -82,6 +82,11 @@ def same(a, b, tolerance=1e-9):
     torch.testing.assert_close(a, torch.as_tensor(b, dtype=a.dtype), rtol=0, atol=tolerance)
 
 
+def dense_of(chosen, carried, extra):
+    """Carriers (..., K, 2) and the points of their extras to the whole scheme, as `predict_points` has them."""
+    return torch.cat([carried, *(extra[name] for name in chosen.extras)], -2)[..., chosen.place, :]
+
+
 # ---- Carriers and layout -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("scheme, percent, sizes, unique", [
@@ -112,7 +117,7 @@ def test_every_landmark_is_a_carrier_or_an_extra_of_its_own_curve(scheme, points
     # Nothing moves: the dense face comes back. 68: a corner that stands twice is the later one.
     dense = torch.arange(2.0 * scheme).view(scheme, 2)
     extra = {name: dense[ids] for name, ids in chosen.extras.items()}
-    assert torch.equal(chosen.dense(dense[chosen.ids], extra), dense)
+    assert torch.equal(dense_of(chosen, dense[chosen.ids], extra), dense)
     last = {index: k for k, index in enumerate(chosen.ids)}
     assert all(chosen.place[index] == k for index, k in last.items())
 
@@ -370,7 +375,7 @@ def test_sparse_to_dense_moves_the_whole_face():
         alpha[ids[0]] = shift  # with a very wide kernel one momentum moves all
     moved, carried = lf.deform(dense[chosen.ids], alpha, chosen.curves, 1e7, 2, extra)
     ends = {name: path[-1] for name, path in carried.items()}
-    same(chosen.dense(moved[-1], ends), dense + shift, 1e-6)
+    same(dense_of(chosen, moved[-1], ends), dense + shift, 1e-6)
 
 
 def test_deform_rejects():
@@ -1086,7 +1091,7 @@ def test_a_sparse_networks_own_landmarks_are_where_its_flow_leaves_them(backbone
     net = network(68, 50, still=False, backbone=backbone)
     found, carried, answer = lf.predict_points(net, torch.randn(1, 3, 64, 64), lf.own_template(net))
     extra = {name: lf.from_frame(own, 64) for name, own in answer.extra.items()}
-    assert torch.equal(found, net.carriers.dense(carried, extra))
+    assert torch.equal(found, dense_of(net.carriers, carried, extra))
     assert len(answer.extra) == len(net.carriers.extras)
     assert (found - lf.from_frame(net.mean, 64)).norm(dim=2).min() > 0
 
