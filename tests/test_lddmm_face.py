@@ -83,7 +83,7 @@ def same(a, b, tolerance=1e-9):
 
 
 def dense_of(chosen, carried, extra):
-    """Carriers (..., K, 2) and the points of their extras to the whole scheme, as `predict_points` has them."""
+    """Carriers (..., K, 2) and the points of their extras to the whole scheme, as predictions are made."""
     return torch.cat([carried, *(extra[name] for name in chosen.extras)], -2)[..., chosen.place, :]
 
 
