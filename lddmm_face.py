@@ -49,7 +49,7 @@ Train on 300W on four GPUs (the paper: NME 3.53 %; not run here, see the README)
   python lddmm_face.py --data 300w --data-root 300W --gpus 4 --cache device
 Without any data, on drawn faces, three minutes on two CPU cores: 68 points learned, 194 predicted:
   python lddmm_face.py
-Continue, evaluate, on another annotation as well, use, also for another annotation:
+Continue; evaluate, also on a set of another annotation; use, also for another annotation:
   python lddmm_face.py --data 300w --gpus 4 --cache device --resume
   python lddmm_face.py --data helen --data-root HELEN --eval runs/lddmm_face-300w/last.pt
   python lddmm_face.py --predict photo.jpg --as-points 194 --weights runs/lddmm_face-300w/last.pt
