@@ -1158,11 +1158,14 @@ def init_backbone(backbone: nn.Module, path: str) -> str:
 
 
 def open_checkpoint(args, path: str, free: set[str]) -> tuple[SDFL, dict]:
-    """A checkpoint's network, in evaluation mode, and its flags; `args` takes these over, but for `free`."""
+    """A checkpoint's network, in evaluation mode, and its flags. `args` takes these over, but for `free`, the
+    typed ones of DATA, and all of DATA where --data names another set."""
     args.gpus = 1
     device = setup(args)[2]
     state = load(path, "sdfl")
-    restore_args(args, state["args"], MACHINE | free)
+    given = set(args.given)
+    other = "data" in given and args.data != state["args"]["data"]
+    restore_args(args, state["args"], MACHINE | free | (DATA if other else DATA & given))
     net = build(args, state["model"]["mask"], device)
     net.load_state_dict(state["model"])
     args.points = len(net.mask)
@@ -1172,9 +1175,7 @@ def open_checkpoint(args, path: str, free: set[str]) -> tuple[SDFL, dict]:
 def evaluate_checkpoint(args) -> dict:
     """--eval: the numbers of a checkpoint on the test set of --data; with --output, the pictures too.
     Data and crop are those that the network was trained with, unless --data, --box or --margin are given."""
-    given = set(args.given)
-    free = (DATA if "data" in given else DATA & given) | ({"box", "margin"} & given)
-    net, _ = open_checkpoint(args, args.eval, free)
+    net, _ = open_checkpoint(args, args.eval, {"box", "margin"} & set(args.given))
     folder = find_run(args, "sdfl")
     data = make_dataset(args, read_faces(args, "test"), augmented=False)
     if data.points.shape[1] != len(net.mask):
@@ -1187,6 +1188,14 @@ def evaluate_checkpoint(args) -> dict:
     if folder:
         write_pictures(make_run(args, "sdfl", folder), net, data, errors, points, args.threshold)
     return scores
+
+
+def open_detector(path: str):
+    """cv2's detector from a YuNet model file.   Raises: ValueError for another kind of file."""
+    try:
+        return cv2.FaceDetectorYN.create(path, "", (320, 320))
+    except cv2.error as error:
+        raise ValueError(f"--detector {path}: no YuNet model that OpenCV can read ({error.err})") from None
 
 
 def find_boxes(args, image: np.ndarray, detector) -> np.ndarray:
@@ -1229,7 +1238,7 @@ def predict(args) -> dict:
         cannot be read; FileExistsError where a result would be written over a file."""
     free = DATA | {"box"} | ({"margin"} & set(args.given))
     net, trained = open_checkpoint(args, args.weights, free)
-    detector = cv2.FaceDetectorYN.create(args.detector, "", (320, 320)) if args.detector else None
+    detector = open_detector(args.detector) if args.detector else None
     found = datasets.image_paths(args.predict)  # {name: path}
     datasets.check_images([datasets.Face(path) for path in found.values()])
     args.data = "predict"
