@@ -39,8 +39,7 @@ CRazorback/LDDMM-Face at cb45e96):
     for 300W and WFLW stays as it is. Images are normalised by ImageNet's mean and standard deviation (code;
     paper: the training set's). Crops are about the ground-truth landmarks.
   - d_ipd is the distance of the pupils, or of the eyes' centres where none are marked. Code: of the outer eye
-    corners. HELEN's published NME is --norm
-    io-published. HELEN has 11 curves (paper: 12), one for the nose.
+    corners. HELEN's published NME is --norm io-published. HELEN has 11 curves (paper: 12), one for the nose.
   - DAN: blocks of VGG13 and stage weights 0.3 and 0.7, as the code; paper: VGG11.
   - The baselines run on this schedule. --method coord adds the head's output to the mean face (code: to
     zero); sparse ones are completed along the curves for NME_l, and compared by their own points for NME_c.
@@ -1370,8 +1369,7 @@ def evaluate(net: LDDMMFace, loader, args, template: Template | None = None, occ
     curves = alone if net.method != "lddmm" else metrics.curve_error(points, target, scheme.parts, d)
     scores |= {"curves" + ("" if part == "overall" else f"/{part}"): float(error.mean())
                for part, error in curves.items()}
-    scores |= {"nme@all": scores["nme"], "curves@all": scores["curves"],
-               "curves@alone": float(alone["overall"].mean())}
+    scores["curves@alone"] = float(alone["overall"].mean())
     if own:
         mean, start = (from_frame(p.cpu().double(), args.size) for p in (net.mean, net.start))
         moved = net.between.cpu().double() @ (warp.apply_affine(data.frames, carried) - start)
