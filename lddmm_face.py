@@ -96,8 +96,10 @@ PRESETS = {
 }
 DRAWN = {"train": 1600, "test": 400}  # faces of --data faces
 BOXES = ("landmarks", "face")
+STRIDES = {"hourglass": 64}  # --size is a multiple of it; of other backbones 32
 ANNOTATIONS = [points for points in datasets.SCHEMES if points > 5]  # five points make no curve
 METHODS = ("lddmm", "coord", "heatmap")
+FLOW_FLAGS = {"steps", "per_step_momenta", "sigma_factor", "beta", "squared"}  # of --method lddmm alone
 
 
 def parse_args(argv=None):
@@ -172,8 +174,8 @@ def parse_args(argv=None):
 
 def check_flags(args, error: Callable[[str], None]):
     """Calls `error` with a message for the first flag whose value cannot be meant."""
-    unit = 64 if args.backbone == "hourglass" else 32
-    wanted = [("size", args.size >= unit and args.size % unit == 0, f"a multiple of {unit}, the stride")]
+    stride = STRIDES.get(args.backbone, 32)
+    wanted = [("size", args.size > 0 and args.size % stride == 0, f"a multiple of {stride}, the stride")]
     wanted += [(name, getattr(args, name) >= least, f"at least {least}") for name, least in [
         ("epochs", 1), ("batch_size", 1), ("gpus", 1), ("limit", 0), ("seed", 0), ("eval_every", 1),
         ("steps", 1), ("weight_decay", 0), ("workers", -1)]]
@@ -190,6 +192,8 @@ def check_flags(args, error: Callable[[str], None]):
     for name, holds, what in wanted:
         if not holds:
             error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {what}")
+    if args.method != "lddmm" and (unused := sorted(set(args.given) & FLOW_FLAGS)):
+        error(f"--{unused[0].replace('_', '-')} belongs to --method lddmm: --method {args.method} has no flow")
     if args.method == "heatmap" and args.backbone != "hrnet_w18":
         error(f"--method heatmap goes with --backbone hrnet_w18, not {args.backbone}")
     if args.also and args.data != "faces":
@@ -254,13 +258,6 @@ def init_weights(module: nn.Module) -> None:
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-
-
-def check_image(image: torch.Tensor, multiple: int) -> None:
-    """Raises ValueError unless images are (B, 3, H, W), H and W multiples of `multiple`."""
-    if image.ndim != 4 or image.shape[1] != 3 or any(n < 1 or n % multiple for n in image.shape[2:]):
-        raise ValueError(f"images have the shape {tuple(image.shape)}: expected (B, 3, H, W), H and W "
-                         f"multiples of {multiple}")
 
 
 def to_features(cin: int) -> nn.Sequential:
@@ -348,8 +345,8 @@ class HRModule(nn.Module):
 
 class HRNet(nn.Module):
     """HRNetV2-W18's branches, 18 to 144 channels: (B, 3, H, W) -> list of (B, C_j, H/2^(j+2), W/2^(j+2)).
-    Parameters, also of the two heads below, are named as in HRNet's checkpoints. Raises: ValueError for sides
-    that are no multiples of 32.   Source: Wang et al., TPAMI 2021. Batch-norm momentum 0.1; code: 0.01."""
+    Parameters, also of the two heads below, are named as in HRNet's checkpoints; sides are multiples of 32.
+    Source: Wang et al., TPAMI 2021. Batch-norm momentum 0.1; code: 0.01."""
 
     def __init__(self, widths: Sequence[int] = (18, 36, 72, 144)):
         super().__init__()
@@ -369,7 +366,6 @@ class HRNet(nn.Module):
         init_weights(self)
 
     def forward(self, image):
-        check_image(image, 32)
         x = F.relu(self.bn1(self.conv1(image)), inplace=True)
         xs = [self.layer1(F.relu(self.bn2(self.conv2(x)), inplace=True))]      # (B, 256, H/4, W/4)
         for transition, stage in ((self.transition1, self.stage2), (self.transition2, self.stage3),
@@ -379,8 +375,8 @@ class HRNet(nn.Module):
 
 
 class HRNetFeatures(HRNet):
-    """HRNet with its head for classification: (B, 3, H, W) -> (B, 2048); sides multiples of 32. A bottleneck
-    widens each branch; from the finest on, strided convolutions bring one to the next, where they add up."""
+    """HRNet with its head for classification: (B, 3, H, W) -> (B, 2048). A bottleneck widens each branch; from
+    the finest on, strided convolutions bring one to the next, where they add up."""
     channels = 2048
 
     def __init__(self):
@@ -404,7 +400,7 @@ class HRNetFeatures(HRNet):
 
 class HRNetHeatmaps(HRNet):
     """The baseline, HRNet with its head for landmarks, on all branches enlarged to the finest (270 channels):
-    (B, 3, H, W) -> heatmaps (B, points, H/4, W/4); sides multiples of 32."""
+    (B, 3, H, W) -> heatmaps (B, points, H/4, W/4)."""
 
     def __init__(self, points: int):
         super().__init__()
@@ -458,63 +454,42 @@ class HourglassLevel(nn.Module):
 
 
 class Hourglass(nn.Module):
-    """Stacked hourglasses: (B, 3, H, W) -> lists of the stacks' features (B, 256, H/4, W/4) and heatmaps
-    (B, points, H/4, W/4). What a stack gives is added to what it saw, and the next one sees that.
-    Raises: ValueError for sides that are no multiples of 64.   Source: Newell et al., ECCV 2016, Fig. 4."""
+    """Two stacked hourglasses: (B, 3, H, W), sides multiples of 64 -> (B, 2048), the average of both stacks'
+    features at 2048 channels. The second stack sees what the first saw, its features and its heatmaps, added.
+    As in the code, the first heatmaps have no target, and the last are not used: their layer only counts
+    among the parameters.   Source: Newell et al., ECCV 2016, Fig. 4."""
+    channels = 2048
 
-    def __init__(self, points: int, stacks: int = 2):
+    def __init__(self, points: int):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
                                   PreBottleneck(64, 64), nn.MaxPool2d(2), PreBottleneck(128, 128),
                                   PreBottleneck(256, 128))
         self.stacks = nn.ModuleList(
             nn.Sequential(HourglassLevel(4), pre_bottlenecks(), nn.Conv2d(256, 256, 1), nn.BatchNorm2d(256),
-                          nn.ReLU(inplace=True)) for _ in range(stacks))
-        self.heads = nn.ModuleList(nn.Conv2d(256, points, 1) for _ in range(stacks))
-        self.features_back = nn.ModuleList(nn.Conv2d(256, 256, 1) for _ in range(stacks - 1))
-        self.heatmaps_back = nn.ModuleList(nn.Conv2d(points, 256, 1) for _ in range(stacks - 1))
-        # Initialised as torch does: no batch norm follows a block's sum.
+                          nn.ReLU(inplace=True)) for _ in range(2))
+        self.heads = nn.ModuleList(nn.Conv2d(256, points, 1) for _ in range(2))
+        self.heads[1].requires_grad_(False)  # DistributedDataParallel would wait for its gradient
+        self.features_back = nn.ModuleList([nn.Conv2d(256, 256, 1)])
+        self.heatmaps_back = nn.ModuleList([nn.Conv2d(points, 256, 1)])
+        self.final_layer = to_features(2 * 256)
+        init_weights(self.final_layer)  # the rest as torch has it: no batch norm follows a block's sum
 
     def forward(self, image):
-        check_image(image, 64)
         x = self.stem(image)                                                   # (B, 256, H/4, W/4)
-        features, heatmaps = [], []
-        for i, (stack, head) in enumerate(zip(self.stacks, self.heads)):
-            if i > 0:
-                x = x + self.features_back[i - 1](features[-1]) + self.heatmaps_back[i - 1](heatmaps[-1])
-            features.append(stack(x))
-            heatmaps.append(head(features[-1]))
-        return features, heatmaps
-
-
-class HourglassFeatures(Hourglass):
-    """Features of both stacks, brought to 2048 channels and averaged: (B, 3, H, W) -> (B, 2048); sides
-    multiples of 64. As in the code, the first heatmaps have no target, and nothing reads the last ones."""
-    channels = 2048
-
-    def __init__(self, points: int):
-        super().__init__(points)
-        self.final_layer = to_features(256 * len(self.stacks))
-        init_weights(self.final_layer)
-        self.heads[-1].requires_grad_(False)  # DistributedDataParallel would wait for its gradient
-
-    def forward(self, image):
-        features, _ = super().forward(image)
-        return self.final_layer(torch.cat(features, dim=1)).mean((2, 3))
+        first = self.stacks[0](x)
+        x = x + self.features_back[0](first) + self.heatmaps_back[0](self.heads[0](first))
+        return self.final_layer(torch.cat([first, self.stacks[1](x)], dim=1)).mean((2, 3))
 
 
 class DANStage(nn.Module):
     """A stage of DAN up to its features: (B, in_channels, size, size) -> (B, 2048), `size` a multiple of 32.
-    Paper: VGG11; code: two convolutions in each of the five blocks (VGG13); we follow the code.
-    Raises: ValueError for a size that is no multiple of 32, or images of another shape.
     Source: Kowalski et al., "Deep Alignment Network", CVPR Workshops 2017 (which has the last ReLU)."""
     channels = 2048
 
     def __init__(self, in_channels: int = 3, size: int = 256):
         super().__init__()
-        if size < 32 or size % 32:
-            raise ValueError(f"size {size}: expected a multiple of 32")
-        self.shape, cin, layers = (in_channels, size, size), in_channels, []
+        cin, layers = in_channels, []
         for cout in (64, 128, 256, 512, 512):
             layers += [conv_bn(c, cout, 3, act=nn.ReLU) for c in (cin, cout)] + [nn.MaxPool2d(2)]
             cin = cout
@@ -523,8 +498,6 @@ class DANStage(nn.Module):
         init_weights(self)
 
     def forward(self, x):
-        if x.shape[1:] != self.shape:
-            raise ValueError(f"images have the shape {tuple(x.shape)}: expected (B, {str(self.shape)[1:]}")
         return F.relu(self.fc(self.dropout(self.layers(x).flatten(1))), inplace=True)
 
 
@@ -609,7 +582,7 @@ class MobileNetV2(nn.Module):
 # Images -> features (B, channels), given the number of carriers. DAN's stages stand apart: a flow is between.
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "hrnet_w18": lambda points, size=256: HRNetFeatures(),
-    "hourglass": lambda points, size=256: HourglassFeatures(points),
+    "hourglass": lambda points, size=256: Hourglass(points),
     "mobilenetv2": lambda points, size=256: MobileNetV2(size),
 }
 
@@ -642,15 +615,9 @@ class Carriers(NamedTuple):
     """The landmarks that carry momenta, and how the P landmarks of the whole scheme follow from them."""
     scheme: int                     # P
     ids: list[int]                  # (K,) landmark of each carrier, curve after curve
-    curve: list[int]                # (K,) number of its curve
     curves: dict[str, list[int]]    # curve -> places among the K carriers: disjoint, together all
     extras: dict[str, list[int]]    # curve -> the landmarks that its flow carries besides (Sec. 3.3)
     place: list[int]                # (P,) of each landmark in the carriers and, behind them, the extras
-
-    @property
-    def fraction(self) -> float:
-        """Different landmarks among the carriers, as a part of the scheme's."""
-        return len(set(self.ids)) / self.scheme
 
 
 def carriers(scheme: int, points: int | Sequence[int] = 100) -> Carriers:
@@ -665,48 +632,36 @@ def carriers(scheme: int, points: int | Sequence[int] = 100) -> Carriers:
     """
     if scheme not in ANNOTATIONS:
         raise ValueError(f"no curve table for {scheme} points, only for {', '.join(map(str, ANNOTATIONS))}")
-    table = datasets.SCHEMES[scheme].curves
+    table, anchors = datasets.SCHEMES[scheme].curves, datasets.SCHEMES[scheme].anchors
+    lines, subsets = {i for own in table.values() for i in own}, SUBSETS.get(scheme, {})
     if not isinstance(points, int):
-        chosen = _check_chosen(scheme, [int(index) for index in points])
-        lists = [[index for index in ids if index in chosen] for ids in table.values()]
-    elif points == 100:
-        lists = list(table.values())
-    elif points in SUBSETS.get(scheme, ()):
-        lists = SUBSETS[scheme][points]
+        chosen = [int(index) for index in points]
+        for wrong, what in [
+                ([i for i in chosen if not 0 <= i < scheme], f"outside the scheme; wanted 0 to {scheme - 1}"),
+                ([i for i in chosen if chosen.count(i) > 1], "given more than once; wanted each once"),
+                ([i for i in chosen if i not in lines], f"on no curve of the {scheme} points and can carry "
+                 "nothing; leave them out: the eye curves carry them")]:
+            if wrong:
+                raise ValueError(f"landmarks {sorted(set(wrong))} are {what}")
+        lists = [[index for index in own if index in chosen] for own in table.values()]
+    elif points != 100 and points not in subsets:
+        raise ValueError(f"no table of {points} % of {scheme} points; wanted one of {[100, *subsets]} or "
+                         "indices")
     else:
-        found = [100, *SUBSETS.get(scheme, ())]
-        raise ValueError(f"no table of {points} % of {scheme} points; wanted one of {found} or indices")
-    if empty := [name for name, ids in zip(table, lists) if not ids]:
+        lists = subsets.get(points, table.values())
+    if empty := [name for name, own in zip(table, lists) if not own]:
         raise ValueError(f"no carrier on {', '.join(empty)}: nothing would move the other landmarks there; "
                          "give at least one index of each curve")
-    ids = [index for ids in lists for index in ids]
-    curve = [number for number, ids in enumerate(lists) for _ in ids]
-    curves = {name: [k for k, c in enumerate(curve) if c == number] for number, name in enumerate(table)}
-    whole = {name: [*own, *_pupils(scheme, name)] for name, own in table.items()}
-    extras = {name: [index for index in own if index not in ids] for name, own in whole.items()}
-    extras = {name: own for name, own in extras.items() if own}
+    ids = [index for own in lists for index in own]
+    place = itertools.count()
+    curves = {name: [next(place) for _ in own] for name, own in zip(table, lists)}
+    extras = {}
+    for name, own in table.items():
+        pupil = [i for i in anchors.get("pupil" + name.removeprefix("eye"), ()) if i not in lines]
+        if carried := [index for index in [*own, *pupil] if index not in ids]:
+            extras[name] = carried
     place = {index: k for k, index in enumerate([*ids, *(i for own in extras.values() for i in own)])}
-    return Carriers(scheme, ids, curve, curves, extras, [place[index] for index in range(scheme)])
-
-
-def _check_chosen(scheme: int, chosen: list[int]) -> set[int]:
-    """A user's carriers as a set.   Raises: ValueError, see `carriers`."""
-    lines = {index for ids in datasets.SCHEMES[scheme].curves.values() for index in ids}
-    if outside := sorted(index for index in chosen if not 0 <= index < scheme):
-        raise ValueError(f"indices {outside} are outside the scheme; wanted 0 to {scheme - 1}")
-    if twice := sorted({index for index in chosen if chosen.count(index) > 1}):
-        raise ValueError(f"indices {twice} are given more than once; wanted each once")
-    if bare := sorted(set(chosen) - lines):
-        raise ValueError(f"landmarks {bare} are on no curve of the {scheme} points and can carry nothing; "
-                         "leave them out: the eye curves carry them")
-    return set(chosen)
-
-
-def _pupils(scheme: int, name: str) -> list[int]:
-    """The pupil that goes with the curve `name`, if that is an eye and no curve holds the pupil."""
-    table, anchors = datasets.SCHEMES[scheme].curves, datasets.SCHEMES[scheme].anchors
-    pupil = anchors["pupil" + name.removeprefix("eye")] if name in ("eye_left", "eye_right") else ()
-    return [index for index in pupil if not any(index in ids for ids in table.values())]
+    return Carriers(scheme, ids, curves, extras, [place[index] for index in range(scheme)])
 
 
 class Layout(nn.Module):
@@ -723,52 +678,52 @@ class Layout(nn.Module):
         ids = [[int(index) for index in own] for own in curves.values()]
         flat = [index for own in ids for index in own]
         self.names, self.points = list(curves), len(flat) if points is None else points
-        if bare := [name for name, own in zip(curves, ids) if not own] or ["(none)"] * (not curves):
-            raise ValueError(f"curves without points: {', '.join(bare)}; wanted one point or more on each")
-        if twice := sorted({index for index in flat if flat.count(index) > 1}):
-            raise ValueError(f"points {twice} are on two curves or twice on one; wanted each once")
-        if outside := sorted(set(flat) - set(range(self.points))):
-            raise ValueError(f"points {outside} of the curves are outside 0 to {self.points - 1}")
-        if missing := sorted(set(range(self.points)) - set(flat)):
-            raise ValueError(f"points {missing} are on no curve; give them as extra")
+        if not ids or not all(ids):
+            raise ValueError(f"curves {dict(curves)}: wanted one point or more on each")
+        wrong = {"on two curves or twice on one": {index for index in flat if flat.count(index) > 1},
+                 f"outside 0 to {self.points - 1}": set(flat) - set(range(self.points)),
+                 "on no curve; give them as extra": set(range(self.points)) - set(flat)}
+        if any(wrong.values()):
+            raise ValueError("; ".join(f"points {sorted(own)} are {what}" for what, own in wrong.items() if own))
         longest = max(map(len, ids))
         padded = torch.tensor([own + own[-1:] * (longest - len(own)) for own in ids])
         real = torch.tensor([[k < len(own) for k in range(longest)] for own in ids])
-        place = torch.empty(self.points, dtype=torch.long)
-        place[padded[real]] = real.flatten().nonzero()[:, 0]
-        share = torch.empty(self.points)
-        share[padded[real]] = (1 / real.sum(1, keepdim=True)).expand(real.shape)[real]
+        place = real.flatten().nonzero()[:, 0][torch.tensor(flat).argsort()]
         self.register_buffer("padded", padded, persistent=False)              # (C, P) landmark of each slot
         self.register_buffer("real", real, persistent=False)                  # (C, P) slots that are no copy
         self.register_buffer("place", place, persistent=False)                # (N,) slot of each landmark
-        self.register_buffer("share", share, persistent=False)                # (N,) 1 / points of its curve
 
     def gather(self, points: torch.Tensor) -> torch.Tensor:
         """(..., N, 2) -> (..., C, P, 2)."""
         return points.index_select(-2, self.padded.flatten()).unflatten(-2, self.padded.shape)
+
+    def gather_momenta(self, momenta: torch.Tensor, per_step: bool) -> torch.Tensor:
+        """(..., [steps,] N, 2) -> (..., C, [steps,] P, 2), 0 for copies."""
+        momenta = self.gather(momenta) * self.real[..., None]
+        return momenta.movedim(-4, -3) if per_step else momenta
+
+    def gather_extra(self, extra: Mapping[str, torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """Curve -> (..., m, 2) points of its own -> (..., C, M, 2), of the type of `like`; copies are 0."""
+        own = [extra[name] if name in extra else like.new_zeros(0, 2) for name in self.names]
+        lead = torch.broadcast_shapes(*(points.shape[:-2] for points in own))
+        longest = max(points.shape[-2] for points in own)
+        return torch.stack([F.pad(points, (0, 0, 0, longest - points.shape[-2])).expand(*lead, -1, -1)
+                            for points in own], -3)
 
     def scatter(self, points: torch.Tensor) -> torch.Tensor:
         """(..., C, P, 2) -> (..., N, 2)."""
         return points.flatten(-3, -2).index_select(-2, self.place)
 
 
-@functools.lru_cache(maxsize=64)
-def _cached_layout(curves: tuple, points: int, device: torch.device) -> Layout:
-    with torch.inference_mode(False):  # it may be made in evaluation and used in training
-        return Layout(dict(curves), points).to(device)
-
-
 def as_layout(curves: Layout | Mapping[str, Sequence[int]], points: torch.Tensor) -> Layout:
-    """The layout of a curve table for landmarks (..., N, 2), made once for each table; a layout as it is.
+    """The layout of a curve table for landmarks (..., N, 2), made anew each time; a layout as it is.
     Raises: ValueError, see `Layout`, or if the layout has another N."""
     count = points.shape[-2]
-    if isinstance(curves, Layout):
-        if curves.points != count:
-            raise ValueError(f"found {count} points, wanted the {curves.points} that are on the curves; give "
-                             "others as extra")
-        return curves
-    table = tuple((name, tuple(map(int, ids))) for name, ids in curves.items())
-    return _cached_layout(table, count, points.device)
+    layout = curves if isinstance(curves, Layout) else Layout(curves, count).to(points.device)
+    if layout.points != count:
+        raise ValueError(f"found {count} points, wanted the {layout.points} that are on the curves; give "
+                         "others as extra")
+    return layout
 
 
 def curve_scale(mean: torch.Tensor, curves: Layout | Mapping[str, Sequence[int]]) -> torch.Tensor:
@@ -776,9 +731,7 @@ def curve_scale(mean: torch.Tensor, curves: Layout | Mapping[str, Sequence[int]]
     point, of scale 0, takes the mean scale of the others (1 if there is none): any scale moves it alike.
 
     Args: mean (..., N, 2); curves, name -> indices, or their layout.   Returns: (..., C), in units of `mean`.
-    Source: paper, Sec. 4: "the scale of the coordinates of each curve of the mean face"; code: this rule, but
-        on a mean face in another frame than it is used in, so that sigma_V is 0.35 (300W) and 0.44 (HELEN) of
-        the scale, 1 for WFLW; we follow the paper, in the frame of `mean`.
+    Source: Sec. 4: "the scale of the coordinates of each curve of the mean face"; its rule: code.
     """
     points = as_layout(curves, mean).gather(mean)                             # (..., C, P, 2)
     scale = (points.amax(-2) - points.amin(-2)).mean(-1)                      # (..., C)
@@ -797,9 +750,7 @@ def full_precision(function):
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
-        device = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)).device
-        known = torch.amp.is_autocast_available(device.type)  # not on meta, where nets are counted
-        with torch.autocast(device.type if known else "cpu", enabled=False):
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             return function(*map(raised, args), **{name: raised(value) for name, value in kwargs.items()})
     return wrapper
 
@@ -815,36 +766,36 @@ def kernel(a: torch.Tensor, b: torch.Tensor, sigma) -> torch.Tensor:
     return (-(dx * dx + dy * dy)).exp()
 
 
-def _sigma(sigma, like: torch.Tensor):
-    """sigma as a number, or (..., 1, 1) in the type of `like`.   Raises: ValueError unless all are positive;
-    numbers on an accelerator are not read, as that would wait for it."""
+def _sigma(sigma, like: torch.Tensor) -> torch.Tensor:
+    """sigma, a number or (...,), as (..., 1, 1) in the type of `like`.   Raises: ValueError unless all are
+    positive; numbers on an accelerator are not read, as that would wait for it."""
     unread = isinstance(sigma, torch.Tensor) and sigma.device.type != "cpu" or torch.compiler.is_compiling()
     if not unread and not bool((torch.as_tensor(sigma) > 0).all()):
         raise ValueError(f"sigma is {torch.as_tensor(sigma).min():g}, wanted more than 0")
-    return torch.as_tensor(sigma).to(like)[..., None, None] if isinstance(sigma, torch.Tensor) else sigma
+    return torch.as_tensor(sigma, dtype=like.dtype, device=like.device)[..., None, None]
 
 
 def _check_flow(points, momenta, sigma, steps, extra) -> bool:
     """Whether the momenta are one set per step.   Raises: ValueError, see `flow`."""
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is {steps}, wanted a whole number of at least 1")
-    for name, value in (("points", points), ("extra", points if extra is None else extra)):
-        if value.ndim < 2 or value.shape[-1] != 2:
-            raise ValueError(f"{name} have the shape {tuple(value.shape)}, wanted (..., n, 2)")
+    shapes = {"points": points.shape, "momenta": momenta.shape, "sigma": getattr(sigma, "shape", ())}
+    if extra is not None:
+        shapes["extra"] = extra.shape
     per_step = momenta.ndim == points.ndim + 1
-    wanted = (*(steps,) * per_step, points.shape[-2], 2)
-    if momenta.ndim > points.ndim + 1 or momenta.shape[-len(wanted):] != wanted:
-        hint = " (momenta of one dimension more than the points are one set per step)" * per_step
-        raise ValueError(f"momenta have the shape {tuple(momenta.shape)} for points {tuple(points.shape)}, "
-                         f"wanted (..., {', '.join(map(str, wanted))}){hint}")
-    leads = [points.shape[:-2], momenta.shape[:-len(wanted)], *([] if extra is None else [extra.shape[:-2]]),
-             getattr(sigma, "shape", ())]
+    wanted = (*(steps,) * per_step, *points.shape[-2:])
+    fits = momenta.ndim <= points.ndim + 1 and momenta.shape[-len(wanted):] == wanted and all(
+        len(shapes[name]) > 1 and shapes[name][-1] == 2 for name in shapes if name != "sigma")
     try:
-        torch.broadcast_shapes(*leads)
+        torch.broadcast_shapes(points.shape[:-2], momenta.shape[:-len(wanted)], shapes["sigma"],
+                               shapes.get("extra", ())[:-2])
     except RuntimeError:
-        found = ", ".join(str(tuple(lead)) for lead in leads)
-        raise ValueError(f"leading dimensions of points, momenta, (extra,) sigma are {found}, wanted such as "
-                         "broadcast") from None
+        fits = False
+    if not fits:
+        found = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+        raise ValueError(f"found {found}; wanted points (..., n, 2), momenta (..., n, 2) or, with one dimension "
+                         f"more than the points, one set per step (..., {steps}, n, 2), sigma a number or "
+                         "(...), extra (..., m, 2), leading dimensions such as broadcast")
     return per_step
 
 
@@ -853,10 +804,9 @@ def flow(points: torch.Tensor, momenta: torch.Tensor, sigma, steps: int = 2,
          extra: torch.Tensor | None = None):
     """Moves points by their momenta, and `extra` points with them: the flow of one curve, or of many at once.
 
-    Time runs from 0 to 1 in `steps` explicit Euler steps. Paper: no number; code: 2, with the same momenta in
-    both. Two steps can fold the plane where the flow itself cannot: each step is one-to-one for certain only
-    if the norms of the momenta add up to less than 1.1658 sigma * steps. The steps are part of the model: use
-    as many as it was trained with.
+    Time runs from 0 to 1 in `steps` explicit Euler steps. Two can fold the plane where the flow itself
+    cannot: each step is one-to-one for certain only if the norms of the momenta add up to less than
+    1.1658 sigma * steps. The steps are part of the model: use as many as it was trained with.
     Args: points (..., n, 2), any unit; momenta (..., n, 2), constant, or (..., steps, n, 2), one set a step,
         known by having one dimension more than the points; sigma, a number or (...,), in the unit of points;
         extra (..., m, 2). Leading dimensions broadcast. A point without momentum moves along and moves none.
@@ -888,33 +838,25 @@ def deform(mean: torch.Tensor, momenta: torch.Tensor, curves: Layout | Mapping[s
 
     Args: mean (..., N, 2), the face to start from; momenta (..., N, 2), or (..., steps, N, 2), one dimension
         more than `mean` (so for B faces one mean is (1, N, 2)); curves, name -> indices, disjoint and
-        together all N, or their layout; sigma, a number or (C,); extra, curve -> (..., m, 2) points that the
-        flow of that curve carries.
+        together all N, or their layout, which is quicker; sigma, a number or (C,); extra, curve ->
+        (..., m, 2) points that the flow of that curve carries.
     Returns: trajectory (..., steps + 1, N, 2); with extra the pair of it and curve -> (..., steps + 1, m, 2).
     Raises: ValueError as `flow` does, for points on no or on two curves, and for extra of an unknown curve.
     """
     layout = as_layout(curves, mean)
-    count = len(layout.names)
-    if getattr(sigma, "shape", ())[-1:] not in ((), (count,)):
-        raise ValueError(f"sigma has the shape {tuple(sigma.shape)}, wanted one for each of {count} curves")
+    if getattr(sigma, "shape", ())[-1:] not in ((), (len(layout.names),)):
+        raise ValueError(f"sigma has the shape {tuple(sigma.shape)}, wanted one for each of "
+                         f"{len(layout.names)} curves")
     if momenta.ndim < 2 or momenta.shape[-2:] != mean.shape[-2:]:
         raise ValueError(f"momenta have the shape {tuple(momenta.shape)}, wanted (..., {layout.points}, 2)")
-    if extra is not None and (unknown := sorted(set(extra) - set(layout.names))):
+    if unknown := sorted(set(extra or ()) - set(layout.names)):
         raise ValueError(f"extra points of {', '.join(unknown)}: no such curve; wanted one of "
                          f"{', '.join(layout.names)}")
-    alpha = layout.gather(momenta) * layout.real[..., None]                   # (..., [steps,] C, P, 2)
-    if momenta.ndim == mean.ndim + 1:
-        alpha = alpha.movedim(-4, -3)                                         # (..., C, steps, P, 2)
-    points = layout.gather(mean)                                              # (..., C, P, 2)
+    points, alpha = layout.gather(mean), layout.gather_momenta(momenta, momenta.ndim > mean.ndim)
     if not extra:
         moved = layout.scatter(flow(points, alpha, sigma, steps).movedim(-4, -3))
         return moved if extra is None else (moved, {})
-    longest = max(own.shape[-2] for own in extra.values())
-    lead = torch.broadcast_shapes(*(own.shape[:-2] for own in extra.values()))
-    none = next(iter(extra.values()))[..., :0, :]
-    padded = [F.pad(own, (0, 0, 0, longest - own.shape[-2])).expand(*lead, -1, -1)
-              for own in (extra.get(name, none) for name in layout.names)]
-    moved, carried = flow(points, alpha, sigma, steps, torch.stack(padded, -3))
+    moved, carried = flow(points, alpha, sigma, steps, layout.gather_extra(extra, mean))
     ends = {name: carried[..., layout.names.index(name), :, :own.shape[-2], :] for name, own in extra.items()}
     return layout.scatter(moved.movedim(-4, -3)), ends
 
@@ -961,28 +903,27 @@ def curve_discrepancy(a: torch.Tensor, b: torch.Tensor, sigma, squared: bool = F
     0 for equal curves and for curves of one point. The direction along a curve counts. A closed curve repeats
     its first point; a padded one repeats its last point: a tangent of length 0 adds nothing.
     Args: sigma, sigma_W, a number or (...,).   Raises: ValueError for sigma <= 0 or shapes that do not match.
-    Source: Eq. (1) and (4); paper: the norm, code: its square; we follow the paper, `squared` the code.
     """
     if a.shape[-2:] != b.shape[-2:] or a.shape[-1] != 2:
         raise ValueError(f"curves have the shapes {tuple(a.shape)} and {tuple(b.shape)}, wanted (..., n, 2) "
                          "for both")
-    scale = _sigma(sigma, a)
+    sigma = _sigma(sigma, a)
     # Eq. (4): D_C = || sum_i tau_z,i delta_c_z,i - sum_i tau_y,i delta_c_y,i ||_W*
-    square = (inner(a, a, scale) - 2 * inner(a, b, scale) + inner(b, b, scale)).clamp(min=0)
+    square = (inner(a, a, sigma) - 2 * inner(a, b, sigma) + inner(b, b, sigma)).clamp(min=0)
     if squared:
         return square
     # A bare root has no gradient at a = b. eps goes with sigma, so that D_C scales with the face. It lowers
     # D_C by less than eps, and a D_C of 0 not at all.
-    eps = 1e-4 * (scale[..., 0, 0] if isinstance(scale, torch.Tensor) else scale)
+    eps = 1e-4 * sigma[..., 0, 0]
     return (square + eps ** 2) ** 0.5 - eps
 
 
 @full_precision
-def landmark_discrepancy(a: torch.Tensor, b: torch.Tensor, share: torch.Tensor | None = None) -> torch.Tensor:
-    """D_l of points a, b (..., n, 2): (...,), the mean distance; or, with `share` (n,), so weighted a sum."""
+def landmark_discrepancy(a: torch.Tensor, b: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
+    """D_l of points a, b (..., n, 2): (...,). With `real` (..., n) bool, of those points alone."""
+    distance = (a - b).norm(dim=-1)                                           # (..., n)
     # Eq. (5): D_l = 1/n sum_i |z_i - y_i|, not squared
-    distance = (a - b).norm(dim=-1)
-    return distance.mean(-1) if share is None else (distance * share).sum(-1)
+    return distance.mean(-1) if real is None else (distance * real).sum(-1) / real.sum(-1)
 
 
 @full_precision
@@ -996,8 +937,6 @@ def lddmm_loss(pred: torch.Tensor, target: torch.Tensor, curves: Layout | Mappin
         squared, the code's form: the mean distance over all N landmarks and beta sum_p D_pC^2 / N. Its px
         remain: there the balance of both terms depends on the size of the frame.
     Raises: ValueError for shapes that do not match, sigma <= 0 and curves as `Layout` does.
-    Source: Eq. (3) and (8). Paper: each curve its own sigma_W; code: the contour's for nearly all, as entry p
-        of a table by landmark is taken for curve p; we follow the paper, in `squared` too.
     """
     if pred.ndim != 3 or pred.shape != target.shape or pred.shape[-1] != 2 or d.shape != pred.shape[:1]:
         raise ValueError(f"pred, target and d have the shapes {tuple(pred.shape)}, {tuple(target.shape)} and "
@@ -1005,13 +944,13 @@ def lddmm_loss(pred: torch.Tensor, target: torch.Tensor, curves: Layout | Mappin
     layout = as_layout(curves, pred)
     if sigma.shape != (len(layout.names),):
         raise ValueError(f"sigma has the shape {tuple(sigma.shape)}, wanted ({len(layout.names)},)")
-    # Sec. 4: sigma_W is half of sigma_V
-    D_C = curve_discrepancy(layout.gather(pred), layout.gather(target), sigma / 2, squared).sum(-1)  # (B,)
+    z, y = layout.gather(pred), layout.gather(target)                         # (B, C, P, 2)
+    D_C = curve_discrepancy(z, y, sigma / 2, squared)  # Sec. 4: sigma_W is half of sigma_V;  (B, C)
     if squared:
-        D = beta * D_C / layout.points + landmark_discrepancy(pred, target)
+        D = beta * D_C.sum(-1) / layout.points + landmark_discrepancy(pred, target)         # (B,)
     else:
         # Eq. (3): D = beta D_C + D_l of each curve, here summed over them
-        D = beta * D_C + landmark_discrepancy(pred, target, layout.share)
+        D = (beta * D_C + landmark_discrepancy(z, y, layout.real)).sum(-1)
     # Eq. (8): sum_p (beta D_pC + D_pl) / d_ipd
     return (D / d).mean()
 
@@ -1047,8 +986,8 @@ class LDDMMFace(nn.Module):
         mean face in px of a 256 px crop; points, which landmarks carry momenta, as `carriers` takes them;
         steps of the flow; sigma_factor, sigma_V over a curve's scale; per_step, momenta for each step;
         method, "lddmm", "coord" (the head's output is added to the mean face, no flow) or "heatmap"; size of
-        the images in px.
-    Raises: ValueError for what cannot be built.
+        the images in px, a multiple of 32 (hourglass: 64).
+    Raises: ValueError for what cannot be built, and in `forward` for images of another size.
     """
 
     def __init__(self, backbone: str, scheme: int, mean: torch.Tensor, points=100, steps: int = 2,
@@ -1059,6 +998,8 @@ class LDDMMFace(nn.Module):
         if method not in METHODS or mean.shape != (scheme, 2):
             raise ValueError(f"method {method!r}, mean face {tuple(mean.shape)}: expected one of "
                              f"{', '.join(METHODS)}, and ({scheme}, 2)")
+        if size < 1 or size % STRIDES.get(backbone, 32):
+            raise ValueError(f"size {size}: expected a multiple of {STRIDES.get(backbone, 32)}")
         self.carriers = carriers(scheme, points)
         self.steps, self.per_step, self.method, self.size = steps, per_step, method, size
         self.layout, count = Layout(self.carriers.curves), len(self.carriers.ids)
@@ -1098,6 +1039,9 @@ class LDDMMFace(nn.Module):
 
     def forward(self, image, extra: Mapping[str, torch.Tensor] | None = None) -> Answer:
         """extra: curve -> (m, 2) points on or about that curve in the mean face, to be carried along."""
+        if image.shape[1:] != (3, self.size, self.size):
+            raise ValueError(f"images have the shape {tuple(image.shape)}: expected (B, 3, {self.size}, "
+                             f"{self.size})")
         extra = {name: points[None] for name, points in (extra or {}).items()}
         if self.method == "heatmap":
             return Answer([], None, None, {}, self.backbone(image))
@@ -1122,71 +1066,65 @@ class LDDMMFace(nn.Module):
 def interpolation(chosen: Carriers) -> torch.Tensor:
     """The honest baseline of Sec. 4.2: weights (P, K) by which the carriers' displacements are interpolated
     between neighbours along each curve, and held beyond its outermost carriers; a pupil's: its eye's mean."""
-    weights = torch.zeros(chosen.scheme, len(chosen.ids))
+    weights, unit = torch.zeros(chosen.scheme, len(chosen.ids)), torch.eye(len(chosen.ids))
     table = datasets.SCHEMES[chosen.scheme].curves
     for name, places in chosen.curves.items():
         along = {index: k for k, index in enumerate(table[name])}
         # A mouth corner that the table counts to the other lip ends this one.
         at = [along.get(chosen.ids[p], -1 if p == places[0] else len(along)) for p in places]
-        rows = [np.interp(range(len(along)), at, unit) for unit in np.eye(len(at))]
+        rows = [np.interp(range(len(along)), at, row) for row in np.eye(len(at))]
         weights[torch.tensor(table[name])[:, None], torch.tensor(places)] = \
             torch.tensor(np.stack(rows, 1)).float()
-        for index in chosen.extras.get(name, ()):
-            if index not in along:
-                weights[index, places] = 1 / len(places)
-    for place, index in enumerate(chosen.ids):  # a landmark that is a carrier is where it is
-        weights[index] = 0
-        weights[index, place] = 1
+        pupil = [index for index in chosen.extras.get(name, ()) if index not in along]
+        weights[pupil] = unit[places].mean(0)
+    weights[chosen.ids] = unit[[chosen.place[index] for index in chosen.ids]]  # a carrier is where it is
     return weights
 
 
 class Template(NamedTuple):
-    """An annotation's mean face in the frame of a network's: the points that its flows carry (Sec. 3.4)."""
+    """An annotation's mean face in the frame of a network's: the points that its flows carry."""
     points: dict[str, torch.Tensor]     # training curve -> (m, 2) px of a 256 px crop
     place: list[int]                    # (P,) of each landmark in the carriers and, behind them, these points
 
 
-def own_template(net: LDDMMFace) -> Template:
-    """The landmarks of the network's own annotation that carry no momenta (sparse-to-dense, Sec. 4.2)."""
-    return Template({name: net.mean[ids] for name, ids in net.carriers.extras.items()}, net.carriers.place)
+def make_template(net: LDDMMFace, mean: torch.Tensor | None = None) -> Template:
+    """What a network's flows are to carry besides its carriers: without `mean`, the other landmarks of its
+    own annotation (sparse-to-dense, Sec. 4.2); with it, all of another one (cross-annotation, Sec. 3.4, 4.3).
 
-
-def other_template(net: LDDMMFace, mean: torch.Tensor) -> Template:
-    """Another annotation's landmarks on the curves of this network (cross-annotation, Sec. 4.3).
-
-    Its mean face (P, 2) is brought onto the network's by the affine map that is best, in least squares, for
-    the anchors that both annotations have. A point then goes with the curve of its own curve's name; where
-    there is none (a nose of one curve, pupils), with that of the nearest carrier in the same part of the
-    face. Code: templates made by hand.
-    Raises: ValueError for an annotation without curves, or fewer than 3 anchors.
+    The other mean face (P, 2) is brought onto the network's by the affine map that is best, in least squares,
+    for the anchors that both annotations have. A point then goes with the curve of its own curve's name;
+    where there is none (a nose of one curve, pupils), with that of the nearest carrier in the same part of
+    the face.
+    Raises: ValueError for a baseline, an annotation without curves, or fewer than 3 anchors.
     """
-    there, here = datasets.SCHEMES.get(len(mean)), datasets.SCHEMES[net.carriers.scheme]
+    chosen, own = net.carriers, datasets.SCHEMES[net.carriers.scheme]
+    if mean is None:
+        return Template({name: net.mean[ids] for name, ids in chosen.extras.items()}, chosen.place)
     if net.method != "lddmm":
-        raise ValueError(f"--method {net.method} knows its own {net.carriers.scheme} points alone: only a "
-                         "flow carries others along")
+        raise ValueError(f"--method {net.method} knows its own {chosen.scheme} points alone: only a flow "
+                         "carries others along")
     if len(mean) not in ANNOTATIONS:
         raise ValueError(f"{len(mean)} points are no annotation with curves: {ANNOTATIONS}")
-    names = [name for name in there.anchors if name in here.anchors and not name.startswith("contour_end")]
+    other = datasets.SCHEMES[len(mean)]
+    names = [name for name in other.anchors if name in own.anchors and not name.startswith("contour_end")]
     if len(names) < 3:
-        raise ValueError(f"{len(mean)} and {net.carriers.scheme} points share {len(names)} anchors, wanted 3")
+        raise ValueError(f"{len(mean)} and {chosen.scheme} points share {len(names)} anchors, wanted 3")
     groups = [datasets.group_means(face, [scheme.anchors[name] for name in names])
-              for face, scheme in ((mean.to(net.mean), there), (net.mean, here))]
+              for face, scheme in ((mean.to(net.mean), other), (net.mean, own))]
     placed = warp.apply_affine(warp.fit_affine(*groups), mean.to(net.mean))                  # (P, 2)
-    curve_at = [net.layout.names[c] for c in net.carriers.curve]                             # of each carrier
-    part_at = [part for index in net.carriers.ids for part, ids in here.parts.items() if index in ids]
-    name_of = {index: name for name, ids in there.curves.items() for index in ids}
-    chosen: dict[str, list[int]] = {}
-    for index in range(len(mean)):
-        name = name_of.get(index)
-        if name not in net.layout.names:
-            part = next((part for part, ids in there.parts.items() if index in ids), None)
-            near = (placed[index] - net.start[0]).norm(dim=1)
-            other = torch.tensor([part is not None and part != own for own in part_at], device=near.device)
-            name = curve_at[int(near.masked_fill(other, math.inf).argmin())]
-        chosen.setdefault(name, []).append(index)
-    order = [index for ids in chosen.values() for index in ids]
-    place = {index: len(net.carriers.ids) + k for k, index in enumerate(order)}
-    return Template({name: placed[ids] for name, ids in chosen.items()}, [place[i] for i in range(len(mean))])
+    distance = (placed[:, None] - net.start).norm(dim=2).tolist()                            # (P, K)
+    curve_of, part_of, carried = ({index: name for name, ids in table.items() for index in ids}
+                                  for table in (chosen.curves, own.parts, other.curves))
+    parts, points = {i: part for part, ids in other.parts.items() for i in ids}, {}
+    for index, row in enumerate(distance):
+        name = carried.get(index)
+        if name not in chosen.curves:
+            near = [k for k, i in enumerate(chosen.ids) if parts.get(index) in (None, part_of.get(i))]
+            name = curve_of[min(near, key=row.__getitem__)]
+        points.setdefault(name, []).append(index)
+    order = [index for ids in points.values() for index in ids]
+    place = {index: len(chosen.ids) + k for k, index in enumerate(order)}
+    return Template({name: placed[ids] for name, ids in points.items()}, [place[i] for i in range(len(mean))])
 
 
 # ---- Data: Appendix ------------------------------------------------------------------------------
@@ -1299,18 +1237,17 @@ def predict_points(net: LDDMMFace, image: torch.Tensor, template: Template):
     return from_frame(points, net.size), from_frame(carried, net.size), answer
 
 
-def determinants(net: LDDMMFace, answer: Answer) -> torch.Tensor:
-    """Derivative of the flow at each landmark of the network's own annotation: (B, P, 2, 2). Not for DAN."""
-    chosen, parts = net.carriers, []
-    for c, (name, places) in enumerate(chosen.curves.items()):
-        start = answer.start[:, places]
-        momenta = answer.momenta[..., places, :]
-        extra = net.mean[chosen.extras.get(name, [])]
-        at = torch.cat([start, extra.expand(len(start), -1, -1)], 1)
-        parts.append((name, jacobian(start, momenta, float(net.sigma[c]), net.steps, at)))
-    carried = torch.cat([D[:, :len(chosen.curves[name])] for name, D in parts], 1)
-    extra = [D[:, len(chosen.curves[name]):] for name, D in parts if name in chosen.extras]
-    return torch.cat([carried, *extra], 1)[:, chosen.place]
+def derivatives(net: LDDMMFace, answer: Answer) -> torch.Tensor:
+    """Of the flow, at each landmark of the network's own annotation: (B, P, 2, 2). Not for DAN."""
+    chosen, layout = net.carriers, net.layout
+    start, momenta = layout.gather(answer.start), layout.gather_momenta(answer.momenta, net.per_step)
+    extra = layout.gather_extra(make_template(net).points, net.mean)                         # (C, M, 2)
+    at = torch.cat([start, extra.expand(len(start), -1, -1, -1)], 2)                         # (B, C, P' + M, 2)
+    D = jacobian(start, momenta, net.sigma, net.steps, at).flatten(3)                        # (B, C, P' + M, 4)
+    count = start.shape[2]
+    carried = [D[:, layout.names.index(name), count:count + len(ids)] for name, ids in chosen.extras.items()]
+    D = torch.cat([layout.scatter(D[:, :, :count]), *carried], 1)[:, chosen.place]           # (B, P, 4)
+    return D.unflatten(2, (2, 2))
 
 
 def predict_set(net: LDDMMFace, loader, args, template: Template, hidden: float = 0.0):
@@ -1329,7 +1266,7 @@ def predict_set(net: LDDMMFace, loader, args, template: Template, hidden: float 
         image = prepare(batch, device)
         with precision(args, device):
             points, carried, answer = predict_points(net, image, template)
-        D = determinants(net, answer).cpu().double() if own else None
+        D = derivatives(net, answer).cpu().double() if own else None
         rows.append((points.cpu().double(), carried.cpu().double(), D))
     points, carried = (torch.cat(column) for column in list(zip(*rows))[:2])
     back = warp.invert(data.frames)
@@ -1337,10 +1274,46 @@ def predict_set(net: LDDMMFace, loader, args, template: Template, hidden: float 
     return warp.apply_affine(back, points), warp.apply_affine(back, carried), derivative
 
 
+def landmark_scores(errors: torch.Tensor, faces, threshold: float) -> dict:
+    """NME_l, FR and AUC of the faces with these errors (M,), and of each subset."""
+    scores = {}
+    for subset, chosen in datasets.subsets(faces).items():
+        end = f"/{subset}" if subset else ""
+        scores |= {f"nme{end}": float(errors[chosen].mean()),
+                   f"fr{end}": metrics.failure_rate(errors[chosen], threshold),
+                   f"auc{end}": metrics.auc(errors[chosen], threshold)}
+    return scores
+
+
+def curve_scores(net: LDDMMFace, points, carried, target, d) -> dict:
+    """NME_c, whole and by part, of the landmarks (M, P, 2) and of the carriers (M, K, 2) alone."""
+    # A baseline is compared by the points that it has (Tables 2 and 3), each landmark once.
+    first = {index: k for k, index in reversed(list(enumerate(net.carriers.ids)))}
+    here = {part: [first[index] for index in ids if index in first]
+            for part, ids in datasets.SCHEMES[net.carriers.scheme].parts.items()}
+    parts = datasets.SCHEMES[target.shape[1]].parts
+    alone = metrics.curve_error(carried, target, parts, d, pred_parts=here)
+    curves = alone if net.method != "lddmm" else metrics.curve_error(points, target, parts, d)
+    scores = {"curves" + ("" if part == "overall" else f"/{part}"): float(error.mean())
+              for part, error in curves.items()}
+    return scores | {"curves@alone": float(alone["overall"].mean())}
+
+
+def baseline_scores(net: LDDMMFace, carried, data: datasets.CropDataset, d) -> dict:
+    """NME_l and NME_c of the carriers' displacements, interpolated along the curves; NME_l of the mean face."""
+    mean, start = (from_frame(points.cpu().double(), data.size) for points in (net.mean, net.start))
+    moved = net.between.cpu().double() @ (warp.apply_affine(data.frames, carried) - start)   # (M, P, 2)
+    between, still = (warp.apply_affine(warp.invert(data.frames), mean + moved * on) for on in (1, 0))
+    curves = metrics.curve_error(between, data.points, datasets.SCHEMES[len(mean)].parts, d)["overall"]
+    return {"nme@interpolated": float(metrics.nme(between, data.points, d).mean()),
+            "curves@interpolated": float(curves.mean()),
+            "nme/mean face": float(metrics.nme(still, data.points, d).mean())}
+
+
 def evaluate(net: LDDMMFace, loader, args, template: Template | None = None, occlude: bool = False):
     """NME_l, FR, AUC and NME_c in the pixels of the images, over the test set and its subsets, and DetJ.
 
-    Args: loader, in order, of a CropDataset without augmentation; template, of `other_template` where the
+    Args: loader, in order, of a CropDataset without augmentation; template, of `make_template` where the
         set has another annotation than the network; occlude, score hidden crops too.
     Returns: fractions "nme", "fr", "auc", "nme/pose", ..., "curves" (NME_c) and its parts "curves/contour",
         "curves@alone" of the carriers without what goes with them, "nme@interpolated", "curves@interpolated"
@@ -1348,36 +1321,16 @@ def evaluate(net: LDDMMFace, loader, args, template: Template | None = None, occ
         "fr@hidden" by name; the NME of each face (M,); the landmarks (M, P, 2) px of the images. No DetJ of
         DAN, whose two flows are not one; no NME, but nan, of a baseline in another annotation.
     """
-    template = template or own_template(net)
+    template = template or make_template(net)
     points, carried, derivative = predict_set(net, loader, args, template)
-    data = loader.dataset
-    target, d, back = data.points, data.divisors(args.norm), warp.invert(data.frames)
-    scheme, own = datasets.SCHEMES[target.shape[1]], target.shape[1] == net.carriers.scheme
+    data, target = loader.dataset, loader.dataset.points
+    d = data.divisors(args.norm)
     # A baseline has no landmarks of another annotation: only its curves can be compared (Table 3).
     errors = metrics.nme(points if points.shape == target.shape else target * math.nan, target, d)
-    scores = {}
-    for subset, chosen in datasets.subsets(data.faces).items():
-        end = f"/{subset}" if subset else ""
-        scores |= {f"nme{end}": float(errors[chosen].mean()),
-                   f"fr{end}": metrics.failure_rate(errors[chosen], args.threshold),
-                   f"auc{end}": metrics.auc(errors[chosen], args.threshold)}
-    # A baseline is compared by the points that it has (Tables 2 and 3), each landmark once.
-    first = {index: k for k, index in reversed(list(enumerate(net.carriers.ids)))}
-    here = {part: [first[index] for index in ids if index in first]
-            for part, ids in datasets.SCHEMES[net.carriers.scheme].parts.items()}
-    alone = metrics.curve_error(carried, target, scheme.parts, d, pred_parts=here)
-    curves = alone if net.method != "lddmm" else metrics.curve_error(points, target, scheme.parts, d)
-    scores |= {"curves" + ("" if part == "overall" else f"/{part}"): float(error.mean())
-               for part, error in curves.items()}
-    scores["curves@alone"] = float(alone["overall"].mean())
-    if own:
-        mean, start = (from_frame(p.cpu().double(), args.size) for p in (net.mean, net.start))
-        moved = net.between.cpu().double() @ (warp.apply_affine(data.frames, carried) - start)
-        between, still = (warp.apply_affine(back, mean + moved * on) for on in (1, 0))
-        curves = metrics.curve_error(between, target, scheme.parts, d)
-        scores |= {"nme@interpolated": float(metrics.nme(between, target, d).mean()),
-                   "curves@interpolated": float(curves["overall"].mean()),
-                   "nme/mean face": float(metrics.nme(still, target, d).mean())}
+    scores = landmark_scores(errors, data.faces, args.threshold)
+    scores |= curve_scores(net, points, carried, target, d)
+    if target.shape[1] == net.carriers.scheme:
+        scores |= baseline_scores(net, carried, data, d)
     if derivative is not None:
         det = torch.linalg.det(derivative)                                                  # (M, P)
         scores |= {"detja": float(det.mean()), "detjn": int((det <= 0).sum()),
@@ -1699,6 +1652,18 @@ def init_backbone(backbone: nn.Module, path: str) -> str:
             f"in the file only: {some([name for name in state if name not in own])}")
 
 
+def load_weights(net: nn.Module, model: dict, path) -> None:
+    """Gives a network the tensors of a checkpoint.   Raises: ValueError where name or shape do not fit."""
+    found, own = ({name: tuple(getattr(value, "shape", ("no tensor",))) for name, value in tensors.items()}
+                  for tensors in (model, net.state_dict()))
+    for name in own | found:
+        if found.get(name) != own.get(name):
+            raise ValueError(f"{path}: {name} is {found.get(name, 'missing')}, the network that its flags "
+                             f"describe has {own.get(name, 'none')}: the file is not as a run wrote it, or of "
+                             "another version of this script; train anew")
+    net.load_state_dict(model)
+
+
 def open_checkpoint(args, path: str, free: set[str]) -> LDDMMFace:
     """A checkpoint's network, in evaluation mode; `args` takes its flags over, but for `free`, the typed ones
     of DATA, and all of DATA where --data names another set."""
@@ -1709,7 +1674,7 @@ def open_checkpoint(args, path: str, free: set[str]) -> LDDMMFace:
     points = args.points
     restore_args(args, state["args"], MACHINE | free | {"points"} | (DATA if other else DATA & given))
     net = build(args, state["model"]["mean"], device)
-    net.load_state_dict(state["model"])
+    load_weights(net, state["model"], path)
     args.points = points if "points" in given else len(net.mean)
     return net.eval()
 
@@ -1718,7 +1683,7 @@ def cross_template(net: LDDMMFace, args, points: int) -> Template | None:
     """For a set of another annotation its mean face, of its training split, in the network's frame."""
     if points == net.carriers.scheme or net.method != "lddmm":
         return None
-    return other_template(net, mean_face(args, make_dataset(args, read_faces(args, "train"), False)))
+    return make_template(net, mean_face(args, make_dataset(args, read_faces(args, "train"), False)))
 
 
 def evaluate_checkpoint(args) -> dict:
@@ -1766,7 +1731,7 @@ def find_boxes(args, image: np.ndarray, detector) -> np.ndarray:
 
 def find_points(net: LDDMMFace, image: np.ndarray, box: np.ndarray, margins: list, args, template: Template):
     """Landmarks (P, 2) px of the face in `box` (4,) or None; a second margin is about those of the first."""
-    for margin, wanted in zip(margins, [*[own_template(net)] * (len(margins) - 1), template]):
+    for margin, wanted in zip(margins, [*[make_template(net)] * (len(margins) - 1), template]):
         frames = torch.from_numpy(datasets.square_frames(box[None], args.size, margin))
         batch = datasets.CropDataset([datasets.Face(image)], frames, args.size).__getitems__([(0, 0)])
         pred = prepare(batch, net.mean.device)
@@ -1793,11 +1758,11 @@ def predict(args) -> dict:
     detector = open_detector(args.detector) if args.detector else None
     found = datasets.image_paths(args.predict)  # {name: path}
     datasets.check_images([datasets.Face(path) for path in found.values()])
-    template = own_template(net)
+    template = make_template(net)
     if args.as_points not in (0, net.carriers.scheme):
         box = argparse.Namespace(**{**vars(args), "box": "landmarks"})
         drawn = make_dataset(box, synthetic.read_faces("train", 400, args.size, args.as_points), False)
-        template = other_template(net, mean_face(args, drawn))
+        template = make_template(net, mean_face(args, drawn))
     args.data = "predict"
     folder, faceless = find_run(args, "lddmm_face"), []
     for target in (folder / f"{name}{end}" for name in found for end in (".pts", ".png")) if folder else ():
@@ -1868,7 +1833,7 @@ def make_model(args, train_set, state: dict | None, device: torch.device, rank: 
     report = (f"{args.backbone}, {args.method}: {sum(p.numel() for p in net.parameters()):,} parameters, "
               f"{len(net.layout.names)} curves, {device.type}")
     if state:
-        net.load_state_dict(state["model"])
+        load_weights(net, state["model"], "--resume")
         optimizer.load_state_dict(state["optimizer"])
     elif args.init:
         first = net.backbone if args.method == "heatmap" else net.backbone[0]
