@@ -1290,6 +1290,17 @@ def check_scheme(args, points: int):
                          f"so they cannot be mirrored or aligned: {', '.join(wants)}")
 
 
+def load_weights(net: nn.Module, weights: dict, path) -> None:
+    """Gives a network a checkpoint's tensors.   Raises: ValueError for a name or shape that does not fit."""
+    own, found = ({name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
+                  for tensors in (net.state_dict(), weights))
+    if wrong := [name for name in own | found if own.get(name) != found.get(name)]:
+        raise ValueError(f"{path}: {len(wrong)} tensors do not fit the network that its flags describe; the "
+                         f"first, {wrong[0]}, is {found.get(wrong[0], 'missing')}, expected "
+                         f"{own.get(wrong[0], 'none')}; the file was changed, or is of another version")
+    net.load_state_dict(weights)
+
+
 def open_checkpoint(args, path: str, free: set[str]) -> tuple[HeatmapNet, dict]:
     """A checkpoint's network, in evaluation mode, and its flags. `args` takes these over, but for `free`, the
     typed ones of DATA and TEST, and all of DATA where --data names another set."""
@@ -1298,9 +1309,11 @@ def open_checkpoint(args, path: str, free: set[str]) -> tuple[HeatmapNet, dict]:
     state = load(path, "heatmap_landmarks")
     other = "data" in given and args.data != state["args"]["data"]
     restore_args(args, state["args"], MACHINE | free | (TEST & given) | (DATA if other else DATA & given))
+    if "head.weight" not in state["model"]:
+        raise ValueError(f"{path}: its weights have no head.weight; the file was changed: train anew")
     args.points = len(state["model"]["head.weight"])
     net = build(args, args.points, device)
-    net.load_state_dict(state["model"])
+    load_weights(net, state["model"], path)
     check_scheme(args, args.points)
     return net.eval(), state["args"]
 
@@ -1466,7 +1479,7 @@ def make_model(args, train_set, state: dict | None, device: torch.device, rank: 
     report = (f"{args.backbone} + {args.strategy}: {sum(p.numel() for p in net.parameters()):,} parameters, "
               f"heatmaps of {side} x {side}, {device.type}")
     if state:
-        net.load_state_dict(state["model"])
+        load_weights(net, state["model"], Path(args.output, "last.pt"))
         optimizer.load_state_dict(state["optimizer"])
     elif args.init:
         report += "\n" + init_backbone(net.backbone, args.init)

@@ -18,19 +18,18 @@ Where each equation is:
 
 Differs from the paper, or settles what it leaves open ("code" is the authors' repository,
 CRazorback/LDDMM-Face at cb45e96):
-  - Time: two Euler steps with the same momenta in both, as in the code. Paper: momenta alpha(t), number of
-    steps not given. See --steps, --per-step-momenta. Two steps can fold the plane where the exact flow
-    cannot; DetJN counts it.
+  - Time: two Euler steps with the same momenta in both (code; paper: momenta alpha(t), no number of steps).
+    --steps, --per-step-momenta. Two steps can fold the plane where the exact flow cannot; DetJN counts it.
   - sigma_V is the scale of a curve (mean of width and height) in the mean face, where the flow runs: paper.
     Code: of a mean face in another frame, so 0.35 (300W) and 0.44 (HELEN) of it. --sigma-factor. sigma_W is
     half of it, for each curve: paper. Code: the contour's for nearly all curves, by a wrong index.
   - Eq. (8) with D_C as a norm, summed over the curves: paper. Code: its square over the number of landmarks,
     and the mean over landmarks for D_l: --squared.
-  - The mean face is the training set's, in the crop. Code: a fixed frontal face for 300W, HELEN's from wider
-    crops.
-  - WFLW has 98 points here: the pupils, on no curve, go with the flow of their eye. Code: 96.
+  - The mean face is the training set's, in the crop (code: a fixed face); that of another annotation comes by
+    least squares on shared landmarks (code: by hand).
+  - WFLW has 98 points here: the pupils, on no curve, go with the flow of their eye. Code: 96. HELEN has 11
+    curves, one for the nose. Paper: 12.
   - "50 %" and "33 %" are the code's lists: 68 % of 300W's points, 55 % of WFLW's, 51 and 40 % of HELEN's.
-  - The mean face of another annotation comes by least squares on shared landmarks. Code: by hand.
   - NME_c has no ICP, as in the code: distances to the nearest points, both ways, by part.
   - Rotation and scale are normal with standard deviations of 10 degrees and 12.5 %, clipped at 20 and 25 %.
     Paper: normal, "+-20", "+-25 %". Code: even up to 30 degrees in 6 of 10 images.
@@ -39,7 +38,7 @@ CRazorback/LDDMM-Face at cb45e96):
     for 300W and WFLW stays as it is. Images are normalised by ImageNet's mean and standard deviation (code;
     paper: the training set's). Crops are about the ground-truth landmarks.
   - d_ipd is the distance of the pupils, or of the eyes' centres where none are marked. Code: of the outer eye
-    corners. HELEN's published NME is --norm io-published. HELEN has 11 curves (paper: 12), one for the nose.
+    corners. HELEN's published NME is --norm io-published.
   - DAN: blocks of VGG13 and stage weights 0.3 and 0.7, as the code; paper: VGG11.
   - The baselines run on this schedule. --method coord adds the head's output to the mean face (code: to
     zero); sparse ones are completed along the curves for NME_l, and compared by their own points for NME_c.
@@ -99,7 +98,6 @@ BOXES = ("landmarks", "face")
 STRIDES = {"hourglass": 64}  # --size is a multiple of it; of other backbones 32
 ANNOTATIONS = [points for points in datasets.SCHEMES if points > 5]  # five points make no curve
 METHODS = ("lddmm", "coord", "heatmap")
-FLOW_FLAGS = {"steps", "per_step_momenta", "sigma_factor", "beta", "squared"}  # of --method lddmm alone
 
 
 def parse_args(argv=None):
@@ -127,14 +125,13 @@ def parse_args(argv=None):
     add("--compile", action=switch, default=False, help="torch.compile; minutes at first, then faster")
     add("--limit", type=int, default=0, help="at most so many faces a split (drawn ones: so many), 0: all")
     add("--resume", action="store_true", help="continue the run in --output, or the newest run on this data")
-    add("--eval", default="", metavar="CKPT", help="evaluate this checkpoint and stop; --data may have "
-        "another annotation")
+    add("--eval", default="", metavar="CKPT", help="evaluate it and stop; --data may have another annotation")
     add("--predict", nargs="+", default=[], metavar="PATH", help="images or folders to find landmarks in")
     add("--weights", default="", metavar="CKPT", help="checkpoint for --predict")
     add("--box", default="landmarks", help="what is cropped: 'landmarks' (their ground-truth box) or 'face' "
         "(the set's own box); with --predict, x0,y0,x1,y1 in pixels")
-    add("--cache", default="", help="keep decoded crops: a folder (one file, opened again by the next run), "
-        "or 'device' (in the GPU's memory, where the warp then runs; on a CPU in memory)")
+    add("--cache", default="", help="keep decoded crops: in this folder, for the next run too, or 'device' "
+        "(in the GPU's memory, where the warp then runs; on a CPU in memory)")
     add("--init", default="", metavar="CKPT", help="state dict (HRNet's names) for the backbone")
     add("--size", type=int, default=256, help="side of the crop in px, a multiple of 32 (hourglass: 64)")
     add("--margin", type=float, default=1.25, help="side of the crop over the longer side of the box")
@@ -146,21 +143,17 @@ def parse_args(argv=None):
     add("--points", type=int, default=68, help="landmarks of the drawn faces; every other set has its own")
     add("--detector", default="", metavar="ONNX", help="YuNet model file, to find the faces of --predict")
     add = parser.add_argument_group("LDDMM-Face").add_argument
-    add("--backbone", default="hrnet_w18", choices=[*BACKBONES, "dan"], help="network before the momenta "
-        "(Table 7); mobilenetv2 is for a CPU")
-    add("--method", default="lddmm", choices=METHODS, help="or the baselines: the same head giving "
-        "coordinates, or HRNet with heatmaps")
+    add("--backbone", default="hrnet_w18", choices=[*BACKBONES, "dan"], help="mobilenetv2 is for a CPU")
+    add("--method", default="lddmm", choices=METHODS, help="baselines: coordinates, or heatmaps of HRNet")
     add("--train-points", default="100", help="percent of the landmarks that carry momenta (Sec. 4.2: 50, "
         "HELEN also 33), or indices i,j,...; all are evaluated")
-    add("--steps", type=int, default=2, help="Euler steps of Eq. (7); with few, large momenta can fold "
-        "the face (DetJN > 0)")
+    add("--steps", type=int, default=2, help="Euler steps of Eq. (7); too few can fold the face (DetJN > 0)")
     add("--per-step-momenta", action=switch, default=False, help="momenta of their own for each step")
     add("--sigma-factor", type=float, default=1.0, help="sigma_V over the scale of its curve")
     add("--beta", type=float, default=0.1, help="weight of the curves in Eq. (8) (Table 5)")
     add("--squared", action=switch, default=False, help="the published code's form of Eq. (8)")
     add("--drop-at", default="0.25,0.5,0.75", help="parts of the run after which the rate is halved")
-    add("--also", default="", help="numbers of points (98,194): the drawn faces are evaluated in "
-        "these annotations as well")
+    add("--also", default="", help="numbers of points (98,194) to evaluate the drawn faces in as well")
     add("--as-points", type=int, default=0, help="with --predict, landmarks to write: 29, 68, 98, ...")
     add("--occluder-test", action=switch, default=False, help="score with a fifth of each crop hidden too")
     parser.set_defaults(**preset)
@@ -176,9 +169,9 @@ def check_flags(args, error: Callable[[str], None]):
     """Calls `error` with a message for the first flag whose value cannot be meant."""
     stride = STRIDES.get(args.backbone, 32)
     wanted = [("size", args.size > 0 and args.size % stride == 0, f"a multiple of {stride}, the stride")]
-    wanted += [(name, getattr(args, name) >= least, f"at least {least}") for name, least in [
-        ("epochs", 1), ("batch_size", 1), ("gpus", 1), ("limit", 0), ("seed", 0), ("eval_every", 1),
-        ("steps", 1), ("weight_decay", 0), ("workers", -1)]]
+    least = dict(epochs=1, batch_size=1, gpus=1, eval_every=1, steps=1, limit=0, seed=0, weight_decay=0,
+                 workers=-1)
+    wanted += [(name, getattr(args, name) >= low, f"at least {low}") for name, low in least.items()]
     wanted += [(name, 0 < getattr(args, name) < math.inf, "more than 0") for name in (
         "lr", "margin", "threshold", "sigma_factor")]
     wanted += [("beta", 0 <= args.beta < math.inf, "at least 0"),
@@ -188,32 +181,32 @@ def check_flags(args, error: Callable[[str], None]):
                 f"numbers of points, of {ANNOTATIONS}, as 98,194"),
                ("train_points", all(n >= 0 for n in listed(args.train_points or "-1", int)),
                 "a percentage (100, 50, 33) or indices i,j,..."),
-               ("as_points", args.as_points in (0, *ANNOTATIONS), f"one of {ANNOTATIONS}")]
+               ("as_points", args.as_points in (0, *ANNOTATIONS), f"one of {ANNOTATIONS}"),
+               ("box", args.box in BOXES or args.predict and parse_box(args.box), "landmarks or face, with "
+                "--predict x0,y0,x1,y1 in pixels, x0 < x1, y0 < y1 (written --box=-5,... if x0 is negative)")]
+    wanted += [(name, not getattr(args, name) or os.path.isfile(getattr(args, name)), "a file that exists")
+               for name in ("init", "detector")]
     for name, holds, what in wanted:
         if not holds:
             error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {what}")
-    if args.method != "lddmm" and (unused := sorted(set(args.given) & FLOW_FLAGS)):
-        error(f"--{unused[0].replace('_', '-')} belongs to --method lddmm: --method {args.method} has no flow")
-    if args.method == "heatmap" and args.backbone != "hrnet_w18":
-        error(f"--method heatmap goes with --backbone hrnet_w18, not {args.backbone}")
-    if args.also and args.data != "faces":
-        error("--also belongs to --data faces; on disk, evaluate the run by --data OTHER --eval CKPT")
-    if args.as_points and not args.predict:
-        error("--as-points belongs to --predict")
-    if args.batch_size % args.gpus:
-        error(f"--batch-size {args.batch_size} does not divide over --gpus {args.gpus}")
-    if args.box not in BOXES and (not args.predict or parse_box(args.box) is None):
-        error(f"--box {args.box}: expected landmarks or face, with --predict x0,y0,x1,y1 in pixels, x0 < x1, "
-              f"y0 < y1 (written --box=-5,... where x0 is negative)")
-    for name in ("init", "detector"):
-        if getattr(args, name) and not os.path.isfile(getattr(args, name)):
-            error(f"--{name}: no file {getattr(args, name)}")
-    if bool(args.predict) != bool(args.weights):
-        error("--predict PATH and --weights CKPT belong together: images, and a checkpoint of this script")
-    if args.eval and (args.predict or args.resume):
-        error("--eval goes neither with --predict nor with --resume")
-    if args.detector and not args.predict:
-        error("--detector belongs to --predict")
+    flow_flags = {"steps", "per_step_momenta", "sigma_factor", "beta", "squared"} & set(args.given)
+    for wrong, message in [
+            (args.method != "lddmm" and flow_flags, f"--{', --'.join(sorted(flow_flags)).replace('_', '-')}: "
+             f"only --method lddmm has a flow and Eq. (8), --method {args.method} has neither"),
+            (args.method == "heatmap" and args.backbone != "hrnet_w18",
+             f"--method heatmap goes with --backbone hrnet_w18, not {args.backbone}"),
+            (args.also and args.data != "faces",
+             "--also belongs to --data faces; on disk, evaluate the run by --data OTHER --eval CKPT"),
+            (args.as_points and not args.predict, "--as-points belongs to --predict"),
+            (args.detector and not args.predict, "--detector belongs to --predict"),
+            (args.batch_size % args.gpus,
+             f"--batch-size {args.batch_size} does not divide over --gpus {args.gpus}"),
+            (bool(args.predict) != bool(args.weights),
+             "--predict PATH and --weights CKPT belong together: images, and a checkpoint of this script"),
+            (args.eval and (args.predict or args.resume),
+             "--eval goes neither with --predict nor with --resume")]:
+        if wrong:
+            error(message)
 
 
 def listed(text: str, kind: type) -> list:
@@ -236,8 +229,7 @@ def parse_box(text: str) -> list[float] | None:
 # ---- Backbones: Sec. 4 and Appendix --------------------------------------------------------------
 
 # Sec. 4: HRNetV2-W18; Appendix C: a 2-stack hourglass and DAN. Each turns images into the features (B, 2048)
-# that the momentum estimator's fully connected layer reads. The paper names the average pooling before that
-# layer; the convolutions before the pooling are the code's.
+# that the momentum estimator reads. Paper: an average pooling before it; the convolutions there: code.
 
 
 def conv(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -253,8 +245,7 @@ def conv_bn(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1, 
 
 def init_weights(module: nn.Module) -> None:
     """Draws the weights of all convolutions, in place; the rest stays as torch has it.
-    Source: He et al., ICCV 2015. Code: N(0, 0.001^2), for pretrained weights follow; from scratch that leaves
-    MobileNetV2's batch norms inputs of a variance below their eps."""
+    Source: He et al., ICCV 2015. Code: N(0, 0.001^2), for pretrained weights; too small from scratch."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -375,8 +366,8 @@ class HRNet(nn.Module):
 
 
 class HRNetFeatures(HRNet):
-    """HRNet with its head for classification: (B, 3, H, W) -> (B, 2048). A bottleneck widens each branch; from
-    the finest on, strided convolutions bring one to the next, where they add up."""
+    """HRNet with its head for classification: (B, 3, H, W) -> (B, 2048). A bottleneck widens each branch;
+    from the finest on, strided convolutions bring one to the next, where they add up."""
     channels = 2048
 
     def __init__(self):
@@ -518,7 +509,10 @@ class DANConnection(nn.Module):
     """What DAN's stage 2 sees of stage 1's answer: the image, moved so that the landmarks lie about the mean
     face (3 channels), an image of them (1) and one made of the features (1), both 64 x 64 px and enlarged.
     All pass gradients.   Source: Kowalski et al.; 64 x 64: code. Its faults are not copied: the first pixel's
-    bilinear weights serve for all of the image, and landmarks are drawn without scaling them to 64 px."""
+    bilinear weights serve for all of the image, and landmarks are drawn without scaling them to 64 px.
+    Args: image (B, 3, size, size); stage 1's points (B, n, 2) px, features (B, 2048); mean (n, 2) px.
+    Returns: stage 2's image (B, 5, size, size); theta (B, 2, 3), the similarity into its frame, px to px; the
+        points in that frame (B, n, 2) px, where stage 2 starts."""
     canvas = 64
 
     def __init__(self):
@@ -526,9 +520,6 @@ class DANConnection(nn.Module):
         self.fc = nn.Linear(DANStage.channels, self.canvas**2)
 
     def forward(self, image, points, features, mean):
-        """Args: image (B, 3, size, size); stage 1's points (B, n, 2) px, features (B, 2048); mean (n, 2) px.
-        Returns: stage 2's image (B, 5, size, size); theta (B, 2, 3), the similarity into its frame, px to px
-            (`warp.invert(theta)` leads back); the points in that frame (B, n, 2) px: stage 2 starts there."""
         size = image.shape[-1]
         theta = warp.fit_similarity(points, mean)                              # (B, 2, 3)
         moved, start = warp.warp_affine(image, theta, (size, size)), warp.apply_affine(theta, points)
@@ -589,12 +580,10 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 
 # ---- Curves --------------------------------------------------------------------------------------
 
-# Sec. 4.2: the landmarks that are trained on, by scheme and nominal percent; one list for each curve, in the
-# order of `datasets.SCHEMES[scheme].curves`. Paper: no lists; code (CRazorback/LDDMM-Face cb45e96): these. In
-# truth they are 46, 54, 98 and 78 different ones of 68, 98, 194 and 194: 68, 55, 51 and 40 %. Of 68, a mouth
-# corner that ends both lips is a carrier of each, with a momentum of its own. Paper: no landmark of an eye is
-# left out; code: of 98 points every other one is; we follow the code. Code: HELEN's 162 stands twice, 172 not
-# at all; here it is 172.
+# Sec. 4.2: the landmarks that are trained on, by scheme and nominal percent; a list for each curve, in the
+# order of `datasets.SCHEMES[scheme].curves`. Paper: no lists, and no landmark of an eye left out; code:
+# these, 46, 54, 98 and 78 different ones. Of 68, a mouth corner that ends both lips is a carrier of each,
+# with a momentum of its own. Code: HELEN's 162 stands twice, 172 not at all; here it is 172.
 SUBSETS: dict[int, dict[int, list[list[int]]]] = {
     68: {50: [[0, 2, 4, 6, 8], [9, 11, 13, 16], [17, 19, 21], [22, 24, 26], [27, 28, 29, 30], [31, 33, 35],
               [*range(36, 42)], [*range(42, 48)], [48, 50, 51, 52, 54], [54, 56, 57, 58, 48], [60, 62, 64],
@@ -684,7 +673,7 @@ class Layout(nn.Module):
                  f"outside 0 to {self.points - 1}": set(flat) - set(range(self.points)),
                  "on no curve; give them as extra": set(range(self.points)) - set(flat)}
         if any(wrong.values()):
-            raise ValueError("; ".join(f"points {sorted(own)} are {what}" for what, own in wrong.items() if own))
+            raise ValueError("; ".join(f"points {sorted(k)} are {what}" for what, k in wrong.items() if k))
         longest = max(map(len, ids))
         padded = torch.tensor([own + own[-1:] * (longest - len(own)) for own in ids])
         real = torch.tensor([[k < len(own) for k in range(longest)] for own in ids])
@@ -743,16 +732,8 @@ def curve_scale(mean: torch.Tensor, curves: Layout | Mapping[str, Sequence[int]]
 # ---- Deformation layer: Sec. 3.1 and 3.3 ---------------------------------------------------------
 
 def full_precision(function):
-    """Decorator: autocast off, and tensors of half precision raised to float32; float64 stays."""
-    def raised(value):
-        half = isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-        return value.float() if half else value
-
-    @functools.wraps(function)
-    def wrapper(*args, **kwargs):
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            return function(*map(raised, args), **{name: raised(value) for name, value in kwargs.items()})
-    return wrapper
+    """Decorator: autocast off, so that a flow and a loss keep the precision of what they are given."""
+    return torch.autocast("cuda", enabled=False)(torch.autocast("cpu", enabled=False)(function))
 
 
 def kernel(a: torch.Tensor, b: torch.Tensor, sigma) -> torch.Tensor:
@@ -779,23 +760,19 @@ def _check_flow(points, momenta, sigma, steps, extra) -> bool:
     """Whether the momenta are one set per step.   Raises: ValueError, see `flow`."""
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is {steps}, wanted a whole number of at least 1")
-    shapes = {"points": points.shape, "momenta": momenta.shape, "sigma": getattr(sigma, "shape", ())}
-    if extra is not None:
-        shapes["extra"] = extra.shape
-    per_step = momenta.ndim == points.ndim + 1
-    wanted = (*(steps,) * per_step, *points.shape[-2:])
-    fits = momenta.ndim <= points.ndim + 1 and momenta.shape[-len(wanted):] == wanted and all(
-        len(shapes[name]) > 1 and shapes[name][-1] == 2 for name in shapes if name != "sigma")
+    p, a, s, e = (tuple(getattr(value, "shape", ())) for value in (points, momenta, sigma, extra))
+    per_step = len(a) == len(p) + 1
+    wanted = (steps, *p[-2:]) if per_step else p[-2:]
+    fits = len(a) <= len(p) + 1 and a[-len(wanted):] == wanted and all(
+        shape[1:] and shape[-1] == 2 for shape in (p, e)[:1 if extra is None else 2])
     try:
-        torch.broadcast_shapes(points.shape[:-2], momenta.shape[:-len(wanted)], shapes["sigma"],
-                               shapes.get("extra", ())[:-2])
+        torch.broadcast_shapes(p[:-2], a[:-len(wanted)], s, e[:-2])
     except RuntimeError:
         fits = False
     if not fits:
-        found = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
-        raise ValueError(f"found {found}; wanted points (..., n, 2), momenta (..., n, 2) or, with one dimension "
-                         f"more than the points, one set per step (..., {steps}, n, 2), sigma a number or "
-                         "(...), extra (..., m, 2), leading dimensions such as broadcast")
+        raise ValueError(f"found points {p}, momenta {a}, sigma {s}, extra {e}; wanted points (..., n, 2), "
+                         "momenta (..., n, 2) or, with one dimension more than the points, one set per step "
+                         f"(..., {steps}, n, 2), sigma (...), extra (..., m, 2), all broadcast")
     return per_step
 
 
@@ -844,9 +821,6 @@ def deform(mean: torch.Tensor, momenta: torch.Tensor, curves: Layout | Mapping[s
     Raises: ValueError as `flow` does, for points on no or on two curves, and for extra of an unknown curve.
     """
     layout = as_layout(curves, mean)
-    if getattr(sigma, "shape", ())[-1:] not in ((), (len(layout.names),)):
-        raise ValueError(f"sigma has the shape {tuple(sigma.shape)}, wanted one for each of "
-                         f"{len(layout.names)} curves")
     if momenta.ndim < 2 or momenta.shape[-2:] != mean.shape[-2:]:
         raise ValueError(f"momenta have the shape {tuple(momenta.shape)}, wanted (..., {layout.points}, 2)")
     if unknown := sorted(set(extra or ()) - set(layout.names)):
@@ -1001,7 +975,8 @@ class LDDMMFace(nn.Module):
         if size < 1 or size % STRIDES.get(backbone, 32):
             raise ValueError(f"size {size}: expected a multiple of {STRIDES.get(backbone, 32)}")
         self.carriers = carriers(scheme, points)
-        self.steps, self.per_step, self.method, self.size = steps, per_step, method, size
+        self.steps, self.per_step = steps, per_step and method == "lddmm"
+        self.method, self.size = method, size
         self.layout, count = Layout(self.carriers.curves), len(self.carriers.ids)
         self.register_buffer("mean", mean.float())
         scale = curve_scale(mean.float()[self.carriers.ids], self.layout)
@@ -1012,14 +987,13 @@ class LDDMMFace(nn.Module):
         for side, group in enumerate(datasets.SCHEMES[scheme].pupils):
             pupils[list(group), side] = 1 / len(group)
         self.register_buffer("pupils", pupils, persistent=False)        # (P, 2) weights of both pupils
-        momenta = 2 * count * (steps if per_step and method == "lddmm" else 1)
         if method == "heatmap":
             self.backbone = HRNetHeatmaps(count)
             return
-        dan = backbone == "dan"
-        stages = [DANStage(3, size), DANStage(5, size)] if dan else [BACKBONES[backbone](count, size)]
-        self.connection = DANConnection() if dan else None
-        self.backbone = nn.ModuleList(stages)
+        stages = [DANStage(3, size), DANStage(5, size)] if backbone == "dan" else \
+            [BACKBONES[backbone](count, size)]
+        self.connection = DANConnection() if backbone == "dan" else None
+        self.backbone, momenta = nn.ModuleList(stages), 2 * count * (steps if self.per_step else 1)
         self.estimators = nn.ModuleList(nn.Linear(stage.channels, momenta) for stage in stages)  # Sec. 3
 
     @property
@@ -1030,37 +1004,34 @@ class LDDMMFace(nn.Module):
     def move(self, output: torch.Tensor, start: torch.Tensor, extra: Mapping[str, torch.Tensor]):
         """The estimator's output (B, ...), the carriers and the points with them (B or 1, ..., 2) -> momenta,
         the carriers at their places (B, K, 2), and the points at theirs."""
-        output = output.float()
+        output = output.float().unflatten(1, (self.steps, -1, 2) if self.per_step else (-1, 2))
         if self.method == "coord":  # nothing flows: the extra points stay
-            return None, start + output.unflatten(1, (-1, 2)), dict(extra)
-        momenta = output.unflatten(1, (self.steps, -1, 2) if self.per_step else (-1, 2))
-        moved, carried = deform(start, momenta, self.layout, self.sigma, self.steps, extra)
-        return momenta, moved[:, -1], {name: path[..., -1, :, :] for name, path in carried.items()}
+            return None, start + output, dict(extra)
+        moved, carried = deform(start, output, self.layout, self.sigma, self.steps, extra)
+        return output, moved[:, -1], {name: path[..., -1, :, :] for name, path in carried.items()}
 
     def forward(self, image, extra: Mapping[str, torch.Tensor] | None = None) -> Answer:
         """extra: curve -> (m, 2) points on or about that curve in the mean face, to be carried along."""
-        if image.shape[1:] != (3, self.size, self.size):
-            raise ValueError(f"images have the shape {tuple(image.shape)}: expected (B, 3, {self.size}, "
-                             f"{self.size})")
-        extra = {name: points[None] for name, points in (extra or {}).items()}
+        size = self.size
+        if image.shape[1:] != (3, size, size):
+            raise ValueError(f"images have the shape {tuple(image.shape)}: expected (B, 3, {size}, {size})")
         if self.method == "heatmap":
             return Answer([], None, None, {}, self.backbone(image))
+        extra = {name: points[None] for name, points in (extra or {}).items()}
         start, features = self.start, self.backbone[0](image)
         momenta, points, extra = self.move(self.estimators[0](features), start, extra)
         if not self.connection:
             return Answer([points], momenta, start, extra, None)
         # DAN: the second stage sees the image turned and scaled so that the first answer is on the mean face
-        size = self.size
         with torch.autocast(image.device.type, enabled=False):
             seen, theta, there = self.connection(image.float(), from_frame(points, size), features.float(),
-                                                 from_frame(self.start[0], size))
-        start = to_frame(there, size)
+                                                 from_frame(start[0], size))
         follow = lambda m, p: to_frame(warp.apply_affine(m, from_frame(p, size)), size)
+        start = to_frame(there, size)
         moved = {name: follow(theta, own.expand(len(image), -1, -1)) for name, own in extra.items()}
         momenta, second, moved = self.move(self.estimators[1](self.backbone[1](seen)), start, moved)
-        back = warp.invert(theta)
-        return Answer([points, follow(back, second)], momenta, start,
-                      {name: follow(back, own) for name, own in moved.items()}, None)
+        moved = {name: follow(warp.invert(theta), own) for name, own in moved.items()}
+        return Answer([points, follow(warp.invert(theta), second)], momenta, start, moved, None)
 
 
 def interpolation(chosen: Carriers) -> torch.Tensor:
@@ -1229,25 +1200,23 @@ def predict_points(net: LDDMMFace, image: torch.Tensor, template: Template):
     if net.method == "lddmm":
         carried = answer.stages[-1]
         points = torch.cat([carried, *(answer.extra[name] for name in template.points)], 1)[:, template.place]
-        return from_frame(points, net.size), from_frame(carried, net.size), answer
-    carried = answer.stages[-1] if answer.heatmaps is None else \
-        to_frame((peaks(answer.heatmaps.float()) + 0.5) * 4 - 0.5, net.size)
-    with torch.autocast(image.device.type, enabled=False):
-        points = net.mean + net.between @ (carried - net.start)
+    else:
+        carried = answer.stages[-1] if answer.heatmaps is None else \
+            to_frame((peaks(answer.heatmaps.float()) + 0.5) * 4 - 0.5, net.size)
+        with torch.autocast(image.device.type, enabled=False):
+            points = net.mean + net.between @ (carried - net.start)
     return from_frame(points, net.size), from_frame(carried, net.size), answer
 
 
-def derivatives(net: LDDMMFace, answer: Answer) -> torch.Tensor:
-    """Of the flow, at each landmark of the network's own annotation: (B, P, 2, 2). Not for DAN."""
-    chosen, layout = net.carriers, net.layout
+def derivatives(net: LDDMMFace, answer: Answer, template: Template) -> torch.Tensor:
+    """Of the flow, at each landmark of the network's own `template`: (B, P, 2, 2). Not for DAN."""
+    layout, count = net.layout, net.layout.padded.shape[1]
     start, momenta = layout.gather(answer.start), layout.gather_momenta(answer.momenta, net.per_step)
-    extra = layout.gather_extra(make_template(net).points, net.mean)                         # (C, M, 2)
-    at = torch.cat([start, extra.expand(len(start), -1, -1, -1)], 2)                         # (B, C, P' + M, 2)
-    D = jacobian(start, momenta, net.sigma, net.steps, at).flatten(3)                        # (B, C, P' + M, 4)
-    count = start.shape[2]
-    carried = [D[:, layout.names.index(name), count:count + len(ids)] for name, ids in chosen.extras.items()]
-    D = torch.cat([layout.scatter(D[:, :, :count]), *carried], 1)[:, chosen.place]           # (B, P, 4)
-    return D.unflatten(2, (2, 2))
+    extra = layout.gather_extra(template.points, net.mean).expand(len(start), -1, -1, -1)    # (B, C, M, 2)
+    at = torch.cat([start, extra], 2)
+    D = jacobian(start, momenta, net.sigma, net.steps, at).flatten(3)                        # (B, C, ., 4)
+    extra = [D[:, layout.names.index(name), count:][:, :len(own)] for name, own in template.points.items()]
+    return torch.cat([layout.scatter(D[:, :, :count]), *extra], 1)[:, template.place].unflatten(2, (2, 2))
 
 
 def predict_set(net: LDDMMFace, loader, args, template: Template, hidden: float = 0.0):
@@ -1266,7 +1235,7 @@ def predict_set(net: LDDMMFace, loader, args, template: Template, hidden: float 
         image = prepare(batch, device)
         with precision(args, device):
             points, carried, answer = predict_points(net, image, template)
-        D = derivatives(net, answer).cpu().double() if own else None
+        D = derivatives(net, answer, template).cpu().double() if own else None
         rows.append((points.cpu().double(), carried.cpu().double(), D))
     points, carried = (torch.cat(column) for column in list(zip(*rows))[:2])
     back = warp.invert(data.frames)
@@ -1300,7 +1269,7 @@ def curve_scores(net: LDDMMFace, points, carried, target, d) -> dict:
 
 
 def baseline_scores(net: LDDMMFace, carried, data: datasets.CropDataset, d) -> dict:
-    """NME_l and NME_c of the carriers' displacements, interpolated along the curves; NME_l of the mean face."""
+    """NME_l, NME_c of the carriers' displacements, interpolated along the curves; NME_l of the mean face."""
     mean, start = (from_frame(points.cpu().double(), data.size) for points in (net.mean, net.start))
     moved = net.between.cpu().double() @ (warp.apply_affine(data.frames, carried) - start)   # (M, P, 2)
     between, still = (warp.apply_affine(warp.invert(data.frames), mean + moved * on) for on in (1, 0))
@@ -1382,28 +1351,26 @@ def draw_points(image: np.ndarray, points, colour, radius: float) -> np.ndarray:
     return image
 
 
-def draw_lines(image: np.ndarray, lines, colour) -> np.ndarray:
-    """Draws polylines (L, n, 2) px on RGB uint8 (H, W, 3), in place, at sub-pixel places."""
-    lines = np.ascontiguousarray(np.round(16 * np.asarray(lines, np.float64)).astype(np.int32))
-    cv2.polylines(image, list(lines), False, colour, 1, cv2.LINE_AA, 4)
-    return image
-
-
 def tile(tiles: list, columns: int) -> np.ndarray:
     """Images of one size side by side, `columns` in a row."""
     tiles = tiles + [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
     return np.concatenate([np.concatenate(tiles[i:i + columns], 1) for i in range(0, len(tiles), columns)])
 
 
+def some(data: datasets.CropDataset, count: int) -> list[int]:
+    """Indices of `count` faces, evenly over a set."""
+    return np.linspace(0, len(data) - 1, min(count, len(data))).astype(int).tolist()
+
+
 def draw_dense(net: LDDMMFace, data: datasets.CropDataset, points: torch.Tensor, side=256) -> np.ndarray:
     """Fig. 2B: 12 test faces, landmarks that carry momenta in green, those that go with them in red."""
-    known, tiles = set(net.carriers.ids) if points.shape[1] == net.carriers.scheme else set(), []
-    new = [index not in known for index in range(points.shape[1])]
-    for i in np.linspace(0, len(data) - 1, min(12, len(data))).astype(int).tolist():
+    own, tiles = points.shape[1] == net.carriers.scheme, []
+    known = torch.tensor([own and index in net.carriers.ids for index in range(points.shape[1])])
+    for i in some(data, 12):
         crop = cv2.resize(data.__getitems__([(0, i)])["image"][0].numpy(), (side, side))
         places = (warp.apply_affine(data.frames[i], points[i]) + 0.5) * side / data.size - 0.5
-        draw_points(crop, places[torch.tensor(new)], RED, side / 200)
-        tiles.append(draw_points(crop, places[~torch.tensor(new)], GREEN, side / 200))
+        draw_points(crop, places[~known], RED, side / 200)
+        tiles.append(draw_points(crop, places[known], GREEN, side / 200))
     return tile(tiles, 4)
 
 
@@ -1413,18 +1380,18 @@ def draw_flow(net: LDDMMFace, data: datasets.CropDataset, side: int = 384) -> np
     (red), the paths of all its points (blue) and where they end (green)."""
     tiles, device, names = [], net.mean.device, net.layout.names
     curve = "contour_right" if "contour_right" in names else names[0]
-    axis = torch.linspace(0, FRAME - 1, 25, device=device)
-    fine = torch.linspace(0, FRAME - 1, 97, device=device)
+    axis, fine = (torch.linspace(0, FRAME - 1, n, device=device) for n in (25, 97))
     lines = torch.cat([torch.cartesian_prod(axis, fine), torch.cartesian_prod(axis, fine).flip(1)])
-    for i in np.linspace(0, len(data) - 1, min(6, len(data))).astype(int).tolist():
+    place = lambda p: from_frame(p.float().cpu().numpy(), side)
+    for i in some(data, 6):
         batch = data.__getitems__([(0, i)])
         answer = net(prepare(batch, device))
         path, grid = deform(answer.start, answer.momenta, net.layout, net.sigma, net.steps,
                             {curve: lines[None]})
-        place = lambda p: from_frame(p.float().cpu().numpy(), side)
         crop = cv2.resize(batch["image"][0].numpy(), (side, side)) // 2 + 100
-        draw_lines(crop, place(grid[curve][0, -1]).reshape(50, 97, 2), GREY)
-        draw_lines(crop, place(path[0].transpose(0, 1)), BLUE)
+        for own, colour in ((grid[curve][0, -1].view(50, 97, 2), GREY), (path[0].transpose(0, 1), BLUE)):
+            path_px = np.round(16 * place(own.contiguous())).astype(np.int32)  # 4 bits after the point
+            cv2.polylines(crop, list(path_px), False, colour, 1, cv2.LINE_AA, 4)
         draw_points(crop, place(path[0, 0]), RED, side / 250)
         tiles.append(draw_points(crop, place(path[0, -1]), GREEN, side / 250))
     return tile(tiles, 3)
@@ -1652,16 +1619,15 @@ def init_backbone(backbone: nn.Module, path: str) -> str:
             f"in the file only: {some([name for name in state if name not in own])}")
 
 
-def load_weights(net: nn.Module, model: dict, path) -> None:
-    """Gives a network the tensors of a checkpoint.   Raises: ValueError where name or shape do not fit."""
-    found, own = ({name: tuple(getattr(value, "shape", ("no tensor",))) for name, value in tensors.items()}
-                  for tensors in (model, net.state_dict()))
-    for name in own | found:
-        if found.get(name) != own.get(name):
-            raise ValueError(f"{path}: {name} is {found.get(name, 'missing')}, the network that its flags "
-                             f"describe has {own.get(name, 'none')}: the file is not as a run wrote it, or of "
-                             "another version of this script; train anew")
-    net.load_state_dict(model)
+def load_weights(net: nn.Module, weights: dict, path) -> None:
+    """Gives a network a checkpoint's tensors.   Raises: ValueError for a name or shape that does not fit."""
+    own, found = ({name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
+                  for tensors in (net.state_dict(), weights))
+    if wrong := [name for name in own | found if own.get(name) != found.get(name)]:
+        raise ValueError(f"{path}: {len(wrong)} tensors do not fit the network that its flags describe; the "
+                         f"first, {wrong[0]}, is {found.get(wrong[0], 'missing')}, expected "
+                         f"{own.get(wrong[0], 'none')}; the file was changed, or is of another version")
+    net.load_state_dict(weights)
 
 
 def open_checkpoint(args, path: str, free: set[str]) -> LDDMMFace:
@@ -1673,6 +1639,8 @@ def open_checkpoint(args, path: str, free: set[str]) -> LDDMMFace:
     other = "data" in given and args.data != state["args"]["data"]
     points = args.points
     restore_args(args, state["args"], MACHINE | free | {"points"} | (DATA if other else DATA & given))
+    if "mean" not in state["model"]:
+        raise ValueError(f"{path}: its weights have no mean face; the file was changed: train anew")
     net = build(args, state["model"]["mean"], device)
     load_weights(net, state["model"], path)
     args.points = points if "points" in given else len(net.mean)
@@ -1833,7 +1801,7 @@ def make_model(args, train_set, state: dict | None, device: torch.device, rank: 
     report = (f"{args.backbone}, {args.method}: {sum(p.numel() for p in net.parameters()):,} parameters, "
               f"{len(net.layout.names)} curves, {device.type}")
     if state:
-        load_weights(net, state["model"], "--resume")
+        load_weights(net, state["model"], Path(args.output, "last.pt"))
         optimizer.load_state_dict(state["optimizer"])
     elif args.init:
         first = net.backbone if args.method == "heatmap" else net.backbone[0]

@@ -1157,6 +1157,17 @@ def init_backbone(backbone: nn.Module, path: str) -> str:
             f"in the file only: {some([name for name in state if name not in own])}")
 
 
+def load_weights(net: nn.Module, weights: dict, path) -> None:
+    """Gives a network a checkpoint's tensors.   Raises: ValueError for a name or shape that does not fit."""
+    own, found = ({name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
+                  for tensors in (net.state_dict(), weights))
+    if wrong := [name for name in own | found if own.get(name) != found.get(name)]:
+        raise ValueError(f"{path}: {len(wrong)} tensors do not fit the network that its flags describe; the "
+                         f"first, {wrong[0]}, is {found.get(wrong[0], 'missing')}, expected "
+                         f"{own.get(wrong[0], 'none')}; the file was changed, or is of another version")
+    net.load_state_dict(weights)
+
+
 def open_checkpoint(args, path: str, free: set[str]) -> tuple[SDFL, dict]:
     """A checkpoint's network, in evaluation mode, and its flags. `args` takes these over, but for `free`, the
     typed ones of DATA, and all of DATA where --data names another set."""
@@ -1166,8 +1177,10 @@ def open_checkpoint(args, path: str, free: set[str]) -> tuple[SDFL, dict]:
     given = set(args.given)
     other = "data" in given and args.data != state["args"]["data"]
     restore_args(args, state["args"], MACHINE | free | (DATA if other else DATA & given))
+    if "mask" not in state["model"]:
+        raise ValueError(f"{path}: its weights have no mask of neighbours; the file was changed: train anew")
     net = build(args, state["model"]["mask"], device)
-    net.load_state_dict(state["model"])
+    load_weights(net, state["model"], path)
     args.points = len(net.mask)
     return net.eval(), state["args"]
 
@@ -1309,7 +1322,7 @@ def make_model(args, train_set, state: dict | None, device: torch.device, rank: 
     size = sum(p.numel() for p in net.parameters())
     report = f"{args.backbone} + {args.head}: {size:,} parameters, {device.type}"
     if state:
-        net.load_state_dict(state["model"])
+        load_weights(net, state["model"], Path(args.output, "last.pt"))
         optimizer.load_state_dict(state["optimizer"])
     elif args.init:
         report += "\n" + init_backbone(net.backbone, args.init)

@@ -1378,6 +1378,22 @@ def test_a_checkpoint_of_another_script_is_refused(finished, tmp_path):
         evaluated(tmp_path)
 
 
+def test_weights_that_do_not_fit_the_network_are_named(finished, tmp_path):
+    state = hl.load(finished[0] / "last.pt", "heatmap_landmarks")
+    weights, lost = state["model"], list(state["model"])[0]
+    few = {name: value for name, value in weights.items() if name != lost}
+    for model, message in [(few, rf"last.pt: 1 tensors do not fit .* {lost}, is missing, expected \("),
+                           (weights | {lost: torch.zeros(3, 7)}, r"is \(3, 7\), expected \("),
+                           (weights | {"more": torch.zeros(2)}, r"first, more, is \(2,\), expected none"),
+                           ({}, "last.pt: its weights have no head.weight")]:
+        torch.save(state | {"model": model}, tmp_path / "last.pt")
+        with pytest.raises(ValueError, match=message):
+            hl.train(hl.parse_args(["--eval", str(tmp_path / "last.pt"), "--device", "cpu"]))
+    torch.save(state | {"model": few}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="last.pt: 1 tensors do not fit"):
+        hl.train(hl.parse_args(["--resume", "--output", str(tmp_path), "--device", "cpu"]))
+
+
 def test_flags_that_contradict_the_checkpoint_are_named(finished):
     with pytest.raises(ValueError, match="--sigma 3.0: the checkpoint was made with"):
         hl.train(hl.parse_args(["--resume", "--output", str(finished[0]), "--sigma", "3", "--device", "cpu"]))

@@ -145,8 +145,9 @@ def test_carriers_reject(scheme, points, message):
 
 
 @pytest.mark.parametrize("curves, points, message", [
-    ({"a": [0, 1], "b": [1, 2]}, None, r"points \[1\] are on two curves"), ({"a": [0], "b": []}, None, "'b': \\[\\]}: wanted one point or more"),
-    ({"a": [0, 1]}, 4, r"points \[2, 3\] are on no curve; give them as extra"), ({}, 0, "curves {}: wanted one point"),
+    ({"a": [0, 1], "b": [1, 2]}, None, r"points \[1\] are on two curves"),
+    ({"a": [0], "b": []}, None, r"'b': \[\]}: wanted one point"), ({}, 0, "curves {}: wanted one point"),
+    ({"a": [0, 1]}, 4, r"points \[2, 3\] are on no curve; give them as extra"),
     ({"a": [0, 5]}, 2, r"points \[5\] are outside 0 to 1; points \[1\] are on no curve")])
 def test_layout_rejects(curves, points, message):
     with pytest.raises(ValueError, match=message):
@@ -307,7 +308,7 @@ def test_gradients():
     (dict(points=torch.zeros(4, 3)), r"found points \(4, 3\), .*; wanted points \(..., n, 2\)"),
     (dict(points=torch.zeros(2), momenta=torch.zeros(2)), r"found points \(2,\), momenta \(2,\)"),
     (dict(momenta=torch.zeros(5, 2)), r"points \(4, 2\), momenta \(5, 2\), .* momenta \(..., n, 2\) or"),
-    (dict(momenta=torch.zeros(3, 4, 2)), r"one dimension more than the points, one set per step \(..., 2, n, 2"),
+    (dict(momenta=torch.zeros(3, 4, 2)), r"one dimension more .*, one set per step \(..., 2, n, 2"),
     (dict(momenta=torch.zeros(1, 1, 4, 2)), r"momenta \(1, 1, 4, 2\)"),
     (dict(extra=torch.zeros(2)), r"extra \(2,\); wanted .* extra \(..., m, 2\)"),
     (dict(sigma=torch.ones(3), extra=torch.zeros(2, 1, 2)), r"sigma \(3,\), extra \(2, 1, 2\)"),
@@ -379,7 +380,7 @@ def test_deform_rejects():
         lf.deform(mean, mean, table | {"more": [0]}, SIGMA)
     with pytest.raises(ValueError, match="extra points of ear: no such curve; wanted one of contour_left, "):
         lf.deform(mean, mean, table, SIGMA, extra={"ear": mean[:1]})
-    with pytest.raises(ValueError, match=r"sigma has the shape \(3,\), wanted one for each of 12 curves"):
+    with pytest.raises(ValueError, match=r"found points \(12, 9, 2\), .* sigma \(3,\)"):
         lf.deform(mean, mean, table, torch.ones(3))
     with pytest.raises(ValueError, match=r"momenta have the shape \(67, 2\), wanted \(..., 68, 2\)"):
         lf.deform(mean, momenta[0, :67], table, SIGMA)
@@ -586,6 +587,13 @@ def multiply_adds(module, *inputs):
     return sum(total)
 
 
+@functools.cache
+def on_meta(name):
+    """A network without numbers, of 68 points at 256 px, for sizes and names."""
+    with torch.device("meta"):
+        return lf.HRNetHeatmaps(68) if name == "hrnet_heatmaps" else lf.BACKBONES[name](68)
+
+
 def faces(batch=2, points=7, size=64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     mean = size * (0.3 + 0.4 * torch.rand(points, 2, generator=generator))
@@ -612,12 +620,11 @@ SIZES = [
 
 @pytest.mark.parametrize("name, parameters, billions", SIZES)
 def test_published_sizes(name, parameters, billions):
-    with torch.device("meta"):
-        net = lf.BACKBONES[name](68) if name in lf.BACKBONES else lf.HRNetHeatmaps(68)
-        head = (lambda n: 2049 * 2 * n) if name in lf.BACKBONES else lambda n: 0  # features -> momenta
-        for points, number in parameters.items():
-            assert count(net) + head(points) == number
-        total = multiply_adds(net, torch.empty(1, 3, 256, 256)) + head(68)
+    net = on_meta(name)
+    head = (lambda n: 2049 * 2 * n) if name in lf.BACKBONES else lambda n: 0  # features -> momenta
+    for points, number in parameters.items():
+        assert count(net) + head(points) == number
+    total = multiply_adds(net, torch.empty(1, 3, 256, 256, device="meta")) + head(68)
     if name == "hourglass":  # published: the last heatmaps are computed; and the stacks alone
         total += 256 * 68 * 64 ** 2
         assert count(net) - count(net.final_layer) == 24_791_304
@@ -650,11 +657,12 @@ def test_hrnet_trunk_is_that_of_sdfl_by_name_shape_and_value():
 
 
 def test_names_of_the_heads_are_those_of_hrnets_checkpoints():
-    with torch.device("meta"):
-        features, heatmaps = lf.HRNetFeatures(), lf.HRNetHeatmaps(68)
-        trunk = set(lf.HRNet().state_dict())
+    features, heatmaps = on_meta("hrnet_w18"), on_meta("hrnet_heatmaps")
+    trunk = set(features.state_dict()) & set(heatmaps.state_dict())
     names = {name: tuple(value.shape) for name, value in features.state_dict().items() if name not in trunk}
-    assert trunk < set(features.state_dict()) and trunk < set(heatmaps.state_dict())
+    assert {name.split(".")[0] for name in trunk} == {
+        "conv1", "bn1", "conv2", "bn2", "layer1", *(f"transition{n}" for n in (1, 2, 3)), "stage2", "stage3",
+        "stage4"}
     assert {name.split(".")[0] for name in names} == {"incre_modules", "downsamp_modules", "final_layer"}
     assert names["incre_modules.3.0.conv3.weight"] == (1024, 256, 1, 1)
     assert names["incre_modules.0.0.downsample.0.weight"] == (128, 18, 1, 1)
@@ -716,8 +724,8 @@ def test_no_batch_norm_starts_below_its_eps(name):
 def test_other_sizes_of_image():
     image = lambda height, width: torch.empty(2, 3, height, width, device="meta")
     with torch.device("meta"):
-        assert lf.HRNetFeatures().eval()(image(32, 160)).shape == (2, 2048)
-        assert lf.Hourglass(9).eval()(image(64, 192)).shape == (2, 2048)
+        assert on_meta("hrnet_w18").eval()(image(32, 160)).shape == (2, 2048)
+        assert on_meta("hourglass").eval()(image(64, 192)).shape == (2, 2048)
         assert lf.DANStage(5, 96).eval()(torch.empty(2, 5, 96, 96)).shape == (2, 2048)
 
 
@@ -811,6 +819,7 @@ def drawn_args(*flags):
     return lf.parse_args(["--size", "64", "--limit", "24", "--device", "cpu", "--also", "", *flags])
 
 
+@functools.cache
 def drawn(*flags, split="test"):
     """Drawn faces of 64 px as crops without augmentation."""
     args = drawn_args(*flags)
@@ -1077,9 +1086,13 @@ def test_a_sparse_networks_own_landmarks_are_where_its_flow_leaves_them(backbone
 
 # ---- Loss, peaks, data ---------------------------------------------------------------------------
 
+@functools.cache
+def moving_network(**options):
+    return network(68, still=False, **options)
+
+
 def loss_case(*flags, **options):
-    args = drawn_args(*flags)
-    net = network(68, still=False, **options)
+    args, net = drawn_args(*flags), moving_network(**options)
     generator = torch.Generator().manual_seed(0)
     return args, net, lf.from_frame(mean_of(68) + 6 * torch.randn(3, 68, 2, generator=generator), 64)
 
@@ -1186,7 +1199,7 @@ def test_determinants_are_those_of_the_networks_map(scheme, points, options):
              for name, places in net.carriers.curves.items()}
     extra = {name: net.mean[ids].clone().requires_grad_() for name, ids in whole.items()}
     answer = net(torch.randn(1, 3, 64, 64, dtype=dtype), extra)
-    found = torch.linalg.det(lf.derivatives(net, answer))[0].detach()                       # (P,)
+    found = torch.linalg.det(lf.derivatives(net, answer, lf.make_template(net)))[0].detach()  # (P,)
     for name, own in extra.items():
         rows = [torch.autograd.grad(answer.extra[name][0, :, axis].sum(), own, retain_graph=True)[0]
                 for axis in (0, 1)]
@@ -1325,7 +1338,7 @@ def test_the_loss_and_the_optimiser_fit_eight_faces():
     torch.manual_seed(0)
     net = lf.LDDMMFace("mobilenetv2", 68, lf.mean_face(args, data), size=64).train()
     optimizer, image = torch.optim.Adam(net.parameters(), 2e-3), lf.prepare(batch, CPU)
-    for step in range(40):
+    for step in range(25):
         answer = net(image)
         loss = lf.loss_of(net, answer, batch["points"], args)
         optimizer.zero_grad()
@@ -1334,7 +1347,7 @@ def test_the_loss_and_the_optimiser_fit_eight_faces():
         off = answer.stages[0].detach() - lf.to_frame(batch["points"], 64)
         error = float(off.norm(dim=2).mean())
         first = error if step == 0 else first
-    assert first > 10 and error < 0.35 * first, (first, error)
+    assert first > 10 and error < 0.5 * first, (first, error)
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -1385,10 +1398,13 @@ def test_bad_flags_are_named(tmp_path, capsys):
             ("--method heatmap --backbone dan", "--method heatmap goes with --backbone hrnet_w18, not dan"),
             ("--data wflw --also 29", "--also belongs to --data faces"), ("--box head", "expected landmarks"),
             ("--gpus 2 --batch-size 7", "--batch-size 7 does not divide over --gpus 2"),
-            ("--box 1,2,3,4", "with --predict x0,y0,x1,y1"), ("--init no.pt", "--init: no file no.pt"),
+            ("--box 1,2,3,4", "with --predict x0,y0,x1,y1"), ("--init no.pt", "no.pt: expected a file"),
             ("--predict a.jpg", "belong together"), ("--weights a.pt", "belong together"),
-            ("--detector a.onnx", "no file a.onnx"), ("--eval a.pt --resume", "--eval goes neither"),
-            (f"--detector {__file__}", "--detector belongs to --predict")]:
+            ("--detector a.onnx", "a.onnx: expected a file"), ("--eval a.pt --resume", "--eval goes neither"),
+            (f"--detector {__file__}", "--detector belongs to --predict"),
+            *((f"--method {method} {flag}", f"{flag.split()[0]}: only --method lddmm has a flow")
+              for method in ("coord", "heatmap") for flag in (
+                  "--beta 0.1", "--squared", "--sigma-factor 2", "--steps 2", "--per-step-momenta"))]:
         with pytest.raises(SystemExit):
             lf.parse_args(flags.split())
         assert message in capsys.readouterr().err, flags
@@ -1478,9 +1494,10 @@ def test_eval_on_another_annotation(finished, tmp_path, points, capsys):
     ("--train-points 50", 50, True),
     ("--points 29 --train-points 0,4,1,8,9,16,17,18,20,27,22,25,26,28 --per-step-momenta", 14, True),
     ("--method coord --train-points 50 --also 29", 50, False),
-    ("--method heatmap --backbone hrnet_w18 --limit 8", 68, False),
+    ("--method heatmap --backbone hrnet_w18 --size 32 --limit 8", 68, False),
     ("--squared --backbone dan --size 32 --limit 8 --points 29", 29, False)])
-def test_other_kinds_of_run(tmp_path, flags, carried, scored, capsys):
+def test_other_kinds_of_run(tmp_path, flags, carried, scored, capsys, monkeypatch):
+    monkeypatch.setattr(lf.DANStage, "channels", 64)  # of 2048: DAN's checkpoint is small
     result = trained(tmp_path, *SHORT, *flags.split())
     assert math.isfinite(result["nme"]) and ("detja" in result) == scored
     net = lf.open_checkpoint(lf.parse_args(["--device", "cpu"]), tmp_path / "last.pt", set())
@@ -1545,6 +1562,22 @@ def test_splits_of_different_landmarks_are_refused(monkeypatch):
         split, 2, 64, 29 if split == "test" else 68))
     with pytest.raises(ValueError, match="training faces have 68 landmarks, test faces 29"):
         lf.load_sets(drawn_args(), 1)
+
+
+def test_weights_that_do_not_fit_the_network_are_named(finished, tmp_path):
+    state = lf.load(finished[0] / "last.pt", "lddmm_face")
+    weights, lost = state["model"], "estimators.0.weight"
+    few = {name: value for name, value in weights.items() if name != lost}
+    for model, message in [(few, rf"last.pt: 1 tensors do not fit .* {lost}, is missing, expected \("),
+                           (weights | {lost: torch.zeros(3, 7)}, r"is \(3, 7\), expected \("),
+                           (weights | {"more": torch.zeros(2)}, r"first, more, is \(2,\), expected none"),
+                           ({}, "last.pt: its weights have no mean face")]:
+        torch.save(state | {"model": model}, tmp_path / "last.pt")
+        with pytest.raises(ValueError, match=message):
+            lf.train(lf.parse_args(["--eval", str(tmp_path / "last.pt"), "--device", "cpu"]))
+    torch.save(state | {"model": few}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="last.pt: 1 tensors do not fit"):
+        lf.train(lf.parse_args(["--resume", "--output", str(tmp_path), "--device", "cpu"]))
 
 
 def test_flags_that_contradict_the_checkpoint_are_named(finished):

@@ -12,8 +12,7 @@ SCRIPTS = [name for name in ("sdfl.py", "heatmap_landmarks.py", "lddmm_face.py",
            if (ROOT / name).exists()]
 COPIED = {"conv", "conv_bn", "BasicBlock", "Bottleneck", "InvertedResidual", "Features", "Fuse", "HRModule",
           "parse_box", "read_faces", "write_image", "draw_points", "tile", "constant", "find_boxes",
-          "open_detector",
-          "make_loader", "init_backbone"}
+          "open_detector", "make_loader", "init_backbone", "load_weights"}
 PACKAGES = {"torch", "numpy", "cv2", "tqdm", "pytest", "h5py", "common", "tests"} | {s[:-3] for s in SCRIPTS}
 FILES = sorted([*(ROOT / "common").glob("*.py"), *(ROOT / "tests").glob("*.py"),
                 *(ROOT / s for s in SCRIPTS)])

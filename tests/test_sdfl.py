@@ -618,6 +618,22 @@ def test_a_checkpoint_cut_short_is_refused_by_name(finished, tmp_path):
         sdfl.load(finished[0] / "last.pt", "kprpe")
 
 
+def test_weights_that_do_not_fit_the_network_are_named(finished, tmp_path):
+    state = sdfl.load(finished[0] / "last.pt", "sdfl")
+    weights, lost = state["model"], "mean_face"
+    few = {name: value for name, value in weights.items() if name != lost}
+    for model, message in [(few, rf"last.pt: 1 tensors do not fit .* {lost}, is missing, expected \("),
+                           (weights | {lost: torch.zeros(3, 7)}, r"is \(3, 7\), expected \("),
+                           (weights | {"more": torch.zeros(2)}, r"first, more, is \(2,\), expected none"),
+                           ({}, "last.pt: its weights have no mask of neighbours")]:
+        torch.save(state | {"model": model}, tmp_path / "last.pt")
+        with pytest.raises(ValueError, match=message):
+            sdfl.train(sdfl.parse_args(["--eval", str(tmp_path / "last.pt"), "--device", "cpu"]))
+    torch.save(state | {"model": few}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="last.pt: 1 tensors do not fit"):
+        sdfl.train(sdfl.parse_args(["--resume", "--output", str(tmp_path), "--device", "cpu"]))
+
+
 def test_a_run_killed_after_its_last_checkpoint_still_gets_its_table(finished, capsys):
     folder, result = finished
     (folder / "ced.png").unlink()
