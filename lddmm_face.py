@@ -657,10 +657,9 @@ class Layout(nn.Module):
     """Curves as one padded tensor: (..., N, 2) landmarks <-> (..., C, P, 2), P points in the longest curve.
 
     A shorter curve repeats its last point. Such a copy has no momentum, so that it moves nothing, and ends a
-    tangent of length 0, which adds nothing to Eq. (1). The index tensors are buffers: they move with a net.
+    tangent of length 0, which adds nothing to Eq. (1).
     Args: curves, name -> indices in the order along the curve; points, N (default: as many as there are).
-    Raises: ValueError unless the curves hold every index of 0 to N - 1 once and each at least one.
-    """
+    Raises: ValueError unless the curves hold every index of 0 to N - 1 once and each at least one."""
 
     def __init__(self, curves: Mapping[str, Sequence[int]], points: int | None = None):
         super().__init__()
@@ -716,12 +715,9 @@ def as_layout(curves: Layout | Mapping[str, Sequence[int]], points: torch.Tensor
 
 
 def curve_scale(mean: torch.Tensor, curves: Layout | Mapping[str, Sequence[int]]) -> torch.Tensor:
-    """sigma_V of each curve: mean of width and height of its bounding box in the mean face. A curve of one
-    point, of scale 0, takes the mean scale of the others (1 if there is none): any scale moves it alike.
-
-    Args: mean (..., N, 2); curves, name -> indices, or their layout.   Returns: (..., C), in units of `mean`.
-    Source: Sec. 4: "the scale of the coordinates of each curve of the mean face"; its rule: code.
-    """
+    """sigma_V of each curve (..., C), in units of `mean` (..., N, 2): mean of width and height of its box. A
+    curve of one point, of scale 0, takes the mean scale of the others (1 if there is none): any moves it
+    alike.   Source: Sec. 4, "the scale of the coordinates of each curve"; code: by this rule."""
     points = as_layout(curves, mean).gather(mean)                             # (..., C, P, 2)
     scale = (points.amax(-2) - points.amin(-2)).mean(-1)                      # (..., C)
     extended = scale > 0
@@ -738,7 +734,6 @@ def full_precision(function):
 
 def kernel(a: torch.Tensor, b: torch.Tensor, sigma) -> torch.Tensor:
     """k_V, k_W between all points a (..., m, 2) and b (..., n, 2): (..., m, n). sigma: number or (..., 1, 1).
-    Paper: the denominator is sigma_V^2 (lost in some copies of the text); code: the same, without a factor 2.
     Differences are taken directly: as |a|^2 + |b|^2 - 2ab they lose three digits in float32."""
     a, b = a / sigma, b / sigma
     dx = a[..., :, None, 0] - b[..., None, :, 0]                              # (..., m, n)
@@ -781,9 +776,8 @@ def flow(points: torch.Tensor, momenta: torch.Tensor, sigma, steps: int = 2,
          extra: torch.Tensor | None = None):
     """Moves points by their momenta, and `extra` points with them: the flow of one curve, or of many at once.
 
-    Time runs from 0 to 1 in `steps` explicit Euler steps. Two can fold the plane where the flow itself
-    cannot: each step is one-to-one for certain only if the norms of the momenta add up to less than
-    1.1658 sigma * steps. The steps are part of the model: use as many as it was trained with.
+    Time runs from 0 to 1 in `steps` explicit Euler steps, each one-to-one for certain only if the norms of
+    the momenta add up to less than 1.1658 sigma * steps. Use as many as the model was trained with.
     Args: points (..., n, 2), any unit; momenta (..., n, 2), constant, or (..., steps, n, 2), one set a step,
         known by having one dimension more than the points; sigma, a number or (...,), in the unit of points;
         extra (..., m, 2). Leading dimensions broadcast. A point without momentum moves along and moves none.
@@ -814,11 +808,11 @@ def deform(mean: torch.Tensor, momenta: torch.Tensor, curves: Layout | Mapping[s
     """`flow` of whole faces: each curve by its own momenta only (Sec. 3.1.2: flow 1 to flow N), all at once.
 
     Args: mean (..., N, 2), the face to start from; momenta (..., N, 2), or (..., steps, N, 2), one dimension
-        more than `mean` (so for B faces one mean is (1, N, 2)); curves, name -> indices, disjoint and
-        together all N, or their layout, which is quicker; sigma, a number or (C,); extra, curve ->
-        (..., m, 2) points that the flow of that curve carries.
+        more than `mean` (so for B faces one mean is (1, N, 2)); curves, name -> indices, together all N, or
+        their layout, which is quicker; sigma, a number or (C,); extra, curve -> (..., m, 2) points that the
+        flow of that curve carries.
     Returns: trajectory (..., steps + 1, N, 2); with extra the pair of it and curve -> (..., steps + 1, m, 2).
-    Raises: ValueError as `flow` does, for points on no or on two curves, and for extra of an unknown curve.
+    Raises: ValueError as `flow` and `Layout` do, and for extra of an unknown curve.
     """
     layout = as_layout(curves, mean)
     if momenta.ndim < 2 or momenta.shape[-2:] != mean.shape[-2:]:
@@ -872,12 +866,9 @@ def inner(a: torch.Tensor, b: torch.Tensor, sigma) -> torch.Tensor:
 
 @full_precision
 def curve_discrepancy(a: torch.Tensor, b: torch.Tensor, sigma, squared: bool = False) -> torch.Tensor:
-    """D_C of curves a, b (..., n, 2), as many points on both: (...,) in their unit, or its square.
-
-    0 for equal curves and for curves of one point. The direction along a curve counts. A closed curve repeats
-    its first point; a padded one repeats its last point: a tangent of length 0 adds nothing.
-    Args: sigma, sigma_W, a number or (...,).   Raises: ValueError for sigma <= 0 or shapes that do not match.
-    """
+    """D_C of curves a, b (..., n, 2), as many points on both: (...,) in their unit, or its square. sigma:
+    sigma_W, a number or (...,). A closed curve repeats its first point; one point alone has D_C = 0.
+    Raises: ValueError for sigma <= 0 or shapes that do not match."""
     if a.shape[-2:] != b.shape[-2:] or a.shape[-1] != 2:
         raise ValueError(f"curves have the shapes {tuple(a.shape)} and {tuple(b.shape)}, wanted (..., n, 2) "
                          "for both")
@@ -907,9 +898,8 @@ def lddmm_loss(pred: torch.Tensor, target: torch.Tensor, curves: Layout | Mappin
     """The loss, a scalar: mean over faces of the discrepancies of all curves, by the distance of the pupils.
 
     Args: pred, target (B, N, 2) px; curves, name -> indices, or their layout; sigma (C,), sigma_V of
-        `curve_scale` (sigma_W is half of it); d (B,), d_ipd px of the target; beta, weight of the curves;
-        squared, the code's form: the mean distance over all N landmarks and beta sum_p D_pC^2 / N. Its px
-        remain: there the balance of both terms depends on the size of the frame.
+        `curve_scale`; d (B,), d_ipd px of the target; beta, weight of the curves; squared, the code's form,
+        which keeps its px: there the balance of both terms depends on the size of the frame.
     Raises: ValueError for shapes that do not match, sigma <= 0 and curves as `Layout` does.
     """
     if pred.ndim != 3 or pred.shape != target.shape or pred.shape[-1] != 2 or d.shape != pred.shape[:1]:
@@ -920,11 +910,9 @@ def lddmm_loss(pred: torch.Tensor, target: torch.Tensor, curves: Layout | Mappin
         raise ValueError(f"sigma has the shape {tuple(sigma.shape)}, wanted ({len(layout.names)},)")
     z, y = layout.gather(pred), layout.gather(target)                         # (B, C, P, 2)
     D_C = curve_discrepancy(z, y, sigma / 2, squared)  # Sec. 4: sigma_W is half of sigma_V;  (B, C)
-    if squared:
-        D = beta * D_C.sum(-1) / layout.points + landmark_discrepancy(pred, target)         # (B,)
-    else:
-        # Eq. (3): D = beta D_C + D_l of each curve, here summed over them
-        D = (beta * D_C + landmark_discrepancy(z, y, layout.real)).sum(-1)
+    # Eq. (3): D = beta D_C + D_l of each curve, here summed over them (code: both over the number of points)
+    D = (beta * D_C + landmark_discrepancy(z, y, layout.real)).sum(-1) if not squared else \
+        beta * D_C.sum(-1) / layout.points + landmark_discrepancy(pred, target)             # (B,)
     # Eq. (8): sum_p (beta D_pC + D_pl) / d_ipd
     return (D / d).mean()
 
@@ -1062,10 +1050,9 @@ def make_template(net: LDDMMFace, mean: torch.Tensor | None = None) -> Template:
     """What a network's flows are to carry besides its carriers: without `mean`, the other landmarks of its
     own annotation (sparse-to-dense, Sec. 4.2); with it, all of another one (cross-annotation, Sec. 3.4, 4.3).
 
-    The other mean face (P, 2) is brought onto the network's by the affine map that is best, in least squares,
-    for the anchors that both annotations have. A point then goes with the curve of its own curve's name;
-    where there is none (a nose of one curve, pupils), with that of the nearest carrier in the same part of
-    the face.
+    The other mean face (P, 2) is brought onto the network's by the affine map that fits their shared anchors
+    best. A point then goes with the curve of its own curve's name; where there is none (a nose of one curve,
+    pupils), with that of the nearest carrier in the same part of the face.
     Raises: ValueError for a baseline, an annotation without curves, or fewer than 3 anchors.
     """
     chosen, own = net.carriers, datasets.SCHEMES[net.carriers.scheme]
@@ -1318,10 +1305,10 @@ def print_table(scores: dict, args, points: int, title: str = ""):
     columns = [key[2:] for key in scores if key == "fr" or key.startswith("fr/")]
     print(" " * 16 + "".join(f"{column[1:] or 'full':>14}" for column in columns))
     for name in ("nme", "fr", "auc"):
-        print(f"{name.upper() + ' (%)':16}" +
-              "".join(f"{100 * scores[name + column]:>14.2f}" for column in columns))
-    print("NME_c (%): " + ", ".join(f"{key[7:] or 'overall'} {100 * value:.2f}"
-                                    for key, value in scores.items() if re.fullmatch("curves(/.*)?", key)))
+        row = "".join(f"{100 * scores[name + column]:>14.2f}" for column in columns)
+        print(f"{name.upper() + ' (%)':16}{row}")
+    parts = {key[7:] or "overall": scores[key] for key in scores if re.fullmatch("curves(/.*)?", key)}
+    print("NME_c (%): " + ", ".join(f"{part} {100 * value:.2f}" for part, value in parts.items()))
     if "nme/mean face" in scores:
         print(f"NME of the mean face: {100 * scores['nme/mean face']:.2f} %; of the carriers' displacements, "
               f"interpolated along the curves: {100 * scores['nme@interpolated']:.2f} %, NME_c "
@@ -1357,16 +1344,11 @@ def tile(tiles: list, columns: int) -> np.ndarray:
     return np.concatenate([np.concatenate(tiles[i:i + columns], 1) for i in range(0, len(tiles), columns)])
 
 
-def some(data: datasets.CropDataset, count: int) -> list[int]:
-    """Indices of `count` faces, evenly over a set."""
-    return np.linspace(0, len(data) - 1, min(count, len(data))).astype(int).tolist()
-
-
 def draw_dense(net: LDDMMFace, data: datasets.CropDataset, points: torch.Tensor, side=256) -> np.ndarray:
     """Fig. 2B: 12 test faces, landmarks that carry momenta in green, those that go with them in red."""
     own, tiles = points.shape[1] == net.carriers.scheme, []
     known = torch.tensor([own and index in net.carriers.ids for index in range(points.shape[1])])
-    for i in some(data, 12):
+    for i in np.linspace(0, len(data) - 1, min(12, len(data))).astype(int).tolist():
         crop = cv2.resize(data.__getitems__([(0, i)])["image"][0].numpy(), (side, side))
         places = (warp.apply_affine(data.frames[i], points[i]) + 0.5) * side / data.size - 0.5
         draw_points(crop, places[~known], RED, side / 200)
@@ -1383,7 +1365,7 @@ def draw_flow(net: LDDMMFace, data: datasets.CropDataset, side: int = 384) -> np
     axis, fine = (torch.linspace(0, FRAME - 1, n, device=device) for n in (25, 97))
     lines = torch.cat([torch.cartesian_prod(axis, fine), torch.cartesian_prod(axis, fine).flip(1)])
     place = lambda p: from_frame(p.float().cpu().numpy(), side)
-    for i in some(data, 6):
+    for i in np.linspace(0, len(data) - 1, min(6, len(data))).astype(int).tolist():
         batch = data.__getitems__([(0, i)])
         answer = net(prepare(batch, device))
         path, grid = deform(answer.start, answer.momenta, net.layout, net.sigma, net.steps,
