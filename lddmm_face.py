@@ -642,8 +642,8 @@ def carriers(scheme: int, points: int | Sequence[int] = 100) -> Carriers:
         raise ValueError(f"no carrier on {', '.join(empty)}: nothing would move the other landmarks there; "
                          "give at least one index of each curve")
     ids = [index for own in lists for index in own]
-    place = itertools.count()
-    curves = {name: [next(place) for _ in own] for name, own in zip(table, lists)}
+    number = itertools.count()
+    curves = {name: [next(number) for _ in own] for name, own in zip(table, lists)}
     extras = {}
     for name, own in table.items():
         pupil = [i for i in anchors.get("pupil" + name.removeprefix("eye"), ()) if i not in lines]
@@ -672,7 +672,8 @@ class Layout(nn.Module):
                  f"outside 0 to {self.points - 1}": set(flat) - set(range(self.points)),
                  "on no curve; give them as extra": set(range(self.points)) - set(flat)}
         if any(wrong.values()):
-            raise ValueError("; ".join(f"points {sorted(k)} are {what}" for what, k in wrong.items() if k))
+            raise ValueError("; ".join(f"points {sorted(bad)} are {what}"
+                                       for what, bad in wrong.items() if bad))
         longest = max(map(len, ids))
         padded = torch.tensor([own + own[-1:] * (longest - len(own)) for own in ids])
         real = torch.tensor([[k < len(own) for k in range(longest)] for own in ids])
@@ -909,7 +910,8 @@ def lddmm_loss(pred: torch.Tensor, target: torch.Tensor, curves: Layout | Mappin
     if sigma.shape != (len(layout.names),):
         raise ValueError(f"sigma has the shape {tuple(sigma.shape)}, wanted ({len(layout.names)},)")
     z, y = layout.gather(pred), layout.gather(target)                         # (B, C, P, 2)
-    D_C = curve_discrepancy(z, y, sigma / 2, squared)  # Sec. 4: sigma_W is half of sigma_V;  (B, C)
+    # Sec. 4: sigma_W is half of sigma_V
+    D_C = curve_discrepancy(z, y, sigma / 2, squared)                         # (B, C)
     # Eq. (3): D = beta D_C + D_l of each curve, here summed over them (code: both over the number of points)
     D = (beta * D_C + landmark_discrepancy(z, y, layout.real)).sum(-1) if not squared else \
         beta * D_C.sum(-1) / layout.points + landmark_discrepancy(pred, target)             # (B,)
