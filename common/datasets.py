@@ -424,20 +424,20 @@ def _h5(path: str):
 
 # ---- Readers -----------------------------------------------------------------------------------------------
 
-def _missing(reader: Callable, root: str, what: str) -> FileNotFoundError:
+def _missing(reader: Callable, root: str, what: str, flag="--data-root") -> FileNotFoundError:
     """The message of a set that is not there: what was looked for, then the reader's account of its files."""
     account = reader.__doc__[reader.__doc__.index("Tree:"):].rstrip().replace("\n    ", "\n")
     there = sorted(os.listdir(root))[:6] if os.path.isdir(root) else []
-    return FileNotFoundError(f"{reader.__name__}: {what}\nWanted below --data-root {root or '(not given)'}, "
+    return FileNotFoundError(f"{reader.__name__}: {what}\nWanted below {flag} {root or '(not given)'}, "
                              f"which has {', '.join(there) or 'nothing'}:\n{account}\n"
                              "Its licence is yours to accept. --data faces needs no download.")
 
 
-def _below(reader: Callable, root: str, *parts: str) -> str:
+def _below(reader: Callable, root: str, *parts: str, flag="--data-root") -> str:
     """Path of a file or folder below root, which must exist."""
     path = os.path.join(root, *parts)
     if not os.path.exists(path):
-        raise _missing(reader, root, f"no {path}")
+        raise _missing(reader, root, f"no {path}", flag)
     return path
 
 
@@ -875,6 +875,23 @@ def _source(image) -> tuple:
     return os.path.abspath(image), status.st_size, status.st_mtime_ns
 
 
+def draw_moves(keys, augment, size: int, seed: int, may_mirror: bool, mirror=None):
+    """What `augment` draws for each key, as `CropDataset` says, then the mirror: maps of crop px (B, 2, 3)
+    float64, mirrored or not (B,) bool (`mirror` to begin with), and the extras of the batch."""
+    mirror = torch.zeros(len(keys), dtype=torch.bool) if mirror is None else mirror
+    moved, extras = torch.eye(2, 3, dtype=torch.float64).repeat(len(keys), 1, 1), {}
+    if augment is not None:
+        drawn = [augment(np.random.default_rng((seed, *key)), size) for key in keys]
+        moved = torch.from_numpy(np.stack([matrix for matrix, _, _ in drawn]))
+        if may_mirror:
+            mirror = mirror ^ torch.tensor([m for _, m, _ in drawn])
+        extras = {name: torch.from_numpy(np.stack([extra[name] for _, _, extra in drawn])).float()
+                  for name in drawn[0][2]}
+    mirrored = moved * moved.new_tensor([[-1], [1]])
+    mirrored[:, 0, 2] += size - 1  # x -> W - 1 - x
+    return torch.where(mirror[:, None, None], mirrored, moved), mirror, extras
+
+
 class CropDataset(torch.utils.data.Dataset):
     """Faces as size x size crops, one warp per image, in batches.
 
@@ -915,25 +932,15 @@ class CropDataset(torch.utils.data.Dataset):
     def geometry(self, keys) -> tuple[dict, torch.Tensor]:
         """The batch of `keys` without its pixels, and the maps region px -> crop px, (B, 2, 3) float64."""
         index = torch.from_numpy(self.copies[[i for _, i in keys]])
-        moved = torch.eye(2, 3, dtype=torch.float64).repeat(len(keys), 1, 1)
-        batch, mirror = {"index": index}, self.mirrored[[i for _, i in keys]]
-        if self.augment is not None:
-            drawn = [self.augment(np.random.default_rng((self.seed, *key)), self.size) for key in keys]
-            moved = torch.from_numpy(np.stack([matrix for matrix, _, _ in drawn]))
-            if self.flip is not None:
-                mirror = mirror ^ torch.tensor([m for _, m, _ in drawn])
-            batch |= {name: torch.from_numpy(np.stack([extras[name] for _, _, extras in drawn])).float()
-                      for name in drawn[0][2]}
-        mirrored = moved * moved.new_tensor([[-1], [1]])
-        mirrored[:, 0, 2] += self.size - 1  # x -> W - 1 - x
-        moved = torch.where(mirror[:, None, None], mirrored, moved)
+        moved, mirror, batch = draw_moves(keys, self.augment, self.size, self.seed, self.flip is not None,
+                                          self.mirrored[[i for _, i in keys]])
         matrix = warp.compose(moved, self.frames[index])
         if self.points is not None:
             points = warp.apply_affine(matrix, self.points[index])
             if self.flip is not None:
                 points = torch.where(mirror[:, None, None], points[:, self.flip], points)
             batch["points"] = points.float()
-        return batch | {"matrix": matrix.float()}, warp.compose(moved, self.to_frame[index])
+        return batch | {"index": index, "matrix": matrix.float()}, warp.compose(moved, self.to_frame[index])
 
     def __getitems__(self, keys) -> dict:  # the name by which a DataLoader asks for a whole batch
         batch, matrix = self.geometry(keys)
