@@ -15,11 +15,13 @@ import functools
 import glob
 import gzip
 import io
+import math
 import os
 import pickle
 import re
 import struct
 import warnings
+import zlib
 from dataclasses import dataclass
 from typing import Callable, Sequence
 
@@ -325,7 +327,7 @@ def attach_points(faces: Sequence[Face], path: str, root: str = "", size: int = 
 def _refuse(names: Sequence[str], missing: Sequence[int], needed_for: str) -> None:
     if len(missing):
         raise ValueError(f"{names[missing[0]]} has no landmarks, which {needed_for} needs; so for "
-                         f"{len(missing)} of {len(names)} images. Put a .pts beside each image, or give --landmarks PATH")
+                         f"{len(missing)} of {len(names)} images. Put .pts beside them, or give --landmarks")
 
 
 def check_points(faces: Sequence[Face], needed_for: str) -> None:
@@ -591,6 +593,104 @@ def read_ytf(root: str, frames: int | None = None) -> VerificationSet:
                            place.reshape(2, -1).T.copy(), np.array(same) == "1", np.array(names), folds=folds)
 
 
+def read_cfp(root: str, kind: str = "FP") -> VerificationSet:
+    """CFP: 7,000 pairs in 10 folds, of a frontal and a profile image (kind "FP") or two frontal ones ("FF").
+
+    Tree: Protocol/Pair_list_F.txt, Protocol/Pair_list_P.txt: lines number, path relative to Protocol/
+          Protocol/Split/FP/01 ... 10/same.txt and diff.txt (and Split/FF): lines i,j, numbers of those lists
+          Data/Images/001/frontal/01.jpg, Data/Images/001/profile/01.jpg, ...
+    Source: http://www.cfpw.io, Celebrities in Frontal-Profile.
+    """
+    lists = {}
+    for letter in "FP":
+        rows = datasets._lines(_need(read_cfp, root, "Protocol", f"Pair_list_{letter}.txt"))
+        lists[letter] = {number: os.path.normpath(os.path.join("Protocol", name.strip()))
+                         for number, _, name in (line.partition(" ") for _, line in rows)}
+    first, second, same, fold = [], [], [], []
+    for number in range(1, 11):
+        for name in ("same", "diff"):
+            listed = _need(read_cfp, root, "Protocol", "Split", kind, f"{number:02d}", f"{name}.txt")
+            for where, line in datasets._lines(listed):
+                i, _, j = line.replace(" ", "").partition(",")
+                if i not in lists[kind[0]] or j not in lists[kind[1]]:
+                    raise ValueError(f"{where}: found {line!r}, wanted i,j, numbers of those lists")
+                first.append(lists[kind[0]][i])
+                second.append(lists[kind[1]][j])
+                same.append(name == "same")
+                fold.append(number)
+    order, folds = _by_fold(fold, os.path.join(root, "Protocol"))
+    first, second, same = ([column[i] for i in order] for column in (first, second, same))
+    return _image_pairs(f"CFP-{kind}", root, os.path.join(root, "Protocol"), first, second, same, folds)
+
+
+def _read_two_lines(reader, root: str, name: str) -> VerificationSet:
+    listed, pairs = _need(reader, root, f"pairs_{name}.txt"), []
+    rows = datasets._lines(listed)
+    for where, line in rows:
+        file, _, label = line.rpartition(" ")
+        if not file or not label.lstrip("-").isdigit():
+            raise ValueError(f"{where}: found {line!r}, wanted FILE LABEL")
+        pairs.append((file.strip(), int(label) != 0))
+    (first, same), (second, again) = zip(*pairs[::2]), zip(*pairs[1::2])
+    if same != again:
+        raise ValueError(f"{listed}: the two lines of a pair have labels that differ ({len(rows)} lines)")
+    folders = [os.path.join(root, folder) for folder in ("images", "aligned images", "")]
+    base = next((base for base in folders if os.path.isfile(os.path.join(base, first[0]))), folders[0])
+    return _image_pairs(name, base, listed, first, second, same)
+
+
+def read_calfw(root: str) -> VerificationSet:
+    """CALFW, LFW across age: 6,000 pairs, 10 folds in the order of the file.
+
+    Tree: pairs_CALFW.txt: two lines FILE LABEL for each pair, label 0 if they are different people
+          images/*.jpg or aligned images/*.jpg, or the images beside the list
+    Source: http://whdeng.cn/CALFW.
+    """
+    return _read_two_lines(read_calfw, root, "CALFW")
+
+
+def read_cplfw(root: str) -> VerificationSet:
+    """CPLFW, LFW across pose: 6,000 pairs, 10 folds in the order of the file.
+
+    Tree: pairs_CPLFW.txt: two lines FILE LABEL for each pair, label 0 if they are different people
+          images/*.jpg or aligned images/*.jpg, or the images beside the list
+    Source: http://whdeng.cn/CPLFW.
+    """
+    return _read_two_lines(read_cplfw, root, "CPLFW")
+
+
+def _csv_rows(path: str, columns: str) -> list[tuple[str, dict]]:
+    """("path:number", row) of a table whose header has these columns, and maybe others."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        table = csv.DictReader(file, skipinitialspace=True, restval="")
+        if not set(columns.split(",")) <= set(table.fieldnames or ()):
+            raise ValueError(f"{path}:1: found columns {table.fieldnames}, wanted {columns}")
+        rows = [(f"{path}:{table.line_num}", row) for row in table]
+    if not rows:
+        raise ValueError(f"{path} has no row {columns}")
+    return rows
+
+
+def read_pairs_csv(path: str) -> VerificationSet:
+    """Pairs of your own, as a table.
+
+    Tree: NAME.csv: header image_a,image_b,same,fold; paths relative to it; same 1 or 0; fold (may be left
+          out: ten blocks in the order of the file): anything, as many pairs in each
+    Source: you.
+    """
+    rows = _csv_rows(path, "image_a,image_b,same")
+    for where, row in rows:
+        if row["same"] not in ("0", "1") or not row["image_a"] or not row["image_b"]:
+            raise ValueError(f"{where}: found {list(row.values())}, wanted image_a,image_b,same, same 1 or 0")
+    rows, folds = [row for _, row in rows], min(10, len(rows))
+    if "fold" in rows[0]:
+        order, folds = _by_fold([row["fold"] for row in rows], path)
+        rows = [rows[i] for i in order]
+    first, second = ([os.path.normpath(row[key]) for row in rows] for key in ("image_a", "image_b"))
+    return _image_pairs(path, os.path.dirname(path), path, first, second,
+                        [row["same"] == "1" for row in rows], folds)
+
+
 # ---- Identification: gallery and probes --------------------------------------------------------------------
 
 ROLES = ("gallery", "probe", "distractor")
@@ -628,26 +728,117 @@ def read_identification(path: str) -> IdentificationSet:
           group (may be left out): results are told for each, as |yaw| for Multi-PIE
     Source: you. Multi-PIE is sold by CMU; MegaFace is no longer distributed.
     """
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        table = csv.DictReader(file, skipinitialspace=True)
-        if not {"path", "id", "role"} <= set(table.fieldnames or ()):
-            raise ValueError(f"{path}:1: found columns {table.fieldnames}, wanted path,id,role,group")
-        rows = [(table.line_num, row) for row in table]
-    for number, row in rows:
-        if row["role"] not in (*ROLES, "skip") or not row["path"] or row["id"] is None:
-            raise ValueError(f"{path}:{number}: found role {row['role']!r} for {row['path']!r}, wanted "
+    rows = _csv_rows(path, "path,id,role")
+    for where, row in rows:
+        if row["role"] not in (*ROLES, "skip") or not row["path"]:
+            raise ValueError(f"{where}: found role {row['role']!r} for {row['path']!r}, wanted "
                              f"path,id,role with a role of {', '.join(ROLES)}, skip")
     rows = [row for _, row in rows if row["role"] != "skip"]
     names, base = [os.path.normpath(row["path"]) for row in rows], os.path.dirname(path)
     _check_listed(names, base, path)
     _, identity = _distinct([row["id"] for row in rows])
     return _identification(path, Images([os.path.join(base, name) for name in names]), names, identity,
-                           [ROLES.index(row["role"]) for row in rows], [row.get("group") or "" for row in rows])
+                           [ROLES.index(row["role"]) for row in rows],
+                           [row.get("group", "") for row in rows])
+
+
+def read_tinyface(root: str) -> IdentificationSet:
+    """TinyFace: 3,728 probes in a gallery of 4,443 and 153,428 distractors, small and not aligned. The id of
+    a face is the number that its file name begins with.
+
+    Tree: Testing_Set/Probe/ID_N.jpg, Testing_Set/Gallery_Match/ID_N.jpg, Testing_Set/Gallery_Distractor/*.jpg
+    Source: https://qmul-tinyface.github.io, for research.
+    """
+    names, identity, role = [], [], []
+    for number, folder in enumerate(("Gallery_Match", "Probe", "Gallery_Distractor")):
+        found = [name for name in os.listdir(_need(read_tinyface, root, "Testing_Set", folder))
+                 if name.lower().endswith(SUFFIXES) and name[0] != "."]
+        for name in sorted(found, key=natural):
+            person = name.partition("_")[0]
+            if number < 2 and not person.isdigit():
+                raise ValueError(f"{os.path.join(root, 'Testing_Set', folder, name)}: wanted a name ID_N.jpg")
+            identity.append(int(person) if number < 2 else -1)
+        names += [f"Testing_Set/{folder}/{name}" for name in sorted(found, key=natural)]
+        role += [number] * len(found)
+    images = Images([os.path.join(root, name) for name in names])
+    return _identification("TinyFace", images, names, identity, role)
+
+
+# ---- Templates: IJB ----------------------------------------------------------------------------------------
+
+@dataclass(eq=False)
+class TemplateSet:
+    """Pairs of templates; a template is images of a person, those of one medium (a video) counting once."""
+    name: str
+    images: Sequence                                # [i] -> RGB uint8 (H, W, 3)
+    points: np.ndarray                              # (N, 5, 2) float32 px
+    faceness: np.ndarray                            # (N,) float32, a detector's score
+    template: np.ndarray                            # (N,) int64, 0..T-1
+    media: np.ndarray                               # (N,) int64
+    pairs: np.ndarray                               # (M, 2) int32, of templates
+    same: np.ndarray                                # (M,) bool
+    names: np.ndarray                               # (N,) str, of the images
+
+
+def read_ijb(root: str, kind: str) -> TemplateSet:
+    """IJB-B or IJB-C (kind "B", "C"), 1:1 verification, as insightface packs it. Points as they stand. The
+    pair file is parsed once, and kept beside itself as .npy where the folder can be written.
+
+    Tree: (IJBC/)loose_crop/1.jpg ...   and in (IJBC/)meta/, or ijbb for ijbc, without headers:
+          ijbc_face_tid_mid.txt: NAME.jpg template medium; ijbc_template_pair_label.txt: template template 1|0
+          ijbc_name_5pts_score.txt: NAME.jpg x1 y1 ... x5 y5 faceness, the same images in the same order
+    Source: NIST, on application; insightface's IJB_release.
+    """
+    base = os.path.join(root, f"IJB{kind}")
+    base = base if os.path.isdir(base) else root
+    faces, marks, listed = (_need(read_ijb, base, "meta", f"ijb{kind.lower()}_{name}.txt")
+                            for name in ("face_tid_mid", "name_5pts_score", "template_pair_label"))
+    names, again = ([line.split(None, 1)[0] for _, line in datasets._lines(path)] for path in (faces, marks))
+    if names != again:
+        raise ValueError(f"{faces} has {len(names)} images, {marks} {len(again)}; wanted the same in order")
+    ids, media = _table(faces, np.int64, 2, usecols=(1, 2)).T
+    numbers = _table(marks, np.float32, 11, usecols=range(1, 12))
+    rows = _cached(lambda: _table(listed, np.int64, 3).astype(np.int32), listed)
+    templates, template = np.unique(ids, return_inverse=True)
+    pairs = np.searchsorted(templates, rows[:, :2]).clip(max=len(templates) - 1)
+    bad = np.flatnonzero((templates[pairs] != rows[:, :2]).any(1) | (rows[:, 2] >> 1 != 0))
+    if bad.size:
+        raise ValueError(f"{listed}:{bad[0] + 1}: found {rows[bad[0]].tolist()}, wanted two templates of "
+                         f"{faces} and 1 or 0")
+    crops = _need(read_ijb, base, "loose_crop")
+    _check_listed(names, crops, faces)
+    return TemplateSet(f"IJB-{kind}", Images([os.path.join(crops, name) for name in names]),
+                       numbers[:, :10].reshape(-1, 5, 2), numbers[:, 10], template, media,
+                       pairs.astype(np.int32), rows[:, 2] == 1, np.array(names))
+
+
+def template_features(embeddings, template, media, weights=None) -> torch.Tensor:
+    """Unit features of templates: the mean within each medium, the sum over the media, L2. (N, D) -> (T, D).
+    Args: embeddings (N, D), norms kept; template (N,) 0..T-1; media (N,) integers; weights (N,), as faceness.
+    Raises: ValueError for embeddings or weights that are not finite.   Source: insightface's IJB protocol."""
+    embeddings = torch.as_tensor(embeddings)
+    template, media = (torch.as_tensor(ids).to(embeddings.device) for ids in (template, media))
+    _, group, count = torch.stack([template, media]).unique(dim=1, return_inverse=True, return_counts=True)
+    share = 1 / count[group].to(embeddings)
+    share = share if weights is None else share * torch.as_tensor(weights).to(embeddings)
+    features = embeddings.new_zeros(int(template.max()) + 1, embeddings.shape[1])
+    features.index_add_(0, template, embeddings * share[:, None])
+    if not features.isfinite().all():
+        raise ValueError("embeddings or weights hold nan or inf; all must be finite")
+    return torch.nn.functional.normalize(features, dim=1)
 
 
 # ---- Any test, and tests of one's own ----------------------------------------------------------------------
 
-def read_test(path: str) -> "VerificationSet | IdentificationSet | TemplateSet":
+# What tells the folder of a public test, and its reader.
+FOLDERS: dict[str, Callable] = {
+    "pairs.txt": read_lfw, "../pairs.txt": read_lfw, "splits.txt": read_ytf, "Protocol": read_cfp,
+    "pairs_CALFW.txt": read_calfw, "pairs_CPLFW.txt": read_cplfw, "Testing_Set": read_tinyface}
+FOLDERS |= {f"{base}meta/ijb{kind.lower()}_template_pair_label.txt": functools.partial(read_ijb, kind=kind)
+            for kind in "BC" for base in ("", f"IJB{kind}/")}
+
+
+def read_test(path: str) -> VerificationSet | IdentificationSet | TemplateSet:
     """What `--test PATH` names, told by what lies there: a .bin, a .csv or the folder of a public test.
     Raises: ValueError or FileNotFoundError that lists what was looked for, or what is wrong with it."""
     path = os.fspath(path)
@@ -683,7 +874,7 @@ def _stacked(faces: Sequence[Face]) -> np.ndarray | None:
 
 
 def own_pairs(faces: Sequence[Face], seed: int = 0) -> VerificationSet:
-    """Pairs of a set that has no official ones. Of a person's n images in their order all pairs n // 2 or more
+    """Pairs of a set that has no official ones. Of a person's n images in order all pairs n // 2 or more
     apart (neighbours are often frames of one video), and as many pairs of different people at random, each
     person in turn being the first. Both in the order of the people and by turns: folds hold both kinds, and
     share as few people as can be.
@@ -716,4 +907,88 @@ def own_identification(faces: Sequence[Face]) -> IdentificationSet:
     return dataclasses.replace(test, points=_stacked(faces))
 
 
-FOLDERS: dict[str, Callable] = {"pairs.txt": read_lfw, "splits.txt": read_ytf}
+# ---- Digits ------------------------------------------------------------------------------------------------
+
+def read_idx(path: str) -> np.ndarray:
+    """Array uint8 of an MNIST idx file, .gz or not: images (N, 28, 28) or labels (N,).
+    Format: big-endian uint32: 0x0800 + number of dimensions, then each dimension; then the bytes.
+    Raises: FileNotFoundError; ValueError if it is no such file, or not as long as it says."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no {path}; wanted an idx file of MNIST, as train-images-idx3-ubyte.gz")
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            data = file.read()
+        axes = data[3] if data[:3] == b"\0\0\x08" else 0
+        shape = struct.unpack_from(f">{axes}I", data, 4)
+    except (OSError, EOFError, zlib.error, struct.error, IndexError) as error:
+        raise ValueError(f"{path} is a damaged idx file: {error}") from None
+    if not axes or len(data) != 4 + 4 * axes + math.prod(shape):
+        raise ValueError(f"{path}: found {data[:4]!r}, shape {shape}, {len(data)} bytes; wanted idx")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
+
+
+def digit_points(images: np.ndarray) -> np.ndarray:
+    """Corners and centre of the box of each digit: images (N, H, W) uint8 -> (N, 5, 2) float32 px.
+    Order: top left, top right, bottom left, bottom right, centre. Upright, not the smallest turned box, which
+    would tell the rotation; of the pixels above 30, as the faint edge of a warp is no digit.
+    Raises: ValueError for a blank image."""
+    dark = np.flatnonzero(images.max((1, 2)) <= 30)
+    if dark.size:
+        raise ValueError(f"image {dark[0]} has no pixel above 30, nor have {dark.size - 1} others: no digits")
+    ends = []
+    for axis in (1, 2):                                                                         # x, then y
+        seen = (images > 30).any(axis)
+        ends.append((seen.argmax(1), seen.shape[1] - 1 - seen[:, ::-1].argmax(1)))
+    (left, right), (top, bottom) = ends
+    x = np.stack([left, right, left, right, (left + right) / 2], 1)
+    return np.stack([x, np.stack([top, top, bottom, bottom, (top + bottom) / 2], 1)], -1).astype(np.float32)
+
+
+def affnist(images: np.ndarray, seed, count_per_image: int = 1, canvas: int = 40):
+    """Digits under random affine maps, as affNIST: rotation to 20 degrees, shear along x to 0.2, each axis
+    scaled by 0.8 to 1.2, then shifted to anywhere inside the canvas. All uniform. Assumed: these are the
+    set's ranges, from its description; KP-RPE's paper gives none.
+    Args: images (N, H, W) uint8.
+    Returns: (M, canvas, canvas) uint8; points (M, 5, 2) px as `digit_points`; (M,) int64, the image of each.
+    Raises: ValueError for a blank image, or one that does not fit."""
+    source = np.repeat(np.arange(len(images)), count_per_image)
+    rng = np.random.default_rng(seed)
+    turn, shear = np.deg2rad(rng.uniform(-20, 20, len(source))), rng.uniform(-0.2, 0.2, len(source))
+    scale, place = rng.uniform(0.8, 1.2, (len(source), 1, 2)), rng.random((len(source), 2))
+    cos, sin = np.cos(turn), np.sin(turn)
+    # rotation, then of what is right of it, shear: [[c, -s], [s, c]] [[1, k], [0, 1]] diag(scale)
+    linear = np.stack([cos, cos * shear - sin, sin, sin * shear + cos], -1).reshape(-1, 2, 2) * scale
+    matrix = np.concatenate([linear, np.zeros((len(source), 2, 1))], 2)
+    out, seen = np.empty((len(source), canvas, canvas), np.uint8), images > 0
+    digit_points(images)                                                                # none is blank
+    # The hull of a digit lies between the ends of its rows: 2 H points instead of H W.
+    ends = np.stack([seen.argmax(2), seen.shape[2] - 1 - seen[:, :, ::-1].argmax(2)], 2).astype(np.float64)
+    ends[~seen.any(2)] = np.nan
+    rows = np.broadcast_to(np.arange(seen.shape[1])[None, :, None], ends.shape)
+    hull = np.stack([ends, rows], -1).reshape(len(images), -1, 2)                                # (N, 2 H, 2)
+    for some in np.array_split(np.arange(len(source)), -(-len(source) // 4096)):
+        moved = hull[source[some]] @ linear[some].transpose(0, 2, 1)
+        reach = np.abs(linear[some]).sum(2)                   # interpolation spreads a pixel so far at most
+        low, high = reach - 1 - np.nanmin(moved, 1), canvas - reach - np.nanmax(moved, 1)
+        if (low > high).any():
+            raise ValueError(f"image {source[some[(low > high).any(1)][0]]} does not fit a canvas of {canvas}"
+                             " px under every map; give a larger one")
+        matrix[some, :, 2] = low + place[some] * (high - low)
+    for canvas_px, i, m in zip(out, source, matrix):
+        cv2.warpAffine(images[i], m, (canvas, canvas), dst=canvas_px, flags=cv2.INTER_LINEAR)
+    return out, digit_points(out), source
+
+
+def mnist_canvas(images: np.ndarray, seed, shift: int = 6, canvas: int = 40):
+    """Digits to train on, for tests with `affnist`: in the middle of a black canvas, moved by up to `shift`
+    whole px each way, uniform. An assumption: the protocol of Sabour et al. 2017, whom KP-RPE's paper cites.
+    Returns: (N, canvas, canvas) uint8 and points (N, 5, 2) px as `digit_points`."""
+    count, height, width = images.shape
+    if max(height, width) + 2 * shift > canvas:
+        raise ValueError(f"images of {height} x {width} px moved by {shift} leave the canvas of {canvas} px")
+    corner = (canvas - np.array([height, width])) // 2
+    corner = corner + np.random.default_rng(seed).integers(-shift, shift + 1, (count, 2))
+    out = np.zeros((count, canvas, canvas), np.uint8)
+    y, x = (corner[:, axis, None] + np.arange(side) for axis, side in enumerate((height, width)))
+    out[np.arange(count)[:, None, None], y[:, :, None], x[:, None]] = images
+    return out, digit_points(out)
