@@ -46,6 +46,11 @@ def _stem(name: str) -> str:
     return os.path.splitext(path)[0] if path.lower().endswith(SUFFIXES) else path
 
 
+def _first_line(path: str) -> str:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return file.readline()
+
+
 def _table(path: str, dtype, width: int, **options) -> np.ndarray:
     """(rows, width) numbers of a text file.   Raises: ValueError naming the file, and the row."""
     try:
@@ -277,7 +282,7 @@ def read_landmarks(names: Sequence[str], path: str, size: int = 112) -> np.ndarr
         other = next(glob.iglob(os.path.join(glob.escape(path), "**", "*.pts"), recursive=True), "no .pts")
     elif not os.path.isfile(path):
         raise FileNotFoundError(f"--landmarks {path}: no such file or folder")
-    elif fractions := open(path, encoding="utf-8-sig", errors="replace").readline().startswith("idx,ldmk_0"):
+    elif fractions := _first_line(path).startswith("idx,ldmk_0"):
         rows = _table(path, np.float64, 11, delimiter=",", skiprows=1)
         index, counts = np.unique(rows[:, 0], return_counts=True)
         other = f"image {index[-1]:.0f}"
@@ -421,6 +426,12 @@ def _need(reader: Callable, root: str, *parts: str) -> str:
     return datasets._below(reader, root, *parts, flag="--test")
 
 
+def _listing(folder: str) -> list[str]:
+    """Names of the images directly in a folder, in natural order; ._x are macOS's."""
+    names = [n for n in os.listdir(folder) if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
+    return sorted(names, key=natural)
+
+
 def _check_listed(names: Sequence[str], base: str, listed: str) -> None:
     missing = [name for name in names if not os.path.isfile(os.path.join(base, name))]
     if missing:
@@ -545,13 +556,12 @@ def read_lfw(root: str) -> VerificationSet:
                          "of pairs of one kind in a fold, and as many pairs")
     first, second, same = [], [], []
     for where, line in rows:
-        match line.split():
-            case [a, i, j] if i.isdigit() and j.isdigit():
-                b = a
-            case [a, i, b, j] if i.isdigit() and j.isdigit():
-                pass
-            case _:
-                raise ValueError(f"{where}: found {line!r}, wanted NAME n1 n2 or NAME1 n1 NAME2 n2")
+        fields = line.split()
+        if len(fields) == 3:
+            fields.insert(2, fields[0])
+        if len(fields) != 4 or not (fields[1].isdigit() and fields[3].isdigit()):
+            raise ValueError(f"{where}: found {line!r}, wanted NAME n1 n2 or NAME1 n1 NAME2 n2")
+        a, i, b, j = fields
         first.append(f"{a}/{a}_{int(i):04d}")
         second.append(f"{b}/{b}_{int(j):04d}")
         same.append(a == b)
@@ -581,10 +591,9 @@ def read_ytf(root: str, frames: int | None = None) -> VerificationSet:
     videos, place = _distinct([*first, *second])
     names, template = [], []
     for number, video in enumerate(videos):
-        found = [name for name in os.listdir(_need(read_ytf, base, video)) if name.lower().endswith(SUFFIXES)]
+        found = _listing(_need(read_ytf, base, video))
         if not found:
             raise datasets._missing(read_ytf, root, f"no image in {os.path.join(base, video)}", "--test")
-        found.sort(key=natural)
         if frames is not None and frames < len(found):
             found = [found[i] for i in np.linspace(0, len(found) - 1, frames).round().astype(int)]
         names += [f"{video}/{name}" for name in found]
@@ -623,40 +632,30 @@ def read_cfp(root: str, kind: str = "FP") -> VerificationSet:
     return _image_pairs(f"CFP-{kind}", root, os.path.join(root, "Protocol"), first, second, same, folds)
 
 
-def _read_two_lines(reader, root: str, name: str) -> VerificationSet:
-    listed, pairs = _need(reader, root, f"pairs_{name}.txt"), []
-    rows = datasets._lines(listed)
-    for where, line in rows:
+def read_calfw(root: str, name: str = "CALFW") -> VerificationSet:
+    """CALFW (LFW across age) or CPLFW (across pose): 6,000 pairs, 10 folds in the order of the file.
+
+    Tree: pairs_CALFW.txt, pairs_CPLFW.txt: two lines FILE LABEL a pair, label 0 if they are different people
+          images/*.jpg or aligned images/*.jpg, or the images beside the list
+    Source: http://whdeng.cn/CALFW and CPLFW.
+    """
+    listed, pairs = _need(read_calfw, root, f"pairs_{name}.txt"), []
+    for where, line in datasets._lines(listed):
         file, _, label = line.rpartition(" ")
         if not file or not label.lstrip("-").isdigit():
             raise ValueError(f"{where}: found {line!r}, wanted FILE LABEL")
         pairs.append((file.strip(), int(label) != 0))
-    (first, same), (second, again) = zip(*pairs[::2]), zip(*pairs[1::2])
+    (first, same), (second, again) = ([*zip(*pairs[i::2])] or [(), i] for i in (0, 1))
     if same != again:
-        raise ValueError(f"{listed}: the two lines of a pair have labels that differ ({len(rows)} lines)")
+        raise ValueError(f"{listed}: {len(pairs)} lines that are not pairs of one label, wanted two and two")
     folders = [os.path.join(root, folder) for folder in ("images", "aligned images", "")]
     base = next((base for base in folders if os.path.isfile(os.path.join(base, first[0]))), folders[0])
     return _image_pairs(name, base, listed, first, second, same)
 
 
-def read_calfw(root: str) -> VerificationSet:
-    """CALFW, LFW across age: 6,000 pairs, 10 folds in the order of the file.
-
-    Tree: pairs_CALFW.txt: two lines FILE LABEL for each pair, label 0 if they are different people
-          images/*.jpg or aligned images/*.jpg, or the images beside the list
-    Source: http://whdeng.cn/CALFW.
-    """
-    return _read_two_lines(read_calfw, root, "CALFW")
-
-
 def read_cplfw(root: str) -> VerificationSet:
-    """CPLFW, LFW across pose: 6,000 pairs, 10 folds in the order of the file.
-
-    Tree: pairs_CPLFW.txt: two lines FILE LABEL for each pair, label 0 if they are different people
-          images/*.jpg or aligned images/*.jpg, or the images beside the list
-    Source: http://whdeng.cn/CPLFW.
-    """
-    return _read_two_lines(read_cplfw, root, "CPLFW")
+    """CPLFW, as `read_calfw`."""
+    return read_calfw(root, "CPLFW")
 
 
 def _csv_rows(path: str, columns: str) -> list[tuple[str, dict]]:
@@ -751,14 +750,13 @@ def read_tinyface(root: str) -> IdentificationSet:
     """
     names, identity, role = [], [], []
     for number, folder in enumerate(("Gallery_Match", "Probe", "Gallery_Distractor")):
-        found = [name for name in os.listdir(_need(read_tinyface, root, "Testing_Set", folder))
-                 if name.lower().endswith(SUFFIXES) and name[0] != "."]
-        for name in sorted(found, key=natural):
+        found = _listing(_need(read_tinyface, root, "Testing_Set", folder))
+        for name in found:
             person = name.partition("_")[0]
             if number < 2 and not person.isdigit():
                 raise ValueError(f"{os.path.join(root, 'Testing_Set', folder, name)}: wanted a name ID_N.jpg")
             identity.append(int(person) if number < 2 else -1)
-        names += [f"Testing_Set/{folder}/{name}" for name in sorted(found, key=natural)]
+        names += [f"Testing_Set/{folder}/{name}" for name in found]
         role += [number] * len(found)
     images = Images([os.path.join(root, name) for name in names])
     return _identification("TinyFace", images, names, identity, role)
@@ -817,6 +815,7 @@ def template_features(embeddings, template, media, weights=None) -> torch.Tensor
     Args: embeddings (N, D), norms kept; template (N,) 0..T-1; media (N,) integers; weights (N,), as faceness.
     Raises: ValueError for embeddings or weights that are not finite.   Source: insightface's IJB protocol."""
     embeddings = torch.as_tensor(embeddings)
+    embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
     template, media = (torch.as_tensor(ids).to(embeddings.device) for ids in (template, media))
     _, group, count = torch.stack([template, media]).unique(dim=1, return_inverse=True, return_counts=True)
     share = 1 / count[group].to(embeddings)
@@ -832,10 +831,11 @@ def template_features(embeddings, template, media, weights=None) -> torch.Tensor
 
 # What tells the folder of a public test, and its reader.
 FOLDERS: dict[str, Callable] = {
-    "pairs.txt": read_lfw, "../pairs.txt": read_lfw, "splits.txt": read_ytf, "Protocol": read_cfp,
-    "pairs_CALFW.txt": read_calfw, "pairs_CPLFW.txt": read_cplfw, "Testing_Set": read_tinyface}
-FOLDERS |= {f"{base}meta/ijb{kind.lower()}_template_pair_label.txt": functools.partial(read_ijb, kind=kind)
-            for kind in "BC" for base in ("", f"IJB{kind}/")}
+    "pairs.txt": read_lfw, "splits.txt": read_ytf, "Protocol": read_cfp, "pairs_CALFW.txt": read_calfw,
+    "pairs_CPLFW.txt": read_cplfw, "Testing_Set": read_tinyface,
+    **{f"{base}meta/ijb{kind.lower()}_face_tid_mid.txt": functools.partial(read_ijb, kind=kind)
+       for kind in "BC" for base in ("", f"IJB{kind}/")},
+    "../pairs.txt": read_lfw}
 
 
 def read_test(path: str) -> VerificationSet | IdentificationSet | TemplateSet:
@@ -845,8 +845,7 @@ def read_test(path: str) -> VerificationSet | IdentificationSet | TemplateSet:
     if path.endswith(".bin"):
         return read_bin(path)
     if path.endswith(".csv") and os.path.isfile(path):
-        with open(path, encoding="utf-8-sig") as file:
-            columns = [column.strip() for column in file.readline().split(",")]
+        columns = [column.strip() for column in _first_line(path).split(",")]
         if "image_a" in columns or "role" in columns:
             return read_pairs_csv(path) if "image_a" in columns else read_identification(path)
         raise ValueError(f"{path}:1: found columns {columns}, wanted image_a,image_b,same or path,id,role")

@@ -1,0 +1,736 @@
+"""Identity sets and recognition tests, on small trees in the true formats."""
+import gzip
+import os
+import pickle
+import struct
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from common import datasets, metrics, recognition, synthetic
+from common.datasets import Face, load_image, write_pts
+from common.recognition import read_test
+
+RNG = np.random.default_rng(0)
+MAGIC = struct.pack("<I", 0xced7230a)
+
+
+def picture(size=(20, 16)):
+    """RGB noise that survives PNG, its first pixel red."""
+    image = RNG.integers(0, 256, (*size, 3), np.uint8)
+    image[0, 0] = 255, 0, 0
+    return image
+
+
+def encoded(image, suffix=".png"):
+    return cv2.imencode(suffix, image[..., ::-1])[1].tobytes()
+
+
+def put(path, image=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded(picture() if image is None else image))
+    return str(path)
+
+
+def put_text(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return str(path)
+
+
+# ---- Identity folders and landmarks ------------------------------------------------------------------------
+
+def people(root, points=5):
+    """Persons n10 and n2 with images 2 and 10, 10 in a folder of its own; a .pts beside each."""
+    for person in ("n10", "n2"):
+        for name in ("10/10.jpg", "2.jpg"):
+            path = put(root / person / name)
+            write_pts(path.removesuffix(".jpg") + ".pts", RNG.uniform(0, 20, (points, 2)))
+    return root
+
+
+def test_identities_are_the_first_folders_in_natural_order(tmp_path):
+    faces = recognition.read_identities(str(people(tmp_path)))
+    assert [face.identity for face in faces] == ["n2", "n2", "n10", "n10"]
+    assert [os.path.relpath(face.image, tmp_path) for face in faces[:2]] == ["n2/2.jpg", "n2/10/10.jpg"]
+    images = recognition.FolderImages(faces)
+    assert images.labels.tolist() == [0, 0, 1, 1] and images.ids.tolist() == ["n2", "n10"]
+    np.testing.assert_array_equal(images[3], load_image(faces[3].image))
+    recognition.check_points(faces, "TPS")
+    (tmp_path / "n2" / "2.pts").unlink()
+    faces = recognition.read_identities(str(tmp_path))
+    with pytest.raises(ValueError, match="n2/2.jpg has no landmarks, which TPS needs; so for 1 of 4.*--land"):
+        recognition.check_points(faces, "TPS")
+
+
+def test_identities_that_are_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder .*\n(.*\n)*Tree: PERSON/NAME.jpg"):
+        recognition.read_identities(str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="no image"):
+        recognition.read_identities(str(tmp_path))
+    put(tmp_path / "Ann" / "1.jpg")
+    with pytest.raises(ValueError, match="all 1 images are of one identity, Ann; wanted two"):
+        recognition.read_identities(str(tmp_path))
+    put(tmp_path / "stray.png")
+    with pytest.raises(ValueError, match="stray.png lies in no person's folder"):
+        recognition.read_identities(str(tmp_path))
+    with pytest.raises(ValueError, match="stray.png has no identity, nor have 0 other"):
+        recognition.FolderImages([Face(str(tmp_path / "stray.png"))])
+
+
+def test_identities_want_as_many_points_in_all(tmp_path):
+    write_pts(people(tmp_path) / "n2" / "2.pts", np.ones((6, 2)))
+    with pytest.raises(ValueError, match="has [56] points, .*.pts [56]; wanted as many in all"):
+        recognition.read_identities(str(tmp_path))
+
+
+def test_points_of_a_folder_that_mirrors_the_images(tmp_path):
+    faces = recognition.read_identities(str(people(tmp_path / "a")))
+    bare, root = [Face(face.image) for face in faces], str(tmp_path / "a")
+    found = recognition.attach_points(bare, root, root)
+    np.testing.assert_array_equal([face.points for face in found], [face.points for face in faces])
+    (tmp_path / "a" / "n2" / "2.pts").unlink()
+    found = recognition.attach_points(bare, root, root)
+    assert [face.points is None for face in found] == [True, False, False, False]
+    found = recognition.attach_points(faces, root, root)                        # keeps what it has
+    np.testing.assert_array_equal(found[0].points, faces[0].points)
+    write_pts(tmp_path / "a" / "n2" / "2.pts", np.ones((6, 2)))
+    with pytest.raises(ValueError, match="5 points for n2/10/10.jpg, 6 for n2/2.jpg"):
+        recognition.attach_points(bare, root, root)
+    (tmp_path / "b").mkdir()
+    write_pts(tmp_path / "b" / "x.pts", np.ones((5, 2)))
+    with pytest.raises(ValueError, match="covers other images: it has .*x.pts, of 4 wanted images the .* n2"):
+        recognition.attach_points(bare, str(tmp_path / "b"), root)
+
+
+def test_points_of_a_table_in_pixels(tmp_path):
+    names, path = ["n2/1.jpg", "n2/2.jpg", "7"], tmp_path / "points.csv"
+    put_text(path, "image,x0,y0,x1,y1\nn2/2.jpg,1,2,30,4\n7,5,6,7,8\n")
+    np.testing.assert_array_equal(recognition.read_landmarks(names, str(path)),
+                                  [[[np.nan] * 2] * 2, [[1, 2], [30, 4]], [[5, 6], [7, 8]]])
+    for text, message in {"n2/2,1,2,3,4\nn2/2.jpg,1,2,3,4\n": "several rows of image n2/2",
+                          "n2/2,1,2,3,4\nn2/2,1,2,3,4\n": "several rows of image n2/2",
+                          "x.jpg,1,2,3,4\n": "it has x.jpg, of 3 wanted images the first is n2/1.jpg",
+                          "n2/2,.1,.2,1.1,.4\n": "found .* for n2/2.jpg and nothing larger"}.items():
+        with pytest.raises(ValueError, match=message):
+            recognition.read_landmarks(names, put_text(path, text))
+    with pytest.raises(FileNotFoundError, match="--landmarks .*none.csv: no such"):
+        recognition.read_landmarks(names, str(tmp_path / "none.csv"))
+
+
+def test_points_of_another_number_than_the_images_have(tmp_path):
+    faces = recognition.read_identities(str(people(tmp_path)))
+    with pytest.raises(ValueError, match="has 2 points, the .pts of .*n2/2.jpg 5; wanted as many"):
+        recognition.attach_points(faces, put_text(tmp_path / "p.csv", "n2/2.jpg,1,2,3,4\n"), str(tmp_path))
+
+
+def test_points_of_cvlface(tmp_path):
+    head = "idx," + ",".join(f"ldmk_{i}" for i in range(10)) + "\n"
+    values, path = RNG.uniform(-0.1, 1.1, (2, 10)), tmp_path / "ldmk_5points.csv"
+    put_text(path, head + "".join(f"{i}," + ",".join(map(str, row)) + "\n" for i, row in zip((2, 0), values)))
+    found = recognition.read_landmarks("abc", str(path))
+    np.testing.assert_allclose(found[[2, 0]], values.reshape(2, 5, 2) * 112 - 0.5, atol=1e-4)
+    assert np.isnan(found[1]).all()
+    for text, message in {f"5,{'0.5,' * 9}1\n": "it has image 5, of 3 wanted images the first is a",
+                          f"1,{'0.5,' * 9}1\n" * 2: "several rows of image 1",
+                          f"1,{'50,' * 9}1\n": "found 50 and the like, wanted fractions",
+                          f"1,{'0.5,' * 9}x\n": "ldmk_5points.csv: could not convert",
+                          "1,2\n": "wanted rows of 11", "": "wanted rows of 11"}.items():
+        with pytest.raises(ValueError, match=message):
+            recognition.read_landmarks("abc", put_text(path, head + text))
+
+
+# ---- Records -----------------------------------------------------------------------------------------------
+
+def record(payload):
+    """A payload as RecordIO has it: cut where the magic number stands at a multiple of 4."""
+    cuts = [i for i in range(0, len(payload) - 3, 4) if payload[i:i + 4] == MAGIC]
+    starts, ends = [0, *(i + 4 for i in cuts)], [*cuts, len(payload)]
+    out = b""
+    for n, (start, end) in enumerate(zip(starts, ends)):
+        cflag = 0 if not cuts else 1 if n == 0 else 3 if n == len(cuts) else 2
+        out += MAGIC + struct.pack("<I", cflag << 29 | end - start) + payload[start:end]
+        out += b"\0" * (-(end - start) % 4)
+    return out
+
+
+def payload(label, data=b""):
+    labels = [label] if np.isscalar(label) else label
+    flag = 0 if np.isscalar(label) else len(label)
+    return struct.pack("<IfQQ", flag, labels[0] if not flag else 0, 7, 0) + \
+        struct.pack(f"<{flag}f", *(labels if flag else ())) + data
+
+
+def put_records(root, payloads, first_key=0):
+    root.mkdir(exist_ok=True)
+    data, lines = b"", ""
+    for key, content in enumerate(payloads, first_key):
+        lines += f"{key}\t{len(data)}\n"
+        data += record(content)
+    (root / "train.rec").write_bytes(data)
+    (root / "train.idx").write_text(lines)
+    return str(root)
+
+
+def test_records_with_a_header(tmp_path):
+    """As insightface writes them: a header, images, then a record for each identity, without image."""
+    images = [picture() for _ in range(4)]
+    contents = [payload(label, encoded(image)) for label, image in zip((90, 90, 5, 90), images)]
+    contents = [payload((5, 7)), *contents, payload((1, 3)), payload((3, 5))]
+    records = recognition.Records(put_records(tmp_path, contents))
+    assert len(records) == 4 and records.keys.tolist() == [1, 2, 3, 4]
+    assert records.labels.tolist() == [1, 1, 0, 1] and records.ids.tolist() == [5, 90]
+    copy = pickle.loads(pickle.dumps(records))
+    for found in (records, recognition.Records(str(tmp_path / "train.rec")), copy):
+        for i, image in enumerate(images):
+            np.testing.assert_array_equal(found[i], image)
+    assert not list(tmp_path.glob("*.part")) and (tmp_path / "train.rec.npy").exists()
+    assert records._file is not None and pickle.loads(pickle.dumps(records))._file is None
+    batch = recognition.WholeImages(records, 20).__getitems__([(0, 2), (0, 0)])
+    np.testing.assert_array_equal(batch["image"][1, :, 2:18], images[0])
+    with pytest.raises(IndexError):
+        records[4]
+
+
+def test_records_without_a_header(tmp_path):
+    """As CVLface writes them: key 0 is an image. Labels may be arrays, whose first number counts."""
+    contents = [payload(3, encoded(picture())), payload((2, 9), encoded(picture()))]
+    records = recognition.Records(put_records(tmp_path, contents))
+    assert records.labels.tolist() == [1, 0] and records.keys.tolist() == [0, 1]
+
+
+def test_a_record_that_was_cut_at_the_magic_number(tmp_path):
+    jpeg = encoded(picture(), ".jpg")
+    comment = b"\xff\xfe" + struct.pack(">H", 2 + 42) + b"xx" + MAGIC * 2 + b"y" * 28 + MAGIC
+    jpeg = jpeg[:2] + comment + jpeg[2:]
+    contents = [payload(0, jpeg), payload(1, encoded(picture()))]
+    assert record(contents[0]).count(MAGIC) == 4                                # itself, and three parts
+    records = recognition.Records(put_records(tmp_path, contents))
+    np.testing.assert_array_equal(records[0], recognition.decode(jpeg, ""))
+    assert records._payload(0, int(records._lengths[0])) == contents[0]
+    header = struct.pack("<IfQQ", 0, 1.0, 0xced7230a, 0)                        # the image's id is the number
+    records = recognition.Records(put_records(tmp_path, [header + jpeg, contents[0]]))
+    assert records.labels.tolist() == [1, 0]
+    np.testing.assert_array_equal(records[0], recognition.decode(jpeg, ""))
+
+
+def test_records_that_are_damaged(tmp_path):
+    contents = [payload(label, encoded(picture())) for label in (0, 1, 2)]
+    root = put_records(tmp_path, contents)
+    data, lines = (tmp_path / "train.rec").read_bytes(), (tmp_path / "train.idx").read_text()
+    for cut, message in {20: "no whole record 2 at byte", 1200: "record 2 would be at byte"}.items():
+        (tmp_path / "train.rec").write_bytes(data[:-cut])
+        with pytest.raises(ValueError, match=rf"train.rec \({len(data) - cut} bytes\) is cut short, or "
+                                             rf".*train.idx \(3 records\) belongs to another: {message}"):
+            recognition.Records(root)
+    (tmp_path / "train.rec").write_bytes(data)
+    (tmp_path / "train.idx").write_text(lines.replace("\t0", "\t4"))
+    with pytest.raises(ValueError, match="belongs to another: no whole record 0 at byte 4"):
+        recognition.Records(root)
+    (tmp_path / "train.idx").write_text(lines + "3\t99999999\n")
+    with pytest.raises(ValueError, match="record 3 would be at byte 99999999"):
+        recognition.Records(root)
+    (tmp_path / "train.idx").write_text("one two\n")
+    with pytest.raises(ValueError, match="train.idx: could not convert"):
+        recognition.Records(root)
+    (tmp_path / "train.idx").write_text(lines)
+    records = recognition.Records(root)
+    (tmp_path / "train.rec").write_bytes(b"\0" * len(data))
+    with pytest.raises(ValueError, match="no whole record at byte 0: it is cut short, or was changed"):
+        records[0]
+    (tmp_path / "train.idx").unlink()
+    with pytest.raises(FileNotFoundError, match="no .*train.idx; wanted a folder with train.rec"):
+        recognition.Records(root)
+
+
+def test_records_of_the_wrong_content(tmp_path):
+    with pytest.raises(ValueError, match="its header counts 8 images, the index finds 2"):
+        recognition.Records(put_records(tmp_path, [payload((9, 12)), *(payload(i, b"x") for i in (0, 1))]))
+    with pytest.raises(ValueError, match="2 images of 1 identities, wanted two"):
+        recognition.Records(put_records(tmp_path, [payload(4, encoded(picture()))] * 2))
+    records = recognition.Records(put_records(tmp_path, [payload(i, b"no image") for i in (0, 1)]))
+    with pytest.raises(ValueError, match="train.rec, record 1: 8 bytes that cannot be decoded"):
+        records[1]
+
+
+def test_what_is_kept_is_used_while_the_sources_stay_and_never_if_damaged(tmp_path):
+    calls, source = [], tmp_path / "a.txt"
+
+    def make():
+        calls.append(1)
+        return np.arange(len(calls))
+
+    source.write_text("x")
+    assert len(recognition._cached(make, str(source))) == len(recognition._cached(make, str(source))) == 1
+    os.utime(source, ns=(1, 1))                                                 # another file, even if older
+    assert len(recognition._cached(make, str(source))) == 2
+    (tmp_path / "a.txt.npy").write_bytes(b"\x93NUM")
+    os.utime(tmp_path / "a.txt.npy", ns=(1, 1))
+    assert len(recognition._cached(make, str(source))) == 3
+    (tmp_path / "a.txt.npy").unlink()
+    (tmp_path / "a.txt.npy").mkdir()                                            # cannot be written
+    assert len(recognition._cached(make, str(source))) == 4 and not list(tmp_path.glob("*.part"))
+
+
+# ---- Whole images ------------------------------------------------------------------------------------------
+
+def test_whole_images_of_the_size_are_copied_and_others_fitted():
+    images = [picture((24, 24)), np.full((10, 5, 3), 200, np.uint8), np.full((60, 120, 3), 50, np.uint8)]
+    points = np.array([[[3.0, 4]], [[4.5, 9.5]], [[-0.5, -0.5]]])
+    batch = recognition.WholeImages(images, 24, points).__getitems__([(0, 0), (0, 1), (0, 2)])
+    np.testing.assert_array_equal(batch["image"][0], images[0])
+    np.testing.assert_allclose(batch["points"][:, 0], [[3, 4], [17.5, 23.5], [-0.5, 5.5]], atol=1e-5)
+    np.testing.assert_allclose(batch["matrix"][1], [[2.4, 0, 6.7], [0, 2.4, 0.7]], atol=1e-5)
+    assert (batch["image"][1, 2:-2, 7:17] == 200).all() and (batch["image"][1, :, :5] == 127).all()
+    assert (batch["image"][2, 6:18] == 50).all() and (batch["image"][2, :6] == 127).all()
+    assert batch["image"].dtype == torch.uint8 and batch["index"].tolist() == [0, 1, 2]
+    stripes = np.tile(np.array([0, 255], np.uint8)[:, None, None], (60, 120, 3))    # shrinking does not alias
+    shrunk = recognition.WholeImages([stripes], 30).__getitems__([(0, 0)])["image"]
+    assert np.ptp(shrunk.numpy().astype(int)) <= 2 and abs(float(shrunk.float().mean()) - 127.5) < 1
+
+
+def turn(rng, size):
+    matrix = np.array([[0.9, 0.1, rng.uniform(-2, 2)], [-0.1, 0.9, 3]])
+    return matrix, rng.random() < 0.5, {"extra": rng.random(2)}
+
+
+def test_whole_images_follow_the_augmentation_as_crops_do():
+    """The same crops as CropDataset's, for images that both need not resize."""
+    faces = [Face(picture((32, 32)), RNG.uniform(0, 31, (5, 2)).astype(np.float32), (-0.5, -0.5, 31.5, 31.5))
+             for _ in range(3)]
+    flip, keys = datasets.SCHEMES[5].flip, [(epoch, i) for epoch in range(3) for i in range(3)]
+    frames = datasets.square_frames(datasets.face_boxes(faces, "face"), 32, 1.0)
+    crops = datasets.CropDataset(faces, frames, 32, turn, reach=1.0, flip=flip, seed=4).__getitems__(keys)
+    points = np.stack([face.points for face in faces])
+    whole = recognition.WholeImages([face.image for face in faces], 32, points, turn, flip, 4)
+    whole = whole.__getitems__(keys)
+    assert whole.keys() == crops.keys()
+    for name in crops:
+        if name != "image":
+            np.testing.assert_allclose(whole[name], crops[name], atol=1e-4)
+    assert (whole["image"].int() - crops["image"].int()).abs().float().mean() < 0.5
+    assert len(np.unique(whole["extra"][:, 0])) == 9
+
+
+def test_whole_images_mirror_without_points_and_by_a_flip_only():
+    images, still = [picture((16, 16))], np.eye(2, 3)
+    plain = recognition.WholeImages(images, 16, augment=lambda rng, size: (still, True, {}))
+    np.testing.assert_array_equal(plain.__getitems__([(0, 0)])["image"][0], images[0][:, ::-1])
+    kept = recognition.WholeImages(images, 16, np.zeros((1, 3, 2)), lambda rng, size: (still, True, {}))
+    np.testing.assert_array_equal(kept.__getitems__([(0, 0)])["image"][0], images[0])
+    with pytest.raises(ValueError, match="0 has no landmarks, which this run needs; so for 1 of 1"):
+        recognition.WholeImages(images, 16, np.full((1, 3, 2), np.nan))
+    with pytest.raises(ValueError, match=r"points \(2, 3, 2\) for 1 images"):
+        recognition.WholeImages(images, 16, np.zeros((2, 3, 2)))
+
+
+def test_whole_images_in_a_loader(tmp_path):
+    faces = synthetic.read_faces("train", 6, 32, 5)
+    points, flip = np.stack([f.points for f in faces]), datasets.SCHEMES[5].flip
+    data = recognition.WholeImages(recognition.FolderImages(faces), 32, points, turn, flip)
+    batches = datasets.EpochBatches(6, 3)
+    alone, shared = (list(torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=workers,
+                                                      collate_fn=dict)) for workers in (0, 1))
+    assert len(alone) == 2 and all(torch.equal(a[name], b[name]) for a, b in zip(alone, shared) for name in a)
+    (tmp_path / "broken.png").write_text("<html>")
+    with pytest.raises(ValueError, match="broken.png cannot be decoded"):
+        recognition.WholeImages(recognition.Images([str(tmp_path / "broken.png")]), 32).__getitems__([(0, 0)])
+
+
+# ---- Verification ------------------------------------------------------------------------------------------
+
+BIN = [encoded(picture()) for _ in range(4)]
+
+
+def as_bin(path, content, protocol=4):
+    path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content, protocol))
+    return str(path)
+
+
+def python2(images, same):
+    """What Python 2's cPickle, protocol 2, writes for ([str, ...], [bool, ...])."""
+    strings = b"".join(b"T" + struct.pack("<i", len(image)) + image for image in images)
+    truth = b"".join(b"\x88" if value else b"\x89" for value in same)
+    return b"\x80\x02](" + strings + b"e](" + truth + b"e\x86."
+
+
+@pytest.mark.parametrize("content", [
+    *((BIN, [True, False], protocol) for protocol in range(6)),
+    (BIN, np.array([True, False]), 4), (BIN, np.array([True, False]), 5), (BIN, [np.True_, np.False_], 2),
+    ([np.frombuffer(image, np.uint8) for image in BIN], [1, 0], 2),
+    ([np.frombuffer(image, np.uint8) for image in BIN], [1, 0], 5),
+    (np.array(BIN, object), [True, False], 4), ([bytearray(image) for image in BIN], (True, False), 5),
+    "python 2"])
+def test_bin_of_every_make(tmp_path, content):
+    path = as_bin(tmp_path / "lfw.bin", python2(BIN, [True, False])) if content == "python 2" else \
+        as_bin(tmp_path / "lfw.bin", content[:2], content[2])
+    test = read_test(path)
+    assert test.name == "lfw" and test.same.tolist() == [True, False] and test.folds == 10
+    assert test.pairs.tolist() == [[0, 1], [2, 3]]
+    assert test.names.tolist() == ["0", "1", "2", "3"] and test.template.tolist() == [0, 1, 2, 3]
+    for i, image in enumerate(BIN):
+        np.testing.assert_array_equal(test.images[i], recognition.decode(image, ""))
+
+
+class Bomb:
+    def __init__(self, call, *args):
+        self.call, self.args = call, args
+
+    def __reduce__(self):
+        return self.call, self.args
+
+
+@pytest.mark.parametrize("call, args, name", [
+    (os.system, ("touch {}",), "posix.system"), (eval, ("open('{}', 'w')",), "__builtin__.eval|builtins.eval"),
+    (np.load, ("{}",), "numpy.load|numpy.lib.*"), (getattr, ("a", "b"), "__builtin__.getattr|builtins.getattr"),
+    (pickle.loads, (b"{}",), "_?pickle.loads")])
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_bin_that_carries_code_is_refused_and_never_runs(tmp_path, call, args, name, protocol):
+    trace = str(tmp_path / "trace")
+    bomb = Bomb(call, *(arg.format(trace) if isinstance(arg, str) else arg for arg in args))
+    with pytest.raises(ValueError, match=f"evil.bin is no verification .bin: it asks for ({name}), .* refu"):
+        read_test(as_bin(tmp_path / "evil.bin", ([bomb], [True]), protocol))
+    assert not os.path.exists(trace)
+
+
+def test_bin_cannot_reach_numpy_or_other_codecs(tmp_path):
+    objects = pickle.dumps((np.array([1.5]), [True]), 2)
+    with pytest.raises(ValueError, match="holds an array of 'f8'"):
+        read_test(as_bin(tmp_path / "a.bin", objects))
+    codec = b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R."
+    with pytest.raises(ValueError, match="no verification .bin: 'rot13'"):
+        read_test(as_bin(tmp_path / "a.bin", codec))
+
+
+def test_bin_that_is_damaged(tmp_path):
+    whole = pickle.dumps((BIN, [True, False]), 4)
+    for content, message in ((whole[:-50], "no verification .bin"), (b"", "no verification .bin"),
+                             (pickle.dumps([1, 2, 3]), "no verification"), (b"<html>", "no verification"),
+                             (pickle.dumps((BIN[:3], [True, False])), "found 3 images and 2 pairs"),
+                             (pickle.dumps(([1], [True])), "no verification .bin: memoryview")):
+        with pytest.raises(ValueError, match=f"a.bin.*{message}|{message}"):
+            read_test(as_bin(tmp_path / "a.bin", content))
+    with pytest.raises(ValueError, match="a.bin, image 1: 3 bytes that cannot be decoded"):
+        read_test(as_bin(tmp_path / "a.bin", ([BIN[0], b"xyz"], [True]))).images[1]
+    with pytest.raises(FileNotFoundError, match="none.bin; it comes inside the insightface training"):
+        read_test(tmp_path / "none.bin")
+
+
+def test_landmarks_of_a_test_must_cover_it(tmp_path):
+    test = read_test(as_bin(tmp_path / "a.bin", (BIN, [True, False])))
+    rows = [f"{i},1,2,3,4\n" for i in range(4)]
+    found = recognition.with_landmarks(test, put_text(tmp_path / "p.csv", "".join(rows)))
+    assert found.points.shape == (4, 2, 2) and test.points is None and found.images is test.images
+    with pytest.raises(ValueError, match="2 has no landmarks, which --landmarks .*q.csv needs; .* 2 of 4"):
+        recognition.with_landmarks(test, put_text(tmp_path / "q.csv", "".join(rows[:2])))
+
+
+def lfw(root, people=3, suffix=".jpg"):
+    """Two folds of one pair of each kind."""
+    for person in "ABC"[:people]:
+        for number in (1, 2):
+            put(root / "lfw" / person / f"{person}_{number:04d}{suffix}")
+    return put_text(root / "pairs.txt", "2\t1\nA\t1\t2\nA\t1\tB\t2\nB\t1\t2\nB\t2\tC\t1\n")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_lfw(tmp_path, suffix):
+    lfw(tmp_path, suffix=suffix)
+    for test in (read_test(tmp_path), read_test(tmp_path / "lfw")):             # the list may lie beside
+        assert test.folds == 2 and test.same.tolist() == [True, False, True, False]
+        names = test.names[test.pairs]
+        assert names[0].tolist() == [f"A/A_0001{suffix}", f"A/A_0002{suffix}"] and names[0, 0] == names[1, 0]
+        assert names[3].tolist() == [f"B/B_0002{suffix}", f"C/C_0001{suffix}"]
+        np.testing.assert_array_equal(test.images[test.pairs[1, 1]],
+                                      load_image(str(tmp_path / f"lfw/B/B_0002{suffix}")))
+
+
+def test_lfw_that_is_wrong(tmp_path):
+    pairs = lfw(tmp_path, people=2)
+    with pytest.raises(FileNotFoundError, match="pairs.txt names C/C_0001.jpg, which is not .* for 1 of 5"):
+        read_test(tmp_path)
+    put_text(tmp_path / "pairs.txt", "2\t1\nA\t1\t2\nA\t1\tB\t2\nB\t1\t2\nB\t2\tC\n")
+    with pytest.raises(ValueError, match="pairs.txt:5: found .*, wanted NAME n1 n2"):
+        read_test(tmp_path)
+    put_text(tmp_path / "pairs.txt", "2\t1\nA\t1\t2\n")
+    with pytest.raises(ValueError, match="pairs.txt:1: found .* and 1 pairs"):
+        read_test(tmp_path)
+    os.remove(pairs)
+    with pytest.raises(FileNotFoundError, match="below --test (.*\n)*Tree: pairs.txt (.*\n)*Source: Labeled"):
+        recognition.read_lfw(str(tmp_path))
+
+
+def ytf(root, folder="aligned_images_DB"):
+    for video in ("A/0", "A/1", "B/0"):
+        for frame in (2, 10, 1, 3):
+            put(root / folder / video / f"0.{frame}.jpg")
+    return put_text(root / "splits.txt", "split, first, second, same\n2, A/0, B/0, 0\n1, A/0, A/1, 1\n")
+
+
+def test_ytf(tmp_path):
+    ytf(tmp_path)
+    test = read_test(tmp_path)
+    assert test.folds == 2 and test.same.tolist() == [True, False] and test.pairs.tolist() == [[0, 1], [0, 2]]
+    assert test.template.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert test.names[:4].tolist() == ["A/0/0.1.jpg", "A/0/0.2.jpg", "A/0/0.3.jpg", "A/0/0.10.jpg"]
+    assert recognition.read_ytf(str(tmp_path), 2).names[:2].tolist() == ["A/0/0.1.jpg", "A/0/0.10.jpg"]
+    features = recognition.template_features(torch.eye(12), test.template, np.arange(12))
+    np.testing.assert_allclose(features[0], [0.5] * 4 + [0] * 8)
+    put_text(tmp_path / "splits.txt", "split, first, second, same\n1, A/0, A/7, 1\n2, A/0, B/0, 0\n")
+    with pytest.raises(FileNotFoundError, match="A/7"):
+        read_test(tmp_path)
+    put_text(tmp_path / "splits.txt", "header\n1, A/0, A/1\n")
+    with pytest.raises(ValueError, match="splits.txt:2: found '1, A/0, A/1'"):
+        read_test(tmp_path)
+    put_text(tmp_path / "splits.txt", "header\n" + "1, A/0, A/1, 1\n" * 3 + "2, A/0, B/0, 0\n")
+    with pytest.raises(ValueError, match="found 2 folds of 1 to 3 pairs"):
+        read_test(tmp_path)
+
+
+def test_cfp(tmp_path):
+    for view, letter in (("frontal", "F"), ("profile", "P")):
+        for number in (1, 2):
+            put(tmp_path / f"Data/Images/001/{view}/0{number}.jpg")
+        put_text(tmp_path / f"Protocol/Pair_list_{letter}.txt",
+                 "".join(f"{n} ../Data/Images/001/{view}/0{n}.jpg\n" for n in (1, 2)))
+    for fold in range(1, 11):
+        for kind in ("FP", "FF"):
+            put_text(tmp_path / f"Protocol/Split/{kind}/{fold:02d}/same.txt", "1,2\n")
+            put_text(tmp_path / f"Protocol/Split/{kind}/{fold:02d}/diff.txt", "2,1\n")
+    test = read_test(tmp_path)
+    assert test.folds == 10 and test.same.tolist() == [True, False] * 10 and test.name == "CFP-FP"
+    assert test.names[test.pairs[0]].tolist() == [f"Data/Images/001/{name}.jpg"
+                                                  for name in ("frontal/01", "profile/02")]
+    assert test.images[3].shape == (20, 16, 3) and len(recognition.read_cfp(str(tmp_path), "FF").images) == 2
+    put_text(tmp_path / "Protocol/Split/FP/03/diff.txt", "2,3\n")
+    with pytest.raises(ValueError, match="FP/03/diff.txt:1: found '2,3'"):
+        read_test(tmp_path)
+
+
+@pytest.mark.parametrize("name, folder", [("CALFW", "images"), ("CPLFW", "aligned images"), ("CPLFW", ".")])
+def test_calfw_and_cplfw(tmp_path, name, folder):
+    for image in ("A_1.jpg", "A_2.jpg", "B_1.jpg"):
+        put(tmp_path / folder / image)
+    put_text(tmp_path / f"pairs_{name}.txt", "A_1.jpg 3\nA_2.jpg 3\nA_1.jpg 0\nB_1.jpg 0\n")
+    test = read_test(tmp_path)
+    assert test.name == name and test.same.tolist() == [True, False]
+    assert test.names[test.pairs].tolist() == [["A_1.jpg", "A_2.jpg"], ["A_1.jpg", "B_1.jpg"]]
+    put_text(tmp_path / f"pairs_{name}.txt", "A_1.jpg 3\nA_2.jpg 3\nA_1.jpg 0\n")
+    with pytest.raises(ValueError, match=f"pairs_{name}.txt: 3 lines that are not pairs"):
+        read_test(tmp_path)
+    put_text(tmp_path / f"pairs_{name}.txt", "")
+    with pytest.raises(ValueError, match="0 lines that are not pairs"):
+        read_test(tmp_path)
+
+
+def test_pairs_of_your_own(tmp_path):
+    for name in "abc":
+        put(tmp_path / f"{name}.png")
+    path = tmp_path / "pairs.csv"
+    put_text(path, "image_a,image_b,same,fold\na.png,b.png,1,x\n./a.png,c.png,0,y\nb.png,c.png,0,y\n")
+    test = read_test(path)                                                      # the larger fold comes first
+    assert test.names[test.pairs].tolist() == [["a.png", "c.png"], ["b.png", "c.png"], ["a.png", "b.png"]]
+    assert test.folds == 2
+    assert test.same.tolist() == [False, False, True]
+    put_text(path, "image_a,image_b,same\na.png,b.png,1\na.png,c.png,0\n")
+    assert read_test(path).folds == 2
+    for text, message in {"image_a,image_b,same\na.png,b.png,maybe\n": "pairs.csv:2: found",
+                          "image_a,image_b\n": "found columns", "image_a,image_b,same\n": "has no row",
+                          "a,b\n": "columns .* wanted image_a,image_b,same or path,id,role"}.items():
+        with pytest.raises(ValueError, match=message):
+            read_test(put_text(path, text))
+    with pytest.raises(FileNotFoundError, match="names d.png, which is not in"):
+        read_test(put_text(path, "image_a,image_b,same\na.png,d.png,1\n"))
+
+
+# ---- Identification and templates --------------------------------------------------------------------------
+
+def test_identification_table(tmp_path):
+    for name in "abcde":
+        put(tmp_path / "i" / f"{name}.png")
+    path, head = tmp_path / "test.csv", "path,id,role,group\n"
+    rows = ["a.png,Ann,gallery,", "b.png,Ann,probe,30", "c.png,Ann,distractor,", "d.png,Bob,skip,",
+            "e.png,Bob,gallery,"]
+    test = read_test(put_text(path, head + "".join(f"i/{row}\n" for row in rows)))
+    assert test.role.tolist() == [0, 1, 2, 0] and test.group.tolist() == ["", "30", "", ""]
+    assert test.identity.tolist() == [0, 0, -1, 1] and test.names.tolist()[3] == "i/e.png"
+    e, probe = torch.eye(4), test.role == 1
+    e[1, 0] = 2.0
+    rank = metrics.rank_k(e[probe], test.identity[probe], e[~probe], test.identity[~probe], (1,))
+    assert rank == {1: 1.0} and test.images[0].shape == (20, 16, 3)
+    lost = "i/a.png,Ann,gallery,\ni/b.png,Bob,probe,\n"
+    for text, message in {head + lost: "probe i/b.png has no mate .* 0 others", head: "has no row",
+                          head + "i/a.png,Ann,boss,\n": "test.csv:2: found role 'boss'",
+                          head + "i/a.png,Ann,gallery,\n": "there is no probe",
+                          "path,role\n": "found columns"}.items():
+        with pytest.raises(ValueError, match=message):
+            read_test(put_text(path, text))
+    plain = read_test(put_text(path, "path,id,role\ni/a.png,1,gallery\ni/b.png,1,probe\n"))
+    assert plain.group.tolist() == ["", ""]
+
+
+def test_tinyface(tmp_path):
+    for name in ("Probe/7_2.jpg", "Probe/._7_2.jpg", "Gallery_Match/7_1.jpg", "Gallery_Match/12_1.jpg",
+                 "Gallery_Distractor/x.jpg"):
+        put(tmp_path / "Testing_Set" / name)
+    test = read_test(tmp_path)
+    assert test.identity.tolist() == [7, 12, 7, -1] and test.role.tolist() == [0, 0, 1, 2]
+    assert test.names[2] == "Testing_Set/Probe/7_2.jpg" and len(test.images) == 4
+    put(tmp_path / "Testing_Set/Probe/who.jpg")
+    with pytest.raises(ValueError, match="who.jpg: wanted a name ID_N.jpg"):
+        read_test(tmp_path)
+
+
+def ijb(root):
+    for number in (1, 2, 3):
+        put(root / "loose_crop" / f"{number}.jpg")
+    put_text(root / "meta/ijbc_face_tid_mid.txt", "1.jpg 10 5\n2.jpg 10 6\n3.jpg 44 6\n")
+    put_text(root / "meta/ijbc_template_pair_label.txt", "10 44 0\n44 44 1\n")
+    put_text(root / "meta/ijbc_name_5pts_score.txt",
+             "".join(f"{n}.jpg {' '.join(map(str, range(10)))} 0.{n}\n" for n in (1, 2, 3)))
+
+
+def test_ijb(tmp_path):
+    ijb(tmp_path / "IJBC")
+    for root in (tmp_path, tmp_path / "IJBC"):
+        test = read_test(root)
+        assert test.name == "IJB-C" and test.template.tolist() == [0, 0, 1]
+        assert test.media.tolist() == [5, 6, 6]
+        assert test.pairs.tolist() == [[0, 1], [1, 1]] and test.same.tolist() == [False, True]
+        np.testing.assert_allclose(test.faceness, [0.1, 0.2, 0.3])
+        assert test.points.shape == (3, 5, 2) and test.points[1, 2].tolist() == [4, 5]
+        assert len(test.images) == 3
+    assert (tmp_path / "IJBC/meta/ijbc_template_pair_label.txt.npy").exists()
+    for text, message in {"10 44 0\n10 45 1\n": "label.txt:2: found .10, 45, 1.", "10 44\n": "rows of 3",
+                          "10 44 2\n": "label.txt:1: found", "10 x 0\n": "could not convert"}.items():
+        put_text(tmp_path / "IJBC/meta/ijbc_template_pair_label.txt", text)
+        with pytest.raises(ValueError, match=message):
+            read_test(tmp_path)
+    put_text(tmp_path / "IJBC/meta/ijbc_face_tid_mid.txt", "1.jpg 10 5\n")
+    with pytest.raises(ValueError, match="has 1 images, .* 3; wanted the same in order"):
+        read_test(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no test found. Looked for a .bin .* with one of pairs.txt"):
+        read_test(tmp_path / "nowhere")
+
+
+def test_template_features_against_the_formula():
+    rng = np.random.default_rng(1)
+    e, weights = rng.normal(size=(40, 6)), rng.random(40)
+    template, media = rng.integers(0, 4, 40), rng.integers(0, 3, 40)
+    found = recognition.template_features(e, template, media, weights)
+    for t in range(4):
+        total = sum((e * weights[:, None])[(template == t) & (media == m)].mean(0)
+                    for m in np.unique(media[template == t]))
+        np.testing.assert_allclose(found[t], total / np.linalg.norm(total))
+    assert recognition.template_features(torch.randn(40, 6).half(), template, media).dtype == torch.float32
+    with pytest.raises(ValueError, match="nan or inf"):
+        recognition.template_features(e * np.nan, template, media)
+
+
+# ---- Tests of one's own ------------------------------------------------------------------------------------
+
+def crowd(counts):
+    return [Face(f"{person}/{i}.png", identity=f"p{person}")
+            for person, n in enumerate(counts) for i in range(n)]
+
+
+def test_own_pairs():
+    faces = crowd([4, 3, 1, 2] * 5)
+    test = recognition.own_pairs(faces)
+    identity = np.array([face.identity for face in faces])[test.pairs]
+    assert ((identity[:, 0] == identity[:, 1]) == test.same).all() and test.folds == 10
+    assert test.same.tolist() == [True, False] * (len(test.same) // 2)
+    assert test.pairs[test.same][:6].tolist() == [[0, 2], [0, 3], [1, 3], [4, 5], [4, 6], [5, 6]]
+    assert set(identity[~test.same, 0]) == {face.identity for face in faces}
+    place = [recognition.natural(name) for name in identity[:, 0]]      # both kinds in the people's order
+    assert place[::2] == sorted(place[::2]) and place[1::2] == sorted(place[1::2])
+    again, other = recognition.own_pairs(faces), recognition.own_pairs(faces, seed=1)
+    assert (again.pairs == test.pairs).all() and (other.pairs != test.pairs).any() and test.points is None
+    e = torch.nn.functional.one_hot(torch.from_numpy(test.images.labels)).double()
+    a, b = e[test.pairs].unbind(1)
+    assert metrics.verification_accuracy(a, b, test.same, test.folds)[0] == 1
+    assert recognition.own_pairs(crowd([2, 1, 1, 1])).folds == 2
+    for counts, message in {(1, 1): "found 2 images of 2 people, 1 at most", (5,): "of 1 people"}.items():
+        with pytest.raises(ValueError, match=message):
+            recognition.own_pairs(crowd(counts))
+        with pytest.raises(ValueError, match=message):
+            recognition.own_identification(crowd(counts))
+
+
+def test_own_tests_of_drawn_faces_keep_their_points():
+    faces = synthetic.read_faces("test", 20, 64, 5, per_identity=5)
+    test = recognition.own_pairs(faces)
+    np.testing.assert_array_equal(test.points, [face.points for face in faces])
+    np.testing.assert_array_equal(test.images[3], load_image(faces[3].image))
+    test = recognition.own_identification(faces)
+    assert test.role.tolist() == [0] * 4 + [1] * 12 and test.identity[:4].tolist() == [0, 1, 2, 3]
+    assert test.identity[4:].tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    np.testing.assert_array_equal(test.points[4], faces[2].points)
+
+
+# ---- Digits ------------------------------------------------------------------------------------------------
+
+def digits(count=6):
+    """28 px images with a bar and a dot, in the 20 px box of MNIST."""
+    images = np.zeros((count, 28, 28), np.uint8)
+    images[:, 4:24, 10:13], images[:, 6:8, 20:24] = 255, 200
+    return images
+
+
+def test_idx(tmp_path):
+    images, labels = digits(), np.arange(6, dtype=np.uint8)
+    for name, array in (("images", images), ("labels", labels)):
+        data = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+        (tmp_path / name).write_bytes(data)
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
+        for path in (name, f"{name}.gz"):
+            np.testing.assert_array_equal(recognition.read_idx(str(tmp_path / path)), array)
+    (tmp_path / "short").write_bytes(data[:-1])
+    (tmp_path / "page").write_text("<html>")
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(data)[:-6])
+    (tmp_path / "huge").write_bytes(bytes([0, 0, 8, 200]))
+    for name, message in {"short": "short: found .* 13 bytes", "page": "page: found", "cut.gz": "damaged",
+                          "huge": "damaged"}.items():
+        with pytest.raises(ValueError, match=message):
+            recognition.read_idx(str(tmp_path / name))
+    with pytest.raises(FileNotFoundError, match="no .*none"):
+        recognition.read_idx(str(tmp_path / "none"))
+
+
+def test_mnist_canvas_moves_digits_and_their_points():
+    images, points = recognition.mnist_canvas(digits(200), seed=3)
+    assert images.shape == (200, 40, 40) and (images.sum((1, 2)) == digits(1).sum()).all()
+    move = points[:, 0] - [10 + 6, 4 + 6]
+    assert move.min() == -6 and move.max() == 6 and len(np.unique(move, axis=0)) > 60
+    np.testing.assert_array_equal(points[:, 4] - points[:, 0], [[6.5, 9.5]] * 200)
+    np.testing.assert_array_equal(points[:, 3] - points[:, 0], [[13, 19]] * 200)
+    np.testing.assert_array_equal(points[0, 1] - points[0, 2], [13, -19])
+    with pytest.raises(ValueError, match="leave the canvas of 30 px"):
+        recognition.mnist_canvas(digits(), 0, canvas=30)
+
+
+def test_affnist_keeps_digits_whole_and_reaches_everywhere():
+    images, points, source = recognition.affnist(digits(40), seed=1, count_per_image=5)
+    assert images.shape == (200, 40, 40) and source.tolist() == np.repeat(np.arange(40), 5).tolist()
+    # What is kept: the light of the digit times the area, 0.64 to 1.44, none beyond the border.
+    light = images.sum((1, 2)) / digits(1).sum()
+    assert light.min() > 0.6 and light.max() < 1.5
+    wide = recognition.affnist(np.pad(digits(40), ((0, 0), (3, 3), (3, 3))), 1, 5)[0]   # the same digits
+    np.testing.assert_allclose(images.sum((1, 2)), wide.sum((1, 2)), rtol=0.02)
+    assert points.min() <= 2 and points.max() >= 37 and (points[:, 3] >= points[:, 0]).all()
+    again = recognition.affnist(digits(40), 1, 5)
+    assert all((a == b).all() for a, b in zip(again, (images, points, source)))
+    for i in (0, 77):
+        lit = np.argwhere(images[i] > 30)[:, ::-1]
+        np.testing.assert_array_equal(points[i, [0, 3]], [lit.min(0), lit.max(0)])
+
+
+def test_affnist_on_what_does_not_work():
+    blank = digits(3)
+    blank[1] = 0
+    with pytest.raises(ValueError, match="image 1 has no pixel above 30, nor have 0 others"):
+        recognition.affnist(blank, 0)
+    with pytest.raises(ValueError, match="image 0 does not fit a canvas of 16 px"):
+        recognition.affnist(digits(1), 0, canvas=16)
