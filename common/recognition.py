@@ -35,9 +35,9 @@ from common.datasets import BORDER, Face, load_image, read_pts
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-def natural(name: str) -> list:
+def natural(name: str) -> tuple:
     """Sorting key by which n2 comes before n10."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))] + [name]
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))], name
 
 
 def _stem(name: str) -> str:
@@ -275,45 +275,46 @@ def read_landmarks(names: Sequence[str], path: str, size: int = 112) -> np.ndarr
             place, not key), then x y as fractions of an image `size` px wide and high.
     Raises: FileNotFoundError; ValueError if it covers none of the images, has several rows for one, numbers
         of points that differ, fractions where px are due or px where fractions are."""
-    found, fractions = {}, False
+    fractions = os.path.isfile(path) and _first_line(path).startswith("idx,ldmk_0")
     if os.path.isdir(path):
-        files = {i: os.path.join(path, _stem(name) + ".pts") for i, name in enumerate(names)}
-        found = {i: read_pts(file) for i, file in files.items() if os.path.isfile(file)}
+        files = [os.path.join(path, _stem(name) + ".pts") for name in names]
+        found = [i for i, file in enumerate(files) if os.path.isfile(file)]
+        points = [read_pts(files[i]) for i in found]
         other = next(glob.iglob(os.path.join(glob.escape(path), "**", "*.pts"), recursive=True), "no .pts")
     elif not os.path.isfile(path):
         raise FileNotFoundError(f"--landmarks {path}: no such file or folder")
-    elif fractions := _first_line(path).startswith("idx,ldmk_0"):
+    elif fractions:
         rows = _table(path, np.float64, 11, delimiter=",", skiprows=1)
-        index, counts = np.unique(rows[:, 0], return_counts=True)
-        other = f"image {index[-1]:.0f}"
-        if counts.max() > 1:
-            raise ValueError(f"{path}: several rows of image {index[counts.argmax()]:.0f}, wanted one")
+        found, points = rows[:, 0].astype(np.int64), rows[:, 1:].reshape(-1, 5, 2) * size - 0.5
+        if len(np.unique(found)) < len(found):
+            raise ValueError(f"{path}: {len(found)} rows of {len(np.unique(found))} images, wanted one each")
         if np.median(np.abs(rows[:, 1:])) > 1.5:
             raise ValueError(f"{path}: found {rows[0, 1]:g} and the like, wanted fractions of the image (0 "
                              "to 1); px go into rows image,x0,y0,... with another header")
-        if index[0] >= 0 and index[-1] < len(names):
-            found = dict(zip(rows[:, 0].astype(int).tolist(), rows[:, 1:].reshape(-1, 5, 2) * size - 0.5))
+        other = f"image {found.max()}"
+        if found.min() < 0 or found.max() >= len(names):
+            found = []
     else:
-        rows = {}
-        for name, points in datasets.read_points_csv(path).items():
-            if len(points) > 1 or _stem(name) in rows:
-                raise ValueError(f"{path}: several rows of image {name}, wanted one; keep that of its person")
-            rows[_stem(name)] = points[0]
-        other = name
-        found = {i: rows[stem] for i, stem in enumerate(map(_stem, names)) if stem in rows}
-    if not found:
+        table = datasets.read_points_csv(path)
+        rows = {_stem(name): rows[0] for name, rows in table.items()}
+        if len(rows) < sum(map(len, table.values())):
+            stems = [_stem(name) for name, rows in table.items() for _ in rows]
+            twice = next(stem for stem in stems if stems.count(stem) > 1)
+            raise ValueError(f"{path}: several rows of image {twice}, wanted one; keep that of its person")
+        other, found = next(iter(table)), [i for i, name in enumerate(names) if _stem(name) in rows]
+        points = [rows[_stem(names[i])] for i in found]
+    if not len(found):
         raise ValueError(f"--landmarks {path} covers other images: it has {other}, of {len(names)} wanted "
                          f"images the first is {names[0]}")
-    first, shape = next((i, points.shape) for i, points in found.items())
-    for i, points in found.items():
-        if points.shape != shape:
-            raise ValueError(f"{path}: {len(points)} points for {names[i]}, {shape[0]} for {names[first]}; "
-                             "wanted as many in all")
-    result = np.full((len(names), *shape), np.nan, np.float32)
-    result[list(found)] = np.stack(list(found.values()))
-    if not fractions and np.nanmax(np.abs(result)) <= 1.5:
-        raise ValueError(f"{path}: found {result[first, 0].tolist()} for {names[first]} and nothing larger: "
+    for i, own in zip(found, points):
+        if len(own) != len(points[0]):
+            raise ValueError(f"{path}: {len(own)} points for {names[i]}, {len(points[0])} for "
+                             f"{names[found[0]]}; wanted as many in all")
+    if not fractions and np.abs(points).max() <= 1.5:
+        raise ValueError(f"{path}: found {points[0][0].tolist()} for {names[found[0]]} and nothing larger: "
                          "these are fractions of an image, wanted px")
+    result = np.full((len(names), *np.shape(points)[1:]), np.nan, np.float32)
+    result[found] = points
     return result
 
 
@@ -361,7 +362,7 @@ class WholeImages(torch.utils.data.Dataset):
             if self.points.ndim != 3 or len(self.points) != len(images):
                 raise ValueError(f"points {tuple(self.points.shape)} for {len(images)} images, not (N, P, 2)")
             bad = (~self.points.isfinite().all(-1).all(-1)).nonzero().flatten().tolist()
-            _refuse(range(len(images)), bad, "this run")
+            _refuse([f"image {i}" for i in range(len(images) if bad else 0)], bad, "this run")
 
     def __len__(self):
         return len(self.images)
@@ -548,9 +549,7 @@ def read_lfw(root: str) -> VerificationSet:
     listed = beside if here else _need(read_lfw, root, "pairs.txt")
     base = os.path.join(root, "lfw") if os.path.isdir(os.path.join(root, "lfw")) else root
     (where, head), *rows = datasets._lines(listed) or [(listed, "")]
-    counts = [int(n) for n in head.split() if n.isdigit()]
-    # Of pairsDevTest.txt the first line is one number.
-    folds, half = counts if len(counts) == 2 else (10, counts[0] / 10 if counts else 0)
+    folds, half = map(int, head.split()) if re.fullmatch(r"\d+\s+\d+", head) else (0, 0)
     if len(rows) != 2 * folds * half or not rows:
         raise ValueError(f"{where}: found {head!r} and {len(rows)} pairs, wanted the number of folds, that "
                          "of pairs of one kind in a fold, and as many pairs")
