@@ -8,6 +8,7 @@ Nothing is downloaded: the sets have owners and licences.
 
 Points are px of the stored image, pixel centres at whole numbers from 0, as in common/datasets.py.
 """
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -299,7 +300,7 @@ def read_landmarks(names: Sequence[str], path: str, size: int = 112) -> np.ndarr
         rows = {_stem(name): rows[0] for name, rows in table.items()}
         if len(rows) < sum(map(len, table.values())):
             stems = [_stem(name) for name, rows in table.items() for _ in rows]
-            twice = next(stem for stem in stems if stems.count(stem) > 1)
+            twice = collections.Counter(stems).most_common(1)[0][0]
             raise ValueError(f"{path}: several rows of image {twice}, wanted one; keep that of its person")
         other, found = next(iter(table)), [i for i, name in enumerate(names) if _stem(name) in rows]
         points = [rows[_stem(names[i])] for i in found]
