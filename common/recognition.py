@@ -30,7 +30,7 @@ import cv2
 import numpy as np
 import torch
 
-from common import datasets, warp
+from common import datasets, metrics, warp
 from common.datasets import BORDER, Face, load_image, read_pts
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -692,12 +692,13 @@ def read_pairs_csv(path: str) -> VerificationSet:
 
 # ---- Identification: gallery and probes --------------------------------------------------------------------
 
-ROLES = ("gallery", "probe", "distractor")
+ROLES = ("gallery", "probe", "distractor", "unused")
 
 
 @dataclass(eq=False)
 class IdentificationSet:
-    """Whose picture is each probe? Gallery and distractors are searched. Results by group of probes."""
+    """Whose picture is each probe? Gallery and distractors are searched, unused images take no part. Results
+    by group of probes."""
     name: str
     images: Sequence                                # [i] -> RGB uint8 (H, W, 3)
     identity: np.ndarray                            # (N,) int64; -1 for distractors
@@ -729,9 +730,9 @@ def read_identification(path: str) -> IdentificationSet:
     """
     rows = _csv_rows(path, "path,id,role")
     for where, row in rows:
-        if row["role"] not in (*ROLES, "skip") or not row["path"]:
+        if row["role"] not in (*ROLES[:3], "skip") or not row["path"]:
             raise ValueError(f"{where}: found role {row['role']!r} for {row['path']!r}, wanted "
-                             f"path,id,role with a role of {', '.join(ROLES)}, skip")
+                             f"path,id,role with a role of {', '.join(ROLES[:3])}, skip")
     rows = [row for _, row in rows if row["role"] != "skip"]
     names, base = [os.path.normpath(row["path"]) for row in rows], os.path.dirname(path)
     _check_listed(names, base, path)
@@ -894,16 +895,34 @@ def own_pairs(faces: Sequence[Face], seed: int = 0) -> VerificationSet:
 
 def own_identification(faces: Sequence[Face]) -> IdentificationSet:
     """Gallery and probes of a set that has no official ones: each person's first image, and of n images those
-    from n // 2 on (but the first); the ones between are left out.
+    from n // 2 on (but the first); the ones between are unused.
     Raises: ValueError if there are not two people, or no two images of one."""
-    _, people = _people(faces)
-    probes = [person[max(len(person) // 2, 1):] for person in people]
-    chosen = np.concatenate([[person[0] for person in people], *probes])
-    role = np.arange(len(chosen)) >= len(people)
-    faces = [faces[i] for i in chosen]
-    images = FolderImages(faces)
+    images, people = _people(faces)
+    role = np.full(len(images), 3)
+    role[[person[0] for person in people]] = 0
+    role[np.concatenate([person[max(len(person) // 2, 1):] for person in people])] = 1
     test = _identification("identification", images, _names(faces, ""), images.labels, role)
     return dataclasses.replace(test, points=_stacked(faces))
+
+
+def score(test, features: torch.Tensor) -> dict[str, float]:
+    """What a test says of features (N, D) of its images: "accuracy" and "accuracy/std" over the folds, of
+    pairs; "rank1" and "rank5", then "rank1/GROUP", ..., of probes. A video's feature is the mean of its
+    frames' unit features."""
+    if isinstance(test, VerificationSet):
+        template = torch.from_numpy(test.template)
+        unit = torch.nn.functional.normalize(features.double())
+        pooled = unit.new_zeros(int(template.max()) + 1, unit.shape[1]).index_add(0, template, unit)
+        first, second = torch.from_numpy(test.pairs).T
+        mean, spread = metrics.verification_accuracy(pooled[first], pooled[second], test.same, test.folds)
+        return {"accuracy": mean, "accuracy/std": spread}
+    identity, searched = torch.from_numpy(test.identity), torch.from_numpy((test.role == 0) | (test.role == 2))
+    scores = {}
+    for group in ("", *sorted(set(test.group[test.role == 1]) - {""}, key=natural)):
+        probe = torch.from_numpy((test.role == 1) & ((test.group == group) | (group == "")))
+        ranks = metrics.rank_k(features[probe], identity[probe], features[searched], identity[searched])
+        scores |= {f"rank{k}" + (f"/{group}" if group else ""): rate for k, rate in ranks.items()}
+    return scores
 
 
 # ---- Digits ------------------------------------------------------------------------------------------------
