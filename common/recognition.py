@@ -907,8 +907,15 @@ def own_identification(faces: Sequence[Face]) -> IdentificationSet:
 
 def score(test, features: torch.Tensor) -> dict[str, float]:
     """What a test says of features (N, D) of its images: "accuracy" and "accuracy/std" over the folds, of
-    pairs; "rank1" and "rank5", then "rank1/GROUP", ..., of probes. A video's feature is the mean of its
-    frames' unit features."""
+    pairs; "rank1" and "rank5", then "rank1/GROUP", ..., of probes; "tar/0.0001", ..., true accept rates at
+    false accept rates, of pairs of templates. A video's feature is the mean of its frames' unit features."""
+    if isinstance(test, TemplateSet):
+        pooled = template_features(features, test.template, test.media, test.faceness)
+        first, second = torch.from_numpy(test.pairs.astype(np.int64)).T
+        cosine = torch.cat([(pooled[a] * pooled[b]).sum(1) for a, b in zip(first.split(2**18),
+                                                                          second.split(2**18))])
+        rates = metrics.tar_at_far(cosine, test.same, (1e-6, 1e-5, 1e-4, 1e-3))
+        return {f"tar/{far:g}": rate for far, rate in rates.items()}
     if isinstance(test, VerificationSet):
         template = torch.from_numpy(test.template)
         unit = torch.nn.functional.normalize(features.double())

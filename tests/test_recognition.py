@@ -671,9 +671,30 @@ def test_own_tests_of_drawn_faces_keep_their_points():
     np.testing.assert_array_equal(test.points, [face.points for face in faces])
     np.testing.assert_array_equal(test.images[3], load_image(faces[3].image))
     test = recognition.own_identification(faces)
-    assert test.role.tolist() == [0] * 4 + [1] * 12 and test.identity[:4].tolist() == [0, 1, 2, 3]
-    assert test.identity[4:].tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
-    np.testing.assert_array_equal(test.points[4], faces[2].points)
+    assert test.role.tolist() == [0, 3, 1, 1, 1] * 4  # the first; one unused; from n // 2 on
+    assert test.identity.tolist() == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
+    np.testing.assert_array_equal(test.points[4], faces[4].points)
+
+
+def test_score_of_pairs_of_probes_and_of_templates():
+    faces = synthetic.read_faces("test", 20, 32, 5, per_identity=5)
+    person = torch.eye(4, 8).repeat_interleave(5, 0)
+    assert recognition.score(recognition.own_pairs(faces), person) == {"accuracy": 1.0, "accuracy/std": 0.0}
+    test = recognition.own_identification(faces)
+    assert recognition.score(test, person) == {"rank1": 1.0, "rank5": 1.0}
+    wrong = person.clone()
+    wrong[2] = person[5]  # one probe of twelve looks like the second person
+    assert recognition.score(test, wrong)["rank1"] == pytest.approx(11 / 12)
+    test.group[:] = ["left"] * 10 + ["right"] * 10
+    assert recognition.score(test, wrong)["rank1/left"] == pytest.approx(5 / 6)
+    assert recognition.score(test, wrong)["rank1/right"] == 1.0
+    pairs = recognition.VerificationSet("videos", None, np.repeat(np.arange(4), 5), np.array([[0, 1], [2, 2]]),
+                                        np.array([False, True]), np.arange(20).astype(str), folds=2)
+    assert recognition.score(pairs, 7 * person)["accuracy"] == 1.0
+    ijb = recognition.TemplateSet("IJB", None, None, np.ones(20, np.float32), np.repeat(np.arange(4), 5),
+                                  np.arange(20), np.array([[0, 1], [2, 2]], np.int32), np.array([False, True]),
+                                  np.arange(20).astype(str))
+    assert recognition.score(ijb, person)["tar/0.001"] == 1.0
 
 
 # ---- Digits ------------------------------------------------------------------------------------------------
