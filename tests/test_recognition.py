@@ -685,7 +685,7 @@ def test_score_of_pairs_of_probes_and_of_templates():
     wrong = person.clone()
     wrong[2] = person[5]  # one probe of twelve looks like the second person
     assert recognition.score(test, wrong)["rank1"] == pytest.approx(11 / 12)
-    test.group[:] = ["left"] * 10 + ["right"] * 10
+    test.group = np.repeat(["left", "right"], 10)
     assert recognition.score(test, wrong)["rank1/left"] == pytest.approx(5 / 6)
     assert recognition.score(test, wrong)["rank1/right"] == 1.0
     pairs = recognition.VerificationSet("videos", None, np.repeat(np.arange(4), 5), np.array([[0, 1], [2, 2]]),
