@@ -33,8 +33,8 @@ Differs from the paper, or settles what it leaves open (the authors have publish
   - "TPS-Grid-2" is 2 x 2 points (tps2), 8 numbers as the homography has, and fits landmarks less well than
     that; the paper's order of strength asks for 2 x 2 cells (tps3). Both are here.
   - Affine2D fits five points (eye centres, nose, mouth corners) to those of T; six numbers, not a similarity.
-  - LocNet learns at a hundredth of the rate (--loc-lr). Its last layer sums thousands of features: at the full
-    rate, lambda 0 throws the lattice out of the image in a few steps, lambda 3 folds most faces.
+  - LocNet learns at a hundredth of the rate (--loc-lr). Its last layer sums thousands of features: at the
+    full rate lambda 0 throws the lattice out of the image within an epoch, and lambda 3 folds most faces.
   - Mirrored copies of half of the images, a linear warm-up of 500 steps: not in the paper.
   - Outside the image is mid-grey, outside the feature map 0. RGB. The embedding of a test image is the sum of
     its own and its mirror image's. The last epoch is reported.
@@ -88,8 +88,8 @@ PRESETS = {
     "ms1m": dict(PAPER, depth=100),  # Table 4, LResNet100E-IR
     "youtube": dict(SMALL),
     "folder": dict(SMALL),
-    "faces": dict(SMALL, size=64, depth=10, width=16, epochs=8, batch_size=32, warmup=20, loc_lr=0.03,
-                  also_lam="0", eval_every=2),
+    "faces": dict(SMALL, size=64, depth=10, width=16, epochs=6, batch_size=32, warmup=20, loc_lr=0.03,
+                  also_lam="0", eval_every=3),
 }
 DRAWN = {"train": 1600, "test": 400}  # faces of --data faces
 BOXES = ("image", "landmarks", "face")
@@ -1096,6 +1096,17 @@ def first_template(args, data) -> torch.Tensor | None:
     return template
 
 
+def load_weights(net: nn.Module, weights: dict, path) -> None:
+    """Gives a network a checkpoint's tensors.   Raises: ValueError for a name or shape that does not fit."""
+    own, found = ({name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
+                  for tensors in (net.state_dict(), weights))
+    if wrong := [name for name in own | found if own.get(name) != found.get(name)]:
+        raise ValueError(f"{path}: {len(wrong)} tensors do not fit the network that its flags describe; the "
+                         f"first, {wrong[0]}, is {found.get(wrong[0], 'missing')}, expected "
+                         f"{own.get(wrong[0], 'none')}; the file was changed, or is of another version")
+    net.load_state_dict(weights)
+
+
 def open_checkpoint(args, path: str, free: set[str]) -> AlignedRecognizer:
     """A checkpoint's network, in evaluation mode; `args` takes its flags over, but for `free`, the typed ones
     of DATA, and all of DATA where --data names another set."""
@@ -1105,7 +1116,7 @@ def open_checkpoint(args, path: str, free: set[str]) -> AlignedRecognizer:
     other = "data" in given and args.data != state["args"]["data"]
     restore_args(args, state["args"], MACHINE | free | (DATA if other else DATA & given))
     net = build(args, state["model"].get("template"), device)
-    net.load_state_dict(state["model"])
+    load_weights(net, state["model"], path)
     return net.eval()
 
 
@@ -1247,7 +1258,8 @@ def make_learner(args, data, images, state: dict | None, device: torch.device, r
         dict(params=trained(net.locnet), weight_decay=args.weight_decay, scale=args.loc_lr),
         dict(params=own, weight_decay=0.0, scale=1.0)], args.lr, momentum=0.9)
     if state:
-        learner.load_state_dict(dict(net_state(state["model"]), **{"head.weight": state["head"]}))
+        load_weights(net, state["model"], "--resume")
+        load_weights(learner.head, {"weight": state["head"]}, "--resume")
         optimizer.load_state_dict(state["optimizer"])
     if rank == 0:
         sizes = {"recognition": net.net, "LocNet": net.locnet, "identities": learner.head}
@@ -1256,11 +1268,6 @@ def make_learner(args, data, images, state: dict | None, device: torch.device, r
         print(f"{args.method} at {args.align_at}, lambda {args.lam:g}, {device.type}; parameters: " +
               ", ".join(sizes))
     return learner, optimizer, start
-
-
-def net_state(model: dict) -> dict:
-    """A network's state as a part of its learner's."""
-    return {f"net.{name}": value for name, value in model.items()}
 
 
 def load_sets(args, rank: int):
