@@ -188,7 +188,7 @@ def check_flags(args, error: Callable[[str], None]):
             error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {what}")
     learns = args.method not in ("none", *BY_LANDMARKS)
     for name in ("lam", "also_lam", "template", "alpha"):
-        if name in args.given and not learns:
+        if name in args.given and getattr(args, name) and not learns:
             error(f"--{name.replace('_', '-')} goes with a method that learns to align, not {args.method}")
     if args.batch_size % args.gpus:
         error(f"--batch-size {args.batch_size} does not divide over --gpus {args.gpus}")
@@ -568,7 +568,8 @@ class Learner(nn.Module):
 
     def __init__(self, net: AlignedRecognizer, classes: int, lam: float):
         super().__init__()
-        self.net, self.head, self.lam = net, AMSoftmax(512, classes), lam
+        self.net, self.head = net, AMSoftmax(512, classes)
+        self.lam = lam if net.locnet is not None else 0.0
 
     def forward(self, image, labels, landmarks=None):
         """Image (B, 3, size, size), labels (B,), landmarks (B, S, 2) -> (4,): L, L_fr, L_lmk, L_reg."""
@@ -745,6 +746,9 @@ def alignment_scores(seen: dict, net: AlignedRecognizer) -> dict:
     if net.locnet is not None and net.alpha_logit is not None:
         alpha = net.alpha().detach()
         scores |= {"alpha/min": alpha.min().item(), "alpha/max": alpha.max().item()}
+        if "distance" in seen and net.alpha_logit.requires_grad:  # how far from the optimum of Eq. (2)
+            best = 1 - seen["distance"].mean(0) / (2 * len(alpha))
+            scores["alpha/gap"] = (alpha.cpu() - best).abs().max().item()
     return scores
 
 
@@ -1258,8 +1262,8 @@ def make_learner(args, data, images, state: dict | None, device: torch.device, r
         dict(params=trained(net.locnet), weight_decay=args.weight_decay, scale=args.loc_lr),
         dict(params=own, weight_decay=0.0, scale=1.0)], args.lr, momentum=0.9)
     if state:
-        load_weights(net, state["model"], "--resume")
-        load_weights(learner.head, {"weight": state["head"]}, "--resume")
+        load_weights(net, state["model"], Path(args.output, "last.pt"))
+        load_weights(learner.head, {"weight": state["head"]}, Path(args.output, "last.pt"))
         optimizer.load_state_dict(state["optimizer"])
     if rank == 0:
         sizes = {"recognition": net.net, "LocNet": net.locnet, "identities": learner.head}
@@ -1355,8 +1359,9 @@ def main(args) -> dict:
     if args.eval or args.predict:
         return evaluate_checkpoint(args) if args.eval else predict(args)
     scores, folder = train(args)
-    rows = {f"lambda {args.lam:g}" if args.method not in ("none", *BY_LANDMARKS) else args.method: scores}
-    for lam in map(float, listed(args.also_lam)):
+    learns = args.method not in ("none", *BY_LANDMARKS)
+    rows = {f"lambda {args.lam:g}" if learns else args.method: scores}
+    for lam in map(float, listed(args.also_lam) if learns else ()):
         shared = [str(folder)]
         if dist.is_initialized():
             dist.broadcast_object_list(shared)

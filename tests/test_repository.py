@@ -106,4 +106,5 @@ def test_claims_name_flags_that_exist():
             for flags in claim.variants.values():
                 data = "faces" if "--also" in flags else "folder"
                 module.parse_args(["--data", data, *claims.ALWAYS[script].split(),
-                                   *claims.SMALL[script].split(), *flags.split()])
+                                   *claims.SMALL[script].split(),
+                                   *flags.replace("@/template.pts", __file__).split()])
