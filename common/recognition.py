@@ -923,7 +923,8 @@ def score(test, features: torch.Tensor) -> dict[str, float]:
         first, second = torch.from_numpy(test.pairs).T
         mean, spread = metrics.verification_accuracy(pooled[first], pooled[second], test.same, test.folds)
         return {"accuracy": mean, "accuracy/std": spread}
-    identity, searched = torch.from_numpy(test.identity), torch.from_numpy((test.role == 0) | (test.role == 2))
+    identity = torch.from_numpy(test.identity)
+    searched = torch.from_numpy((test.role == 0) | (test.role == 2))
     scores = {}
     for group in ("", *sorted(set(test.group[test.role == 1]) - {""}, key=natural)):
         probe = torch.from_numpy((test.role == 1) & ((test.group == group) | (group == "")))

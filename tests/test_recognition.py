@@ -688,12 +688,11 @@ def test_score_of_pairs_of_probes_and_of_templates():
     test.group = np.repeat(["left", "right"], 10)
     assert recognition.score(test, wrong)["rank1/left"] == pytest.approx(5 / 6)
     assert recognition.score(test, wrong)["rank1/right"] == 1.0
-    pairs = recognition.VerificationSet("videos", None, np.repeat(np.arange(4), 5), np.array([[0, 1], [2, 2]]),
-                                        np.array([False, True]), np.arange(20).astype(str), folds=2)
+    names, video, same = np.arange(20).astype(str), np.repeat(np.arange(4), 5), np.array([False, True])
+    pairs = recognition.VerificationSet("videos", None, video, np.array([[0, 1], [2, 2]]), same, names, folds=2)
     assert recognition.score(pairs, 7 * person)["accuracy"] == 1.0
-    ijb = recognition.TemplateSet("IJB", None, None, np.ones(20, np.float32), np.repeat(np.arange(4), 5),
-                                  np.arange(20), np.array([[0, 1], [2, 2]], np.int32), np.array([False, True]),
-                                  np.arange(20).astype(str))
+    ijb = recognition.TemplateSet("IJB", None, None, np.ones(20, np.float32), video, np.arange(20),
+                                  np.array([[0, 1], [2, 2]], np.int32), same, names)
     assert recognition.score(ijb, person)["tar/0.001"] == 1.0
 
 
