@@ -689,7 +689,8 @@ def test_score_of_pairs_of_probes_and_of_templates():
     assert recognition.score(test, wrong)["rank1/left"] == pytest.approx(5 / 6)
     assert recognition.score(test, wrong)["rank1/right"] == 1.0
     names, video, same = np.arange(20).astype(str), np.repeat(np.arange(4), 5), np.array([False, True])
-    pairs = recognition.VerificationSet("videos", None, video, np.array([[0, 1], [2, 2]]), same, names, folds=2)
+    pairs = np.array([[0, 1], [2, 2]])
+    pairs = recognition.VerificationSet("videos", None, video, pairs, same, names, folds=2)
     assert recognition.score(pairs, 7 * person)["accuracy"] == 1.0
     ijb = recognition.TemplateSet("IJB", None, None, np.ones(20, np.float32), video, np.arange(20),
                                   np.array([[0, 1], [2, 2]], np.int32), same, names)
