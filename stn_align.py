@@ -195,8 +195,10 @@ def check_flags(args, error: Callable[[str], None]):
     if args.box not in BOXES and (not args.predict or parse_box(args.box) is None):
         error(f"--box {args.box}: expected image, landmarks or face, with --predict x0,y0,x1,y1 in pixels, "
               f"x0 < x1, y0 < y1 (written --box=-5,... where x0 is negative)")
-    if args.cache and args.box == "image":
-        error("--cache goes with --box landmarks or face; whole images are read anew")
+    if args.cache and args.box not in BOXES[1:]:
+        if "cache" in args.given:
+            error("--cache goes with --box landmarks or face; whole images are read anew")
+        args.cache = ""
     for name in ("template_file", "detector"):
         if getattr(args, name) and not os.path.isfile(getattr(args, name)):
             error(f"--{name.replace('_', '-')}: no file {getattr(args, name)}")
