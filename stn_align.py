@@ -10,9 +10,9 @@ the warped faces' landmarks to a learned template. ANME, the scatter of aligned 
 alignment is: too weak, and pose remains; too strong, and what tells people apart is gone.
 
 Where each equation is:
-  Eq. (1)             ANME                                  common.metrics.anme
-  Eq. (2), (3), (4)   alignment loss, its weights           alignment_loss
-  Eq. (5)             loss                                  Learner
+  Eq. (1)        ANME                                            common.metrics.anme
+  Eq. (3), (4)   distance of the landmarks, and of the weights from 1   alignment_loss
+  Eq. (2), (5)   alignment loss, loss                            Learner
 
 Differs from the paper, or settles what it leaves open (the authors have published no code):
   - Blocks are ArcFace's IR units, as in Table 4's LResNet100E-IR; Table 1 draws two 3 x 3 convolutions and
@@ -33,12 +33,14 @@ Differs from the paper, or settles what it leaves open (the authors have publish
   - "TPS-Grid-2" is 2 x 2 points (tps2), 8 numbers as the homography has, and fits landmarks less well than
     that; the paper's order of strength asks for 2 x 2 cells (tps3). Both are here.
   - Affine2D fits five points (eye centres, nose, mouth corners) to those of T; six numbers, not a similarity.
-  - LocNet learns at a hundredth of the rate (--loc-lr). Its last layer sums thousands of features: at the
+  - LocNet learns at a hundredth of the rate, on drawn faces three (--loc-lr). Its last layer sums thousands of features: at the
     full rate lambda 0 throws the lattice out of the image within an epoch, and lambda 3 folds most faces.
   - Mirrored copies of half of the images, a linear warm-up of 500 steps: not in the paper.
   - Outside the image is mid-grey, outside the feature map 0. RGB. The embedding of a test image is the sum of
     its own and its mirror image's. The last epoch is reported.
-  - With --gpus N each process normalises its own share of the batch.
+  - The spline's grid is computed in float64, which costs no time at this size (see common/warp.py).
+  - With --gpus N each process normalises its own share of the batch. On a GPU the gradient of sampling is
+    summed in any order, so that two runs differ in their last digits.
 
 Train on VGGFace2 on four GPUs (the paper: 90.20 % rank-1 on MegaFace, which is withdrawn; not run here):
   python stn_align.py --data vggface2 --data-root VGGFace2 --landmarks POINTS --gpus 4 --amp
@@ -94,6 +96,7 @@ PRESETS = {
 DRAWN = {"train": 1600, "test": 400}  # faces of --data faces
 BOXES = ("image", "landmarks", "face")
 METHODS = ("none", "affine2d", "proj", "tps2", "tps3", "tps8", "fullalign")  # as Sec. 3.1 orders them
+BY_LOCNET = METHODS[2:6]  # learn to align
 BY_LANDMARKS = ("affine2d", "fullalign")  # need those of every image, also to recognise
 WHOLE = dict(box="image", cache="")  # how the sets of --test are read, which have no boxes
 FRAME = 112  # px, the unit of LocNet, template and losses
@@ -160,7 +163,8 @@ def parse_args(argv=None):
     add("--drop-at", default="12/24,17/24,22/24", help="parts of the run after which the rate falls by 10")
     add("--warmup", type=int, default=500, help="steps over which the rate rises to --lr")
     add("--test", nargs="+", default=[], metavar="PATH", help="sets to verify and identify on, beside the "
-        "test split: a .bin, the folder of LFW, YTF, ..., a .csv of pairs or of roles")
+        "test split: a .bin, the folder of LFW, YTF, ..., a .csv of pairs or of roles; with landmarks, if "
+        "any, in PATH.landmarks.csv")
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     # argparse fills in no default where the namespace has a value, so what is not None now was typed.
@@ -186,10 +190,11 @@ def check_flags(args, error: Callable[[str], None]):
     for name, holds, what in wanted:
         if not holds:
             error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {what}")
-    learns = args.method not in ("none", *BY_LANDMARKS)
     for name in ("lam", "also_lam", "template", "alpha"):
-        if name in args.given and getattr(args, name) and not learns:
+        if name in args.given and getattr(args, name) and args.method not in BY_LOCNET:
             error(f"--{name.replace('_', '-')} goes with a method that learns to align, not {args.method}")
+    if args.batch_size < 2 * args.gpus:
+        error(f"--batch-size {args.batch_size}: batch norms want two faces or more for each of --gpus")
     if args.batch_size % args.gpus:
         error(f"--batch-size {args.batch_size} does not divide over --gpus {args.gpus}")
     if args.box not in BOXES and (not args.predict or parse_box(args.box) is None):
@@ -329,12 +334,14 @@ class LocNet(nn.Module):
 #   outputs                       how many numbers of LocNet it takes; 0: it is fitted to landmarks
 #   fit(numbers or landmarks)     the W of each face
 #   to_input(w, points)           W(y)
-#   to_aligned(w, points, start)  W^-1(x)
+#   to_aligned(w, points, start)  W^-1(x); `start`, a guess, is for splines only
 #   grid(w, size)                 W at the pixels of a crop of `size` px, normalised: what warp.sample takes
 
-def frame_centres(size: int, device) -> torch.Tensor:
-    """Pixels of a crop of `size` x `size`, in px of a 112 px crop: (size * size, 2)."""
-    return warp.to_px(warp.to_norm(warp.pixel_centres((size, size), device), (size, size)), (FRAME, FRAME))
+def pixel_grid(maps, w, size: int) -> torch.Tensor:
+    """`grid` of a family, by its `to_input`: (B, size, size, 2)."""
+    centres = warp.to_norm(warp.pixel_centres((size, size), w.device), (size, size))
+    moved = maps.to_input(w, warp.to_px(centres, (FRAME, FRAME)))                        # (B, size * size, 2)
+    return warp.to_norm(moved, (FRAME, FRAME)).unflatten(1, (size, size))
 
 
 class Affine2D(nn.Module):
@@ -357,8 +364,7 @@ class Affine2D(nn.Module):
         return warp.apply_affine(warp.invert(w), points)
 
     def grid(self, w, size):
-        return warp.to_norm(self.to_input(w, frame_centres(size, w.device)), (FRAME, FRAME)).unflatten(
-            1, (size, size))
+        return pixel_grid(self, w, size)
 
 
 class Projective(nn.Module):
@@ -366,7 +372,7 @@ class Projective(nn.Module):
     outputs = 8
 
     def fit(self, numbers):
-        """(B, 8), 1 = 56 px at the crop's edge -> (B, 3, 3), in normalised coordinates."""
+        """(B, 8), of which 1 moves the crop's edge by 1 px -> (B, 3, 3), in normalised coordinates."""
         h = F.pad(numbers / (FRAME / 2), (0, 1)).unflatten(1, (3, 3))
         # |h7| + |h8| < 1 keeps the divisor positive all over the crop.
         h = torch.cat([h[:, :2], 0.45 * (h[:, 2:] / 0.45).tanh()], 1)
@@ -376,9 +382,10 @@ class Projective(nn.Module):
         return warp.to_px(warp.apply_projective(w, warp.to_norm(points, (FRAME, FRAME))), (FRAME, FRAME))
 
     def to_aligned(self, w, points, start=None):
-        return self.to_input(torch.linalg.inv(w.double()), points).to(points.dtype)
+        return self.to_input(torch.linalg.inv_ex(w.double())[0], points).to(points.dtype)
 
-    grid = Affine2D.grid
+    def grid(self, w, size):
+        return pixel_grid(self, w, size)
 
 
 class Spline(nn.Module):
@@ -418,6 +425,9 @@ def family(method: str, template: torch.Tensor | None) -> nn.Module | None:
     if method in BY_LANDMARKS and template is None:
         raise ValueError(f"--method {method} needs landmarks: of training images, and of those to recognise; "
                          "see --landmarks")
+    if method == "affine2d" and len(template) not in datasets.SCHEMES:
+        raise ValueError(f"--method affine2d takes five points of a scheme {list(datasets.SCHEMES)}, not of "
+                         f"{len(template)} landmarks")
     return {"none": lambda: None, "affine2d": lambda: Affine2D(template), "proj": Projective,
             "tps2": lambda: Spline(2), "tps3": lambda: Spline(3), "tps8": lambda: Spline(8),
             "fullalign": lambda: Spline(template=template)}[method]()
@@ -463,8 +473,10 @@ class AlignedRecognizer(nn.Module):
         if self.maps is None:
             return None
         if self.locnet is None:
-            if landmarks is None:
-                raise ValueError(f"method {self.method} needs the landmarks of every image")
+            found = 0 if landmarks is None else landmarks.shape[1]
+            if found != len(self.template):
+                raise ValueError(f"method {self.method} needs the {len(self.template)} landmarks of every image, "
+                                 f"found {found}")
             return self.maps.fit(landmarks.float())
         numbers = self.locnet(image)
         if not (numbers.is_cuda and self.training):
@@ -484,7 +496,8 @@ class AlignedRecognizer(nn.Module):
         if w is None:
             return x
         with torch.autocast(x.device.type, enabled=False):  # in bfloat16 the grid is half a pixel off
-            return warp.sample(x, self.maps.grid(w, self.size)).to(x.dtype)
+            warped = warp.sample(x, self.maps.grid(w, self.size))
+            return warped.to(x.dtype, memory_format=torch.channels_last)  # as the next convolution wants it
 
     def forward(self, image, landmarks=None) -> torch.Tensor:
         """Image (B, 3, size, size) in [-1, 1], landmarks (B, S, 2) px of 112 if the method needs them."""
@@ -494,8 +507,9 @@ class AlignedRecognizer(nn.Module):
         """Where the pixels of the aligned crop lie in the input: (B, size, size, 2), normalised."""
         w = self.fit(image, landmarks)
         if w is None:
-            centres = warp.to_norm(frame_centres(self.size, image.device), (FRAME, FRAME))
-            return centres.view(1, self.size, self.size, 2).expand(len(image), -1, -1, -1)
+            size = (self.size, self.size)
+            centres = warp.to_norm(warp.pixel_centres(size, image.device), size)
+            return centres.view(1, *size, 2).expand(len(image), -1, -1, -1)
         return self.maps.grid(w, self.size)
 
     def map_points(self, points, image, to: str = "input", landmarks=None):
@@ -551,7 +565,7 @@ class AMSoftmax(nn.Module):
     def forward(self, embeddings, labels):
         with torch.autocast(embeddings.device.type, enabled=False):
             cosines = F.linear(F.normalize(embeddings.float()), F.normalize(self.weight.float()))   # (B, C)
-            margin = self.m * F.one_hot(labels, len(self.weight))
+            margin = torch.zeros_like(cosines).scatter_(1, labels[:, None], self.m)
             return F.cross_entropy(self.s * (cosines - margin), labels)
 
 
@@ -635,7 +649,7 @@ def read_set(args, split: str) -> Split | None:
             return None
         if needs_landmarks(args) and not args.landmarks:
             raise ValueError(f"{needs_landmarks(args)} needs landmarks, and records have none: --landmarks")
-        images = recognition.Records(args.data_root)
+        images = recognition.Records(args.data_root)  # --limit is for the sets of files
         return Split(images, None, recognition.read_landmarks(images.keys.astype(str), args.landmarks)
                      if args.landmarks else None)
     elif args.data == "youtube":
@@ -648,10 +662,13 @@ def read_set(args, split: str) -> Split | None:
         if args.landmarks:
             faces = recognition.attach_points(faces, args.landmarks, args.data_root)
     faces = faces[:args.limit or None]
-    datasets.check_images(faces)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # minutes, for millions of files
+        datasets.check_images(faces)
     if needs_landmarks(args):
         recognition.check_points(faces, needs_landmarks(args))
     points = None if any(face.points is None for face in faces) else np.stack([face.points for face in faces])
+    if args.method == "affine2d" and points.shape[1] in datasets.SCHEMES:
+        warp.check_points(datasets.group_means(points, datasets.SCHEMES[points.shape[1]].five), "affine")
     return Split(recognition.FolderImages(faces), faces, points)
 
 
@@ -659,8 +676,8 @@ def needs_landmarks(args) -> str:
     """What asks for landmarks, in words for an error; "" if nothing does."""
     if args.method in BY_LANDMARKS:
         return f"--method {args.method}"
-    if args.method != "none" and args.lam:
-        return f"--lam {args.lam:g}"
+    if args.method in BY_LOCNET and (lam := max([args.lam, *map(float, listed(args.also_lam))])):
+        return f"--lam {lam:g}"
     return "--box landmarks" if args.box == "landmarks" else ""
 
 
@@ -674,15 +691,17 @@ def make_dataset(args, split, augmented: bool):
     frames = datasets.square_frames(datasets.face_boxes(split.faces, args.box), args.size, args.margin)
     # How much wider than the crop it may look: a crop turned by a is cos a + sin a as wide.
     angle = math.radians(min(args.rotate, 45))
-    reach = (math.cos(angle) + math.sin(angle)) / (1 - args.scale) + 2 * args.shift / FRAME
-    flip = scheme.flip if scheme else None if split.points is not None else np.arange(0)
+    reach = (math.cos(angle) + math.sin(angle)) * (1 + 2 * args.shift / FRAME) / (1 - args.scale)
+    flip = np.arange(0) if split.points is None else scheme and scheme.flip  # no points: none to swap
     return datasets.CropDataset(split.faces, frames, args.size, move, reach, 1 + args.scale, flip, args.seed)
 
 
 def frame_points(data, most: int = 2000) -> torch.Tensor:
-    """Landmarks of a set without augmentation, px of a 112 px crop: (N, S, 2), of `most` images at most."""
+    """Landmarks of a set without augmentation, px of a 112 px crop: (N, S, 2); of whole images, whose sizes
+    are not known before they are read, those of `most` at most, evenly spaced."""
     if isinstance(data, datasets.CropDataset):
         return to_frame(data.crop_points(), data.size)
+    data = recognition.WholeImages(data.images, data.size, data.points)
     chosen = np.linspace(0, len(data) - 1, min(most, len(data))).astype(int).tolist()
     return to_frame(torch.cat([data.__getitems__([(0, i)])["points"] for i in chosen]), data.size)
 
@@ -715,7 +734,9 @@ def look(net: AlignedRecognizer, loader, args) -> dict:
             mirrored = mirrored * mirrored.new_tensor([-1, 1]) + mirrored.new_tensor([FRAME - 1, 0])
         with precision(args, device):
             w = net.fit(image, points)
-            features = net.embed(image, w) + net(image.flip(3), mirrored)
+            features = net.embed(image, w)
+            if net.locnet is not None or net.maps is None or mirrored is not None:
+                features = features + net(image.flip(3), mirrored)
         row = {"features": features}
         if net.maps is not None:
             row["folded"] = folded(net.maps.grid(w, net.size))
@@ -748,7 +769,7 @@ def alignment_scores(seen: dict, net: AlignedRecognizer) -> dict:
     if net.locnet is not None and net.alpha_logit is not None:
         alpha = net.alpha().detach()
         scores |= {"alpha/min": alpha.min().item(), "alpha/max": alpha.max().item()}
-        if "distance" in seen and net.alpha_logit.requires_grad:  # how far from the optimum of Eq. (2)
+        if "distance" in seen and net.alpha_logit.requires_grad:  # from the optimum of L_align for these
             best = 1 - seen["distance"].mean(0) / (2 * len(alpha))
             scores["alpha/gap"] = (alpha.cpu() - best).abs().max().item()
     return scores
@@ -771,9 +792,19 @@ def test_sets(args, device: torch.device) -> list[TestSet]:
     for path in args.test:
         protocol, whole = recognition.read_test(path), argparse.Namespace(**vars(args) | WHOLE)
         beside = os.path.normpath(path) + ".landmarks.csv"
-        if args.method in BY_LANDMARKS or os.path.exists(beside):
+        if os.path.exists(beside):
             protocol = recognition.with_landmarks(protocol, beside)
-        data = make_dataset(whole, protocol, False)
+        elif args.method in BY_LANDMARKS:
+            raise FileNotFoundError(f"--test {path}: method {args.method} needs the landmarks of its images: "
+                                    f"no {beside}")
+        split = Split(protocol.images, None, protocol.points)
+        if args.box == "landmarks" and protocol.points is not None:
+            faces = [datasets.Face(partial(protocol.images.__getitem__, i), points)
+                     for i, points in enumerate(protocol.points)]
+            whole, split = argparse.Namespace(**vars(args) | dict(cache="")), split._replace(faces=faces)
+        elif args.box != "image":
+            print(f"--test {path}: whole images; the network was trained on crops about {args.box}")
+        data = make_dataset(whole, split, False)
         sets.append(TestSet(make_loader(whole, data, datasets.in_order(len(data), 64), device), [protocol],
                             protocol.name))
     return sets
@@ -893,7 +924,8 @@ def write_pictures(folder: Path, net: AlignedRecognizer, sets: Sequence[TestSet]
     if sets:
         write_image(folder / "alignment.png", draw_alignment(net, sets[0].loader.dataset))
     if start is not None:
-        write_image(folder / "template.png", draw_template(net, start))
+        if net.template.requires_grad or net.alpha_logit.requires_grad:
+            write_image(folder / "template.png", draw_template(net, start))
         datasets.write_pts(folder / "template.pts", net.template)
 
 
@@ -1113,23 +1145,24 @@ def load_weights(net: nn.Module, weights: dict, path) -> None:
     net.load_state_dict(weights)
 
 
-def open_checkpoint(args, path: str, free: set[str]) -> AlignedRecognizer:
-    """A checkpoint's network, in evaluation mode; `args` takes its flags over, but for `free`, the typed ones
-    of DATA, and all of DATA where --data names another set."""
+def open_checkpoint(args, path: str, free: set[str]) -> tuple[AlignedRecognizer, dict]:
+    """A checkpoint's network, in evaluation mode, and its flags. `args` takes these over, but for `free`, the
+    typed ones of DATA, and all of DATA where --data names another set."""
     args.gpus, given = 1, set(args.given)
     device = setup(args)[2]
     state = load(path, "stn_align")
     other = "data" in given and args.data != state["args"]["data"]
     restore_args(args, state["args"], MACHINE | free | (DATA if other else DATA & given))
+    args.cache = args.cache if args.box in BOXES[1:] else ""
     net = build(args, state["model"].get("template"), device)
     load_weights(net, state["model"], path)
-    return net.eval()
+    return net.eval(), state["args"]
 
 
 def evaluate_checkpoint(args) -> dict:
     """--eval: the numbers of a checkpoint on the test split of --data and on --test; with --output, the
     pictures too. Data and crop are those of its training, unless --data, --box or --margin are given."""
-    net = open_checkpoint(args, args.eval, {"box", "margin"} & set(args.given))
+    net, _ = open_checkpoint(args, args.eval, {"box", "margin"} & set(args.given))
     folder = find_run(args, "stn_align")
     sets = test_sets(args, net.net.fc.weight.device)
     if not sets:
@@ -1167,20 +1200,20 @@ def find_boxes(args, image: np.ndarray, detector) -> np.ndarray:
 
 @torch.inference_mode()
 def recognise(net: AlignedRecognizer, image: np.ndarray, box: np.ndarray, margins: list, points, args):
-    """Aligned crop (size, size, 3) uint8, W(T) (S, 2) px of the image or None, unit embedding (512,), of the
-    face in `box` (4,). A second margin is about the W(T) of the first look. `points` (S, 2) px or None."""
+    """Aligned crop (size, size, 3) uint8, W(T) (S, 2) px of the image, None where T was not used, and unit
+    embedding (512,) of the face in `box` (4,). A second margin is about the W(T) of the first look; `points`
+    (S, 2) px of the image or None."""
     for margin in margins:
         frames = torch.from_numpy(datasets.square_frames(box[None], args.size, margin))
-        data = datasets.CropDataset([datasets.Face(image, points)], frames, args.size)
-        seen = look(net, [data.__getitems__([(0, 0)])], args)
-        crop, landmarks = prepare(data.__getitems__([(0, 0)]), net.net.fc.weight.device)
+        batch = datasets.CropDataset([datasets.Face(image, points)], frames, args.size).__getitems__([(0, 0)])
+        crop, landmarks = prepare(batch, net.net.fc.weight.device)
         w, places = net.fit(crop, landmarks), None
-        if net.template is not None:
+        if net.template is not None and (args.lam or net.locnet is None) and w is not None:
             places = from_frame(net.move(net.template, w, 1, "input")[0].cpu(), args.size)
             places = warp.apply_affine(warp.invert(frames), places.double())[0].numpy()
             box = np.concatenate([places.min(0), places.max(0)])
     aligned = ((net.align(crop, w)[0] + 1) * GREY).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
-    return aligned, places, F.normalize(seen["features"].float())[0].numpy()
+    return aligned, places, F.normalize(look(net, [batch], args)["features"].float())[0].numpy()
 
 
 def predict(args) -> dict:
@@ -1193,8 +1226,7 @@ def predict(args) -> dict:
     NAME.face2.png and so on. Pixels are taken as stored: turn a photo that has an orientation tag.
     Raises: FileNotFoundError for a path without images, or landmarks that are needed; ValueError for two
         images of one name, or one that cannot be read; FileExistsError before a file is written over."""
-    net = open_checkpoint(args, args.weights, DATA | {"box"} | ({"margin"} & set(args.given)))
-    trained = load(args.weights, "stn_align")["args"]["box"]
+    net, trained = open_checkpoint(args, args.weights, DATA | {"box"} | ({"margin"} & set(args.given)))
     detector = open_detector(args.detector) if args.detector else None
     found = datasets.image_paths(args.predict)  # {name: path}
     datasets.check_images([datasets.Face(path) for path in found.values()])
@@ -1205,8 +1237,9 @@ def predict(args) -> dict:
         if target.exists():
             raise FileExistsError(f"--output {folder}: {target} exists already; name another folder")
     folder = make_run(args, "stn_align", folder)
-    margins = [args.margin] * (2 if trained == "landmarks" and net.locnet and args.lam else 1)
-    if trained == "image" or not detector and args.box in BOXES:
+    about_points = trained["box"] == "landmarks"
+    margins = [args.margin] * (2 if about_points and net.locnet and args.lam else 1)
+    if not detector and args.box in BOXES or trained["box"] == "image" and "margin" not in args.given:
         margins[0] = 1.0  # the whole image has its margin in it
     for name, path in tqdm(found.items(), "predict"):
         image, points = datasets.load_image(path), None
@@ -1217,9 +1250,9 @@ def predict(args) -> dict:
                                  f"template {len(net.template)}")
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         for i, box in enumerate(find_boxes(args, image, detector), 1):
-            if points is not None and trained == "landmarks":
-                box = np.concatenate([points.min(0), points.max(0)])
-            look_at = [args.margin] if points is not None and trained == "landmarks" else margins
+            look_at = margins
+            if points is not None and about_points:
+                box, look_at = np.concatenate([points.min(0), points.max(0)]), [args.margin]
             aligned, places, feature = recognise(net, image, box, look_at, points, args)
             target = str(folder / name) + (f".face{i}" if i > 1 else "")
             write_image(target + ".png", aligned)
@@ -1271,8 +1304,8 @@ def make_learner(args, data, images, state: dict | None, device: torch.device, r
         sizes = {"recognition": net.net, "LocNet": net.locnet, "identities": learner.head}
         sizes = [f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in sizes.items()
                  if part is not None]
-        print(f"{args.method} at {args.align_at}, lambda {args.lam:g}, {device.type}; parameters: " +
-              ", ".join(sizes))
+        print(f"{args.method} at {args.align_at}" + (f", lambda {args.lam:g}" if net.locnet else "") +
+              f", {device.type}; parameters: " + ", ".join(sizes))
     return learner, optimizer, start
 
 
@@ -1301,11 +1334,14 @@ def train(args) -> tuple[dict, Path]:
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     batches = datasets.EpochBatches(len(train_set), args.batch_size, args.seed, rank, world)
+    sets = test_sets(args, device) if rank == 0 else []  # before anything is written
     loader = make_loader(args, train_set, batches, device, everywhere=True)
     steps, start, scores, began = len(batches), state["epoch"] if state else 0, {}, time.time()
     if rank == 0:  # only the first process evaluates and writes
-        folder, sets = make_run(args, "stn_align", folder), test_sets(args, device)
+        folder = make_run(args, "stn_align", folder)
         print(f"run: {folder}, processes: {world}, epochs done: {start} of {args.epochs}", flush=True)
+        if state and state["world"] != world:
+            print(f"the run had {state['world']} processes: batch norms now see other shares, numbers change")
         cut_log(folder / "log.jsonl", start)
     del state
     bar = tqdm(total=args.epochs * steps, initial=start * steps, disable=rank > 0,
@@ -1341,7 +1377,8 @@ def train(args) -> tuple[dict, Path]:
                        args.batch_size / (time.time() - epoch_began))
             if epoch + 1 == args.epochs or (epoch + 1) % args.eval_every == 0:
                 scores = evaluate(net, sets, args)
-            row |= scores | dict(minutes=(time.time() - began) / 60)
+                row |= scores
+            row["minutes"] = (time.time() - began) / 60
             bar.write(summary(row))
             write_log(folder / "log.jsonl", **row)
             save(folder / "last.pt", script="stn_align", model=net.state_dict(), start=template,
@@ -1361,14 +1398,16 @@ def main(args) -> dict:
     if args.eval or args.predict:
         return evaluate_checkpoint(args) if args.eval else predict(args)
     scores, folder = train(args)
-    learns = args.method not in ("none", *BY_LANDMARKS)
+    learns = args.method in BY_LOCNET
     rows = {f"lambda {args.lam:g}" if learns else args.method: scores}
     for lam in map(float, listed(args.also_lam) if learns else ()):
+        torch.cuda.empty_cache()  # of the last network and its crops; nothing without a GPU
         shared = [str(folder)]
         if dist.is_initialized():
             dist.broadcast_object_list(shared)
         other = argparse.Namespace(**vars(args) | dict(
-            lam=lam, also_lam="", output=str(Path(shared[0], f"lam{lam:g}")), given=[]))
+            lam=lam, also_lam="", output=str(Path(shared[0], f"lam{lam:g}")),
+            given=sorted({"data_root", "landmarks"} & set(args.given))))
         other.resume = Path(other.output, "last.pt").exists()
         rows[f"lambda {lam:g}"] = train(other)[0]
         scores = scores | {f"{key}@lam{lam:g}": value for key, value in rows[f"lambda {lam:g}"].items()}

@@ -1004,8 +1004,11 @@ def make_loader(dataset: CropDataset, batches, workers: int, device, on_device: 
         return DeviceLoader(dataset, batches, device)
     if workers:  # they are the parallelism; and a fork that finds OpenCV's threads running can hang
         cv2.setNumThreads(1)
+    # A generator of its own: by default, the first pass takes the seed of its workers from the run's, so that
+    # the dropout of a resumed run would differ.
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=dict,
-                                       persistent_workers=workers > 0, pin_memory=device.type == "cuda")
+                                       persistent_workers=workers > 0, pin_memory=device.type == "cuda",
+                                       generator=torch.Generator())
 
 
 def in_order(count: int, batch: int) -> list[list[tuple[int, int]]]:

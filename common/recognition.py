@@ -873,15 +873,16 @@ def _stacked(faces: Sequence[Face]) -> np.ndarray | None:
     return None if any(face.points is None for face in faces) else np.stack([face.points for face in faces])
 
 
-def own_pairs(faces: Sequence[Face], seed: int = 0) -> VerificationSet:
+def own_pairs(faces: Sequence[Face], seed: int = 0, most: int = 6000) -> VerificationSet:
     """Pairs of a set that has no official ones. Of a person's n images in order all pairs n // 2 or more
-    apart (neighbours are often frames of one video), and as many pairs of different people at random, each
-    person in turn being the first. Both in the order of the people and by turns: folds hold both kinds, and
-    share as few people as can be.
+    apart (neighbours are often frames of one video), `most` at most, evenly spaced; and as many pairs of
+    different people at random, each person in turn being the first. Both in the order of the people and by
+    turns: folds hold both kinds, and share as few people as can be.
     Raises: ValueError if there are not two people, or no two images of one."""
     images, people = _people(faces)
     genuine = np.concatenate([person[np.stack(np.triu_indices(len(person), max(len(person) // 2, 1)), 1)]
                               for person in people])                                               # (G, 2)
+    genuine = genuine[np.linspace(0, len(genuine) - 1, min(most, len(genuine))).astype(int)]
     rng, count = np.random.default_rng(seed), np.array([len(person) for person in people])
     first = np.sort(np.arange(len(genuine)) % len(people))
     second = (first + rng.integers(1, len(people), len(first))) % len(people)
