@@ -33,8 +33,9 @@ Differs from the paper, or settles what it leaves open (the authors have publish
   - "TPS-Grid-2" is 2 x 2 points (tps2), 8 numbers as the homography has, and fits landmarks less well than
     that; the paper's order of strength asks for 2 x 2 cells (tps3). Both are here.
   - Affine2D fits five points (eye centres, nose, mouth corners) to those of T; six numbers, not a similarity.
-  - LocNet learns at a hundredth of the rate, on drawn faces three (--loc-lr). Its last layer sums thousands of features: at the
-    full rate lambda 0 throws the lattice out of the image within an epoch, and lambda 3 folds most faces.
+  - LocNet learns at a hundredth of the rate, on drawn faces three (--loc-lr). Its last layer sums thousands
+    of features: at the full rate lambda 0 throws the lattice out of the image within an epoch, and lambda 3
+    folds most faces.
   - Mirrored copies of half of the images, a linear warm-up of 500 steps: not in the paper.
   - Outside the image is mid-grey, outside the feature map 0. RGB. The embedding of a test image is the sum of
     its own and its mirror image's. The last epoch is reported.
@@ -475,8 +476,8 @@ class AlignedRecognizer(nn.Module):
         if self.locnet is None:
             found = 0 if landmarks is None else landmarks.shape[1]
             if found != len(self.template):
-                raise ValueError(f"method {self.method} needs the {len(self.template)} landmarks of every image, "
-                                 f"found {found}")
+                raise ValueError(f"method {self.method} needs the {len(self.template)} landmarks of every "
+                                 f"image, found {found}")
             return self.maps.fit(landmarks.float())
         numbers = self.locnet(image)
         if not (numbers.is_cuda and self.training):
@@ -1363,6 +1364,8 @@ def train(args) -> tuple[dict, Path]:
             optimizer.step()
             losses[step] = terms.detach()
             if step % 20 == 0:  # the only reading of the loss: it waits for the GPU
+                if not losses[step].isfinite().all():
+                    net.eval().fit(image, points)  # says so if it is LocNet's
                 check_losses(losses[:, 0], epoch + 1)
                 bar.set_postfix(epoch=epoch + 1, loss=f"{losses[step, 0].item():.3f}", refresh=False)
             bar.update()
