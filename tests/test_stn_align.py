@@ -1,0 +1,825 @@
+"""stn_align.py: the maps and their inverses, losses against loops, gradients, a joint training, whole runs."""
+import json
+import math
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import stn_align as sa
+from common import datasets, metrics, recognition, synthetic, warp
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+LEARNING = [method for method in sa.METHODS if method not in ("none", *sa.BY_LANDMARKS)]
+ALIGNING = sa.METHODS[1:]
+
+
+def same(a, b, tolerance=1e-6):
+    a = torch.as_tensor(a)
+    torch.testing.assert_close(a, torch.as_tensor(b, dtype=a.dtype).expand(a.shape), rtol=0, atol=tolerance)
+
+
+def template(points=68):
+    """A drawn face, (points, 2) px of a 112 px crop: a quarter of the crop is free on each side."""
+    shape = torch.from_numpy(synthetic.read_faces("train", 1, size=112, points=points)[0].points).double()
+    low, high = shape.amin(0), shape.amax(0)
+    return (28 + 56 * (shape - low) / (high - low).max()).float()
+
+
+def landmarks(count=3, points=68, seed=0):
+    """Faces about the template: turned, enlarged, moved, and none like another."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, 2, 3, generator=generator) * torch.tensor([0.06, 0.06, 3.0])
+    middle, shape = torch.tensor([55.5, 55.5]), template(points)
+    moved = warp.apply_affine(torch.eye(2, 3) + noise, shape - middle) + middle
+    return moved + 0.5 * torch.randn(count, points, 2, generator=generator)
+
+
+def network(method="tps8", align_at="fmap", size=32, seed=0, points=68, **options):
+    torch.manual_seed(seed)
+    options = dict(depth=10, width=4, dropout=0.0, template=template(points) if points else None) | options
+    return sa.AlignedRecognizer(method, align_at, size=size, **options).eval()
+
+
+def moves(method, amount=5.0):
+    """Outputs of LocNet: a smooth turn and wave of the lattice, up to some px; eight numbers of Proj."""
+    if method == "proj":
+        return torch.tensor([0.1, -0.07, 0.12, 0.05, -0.08, -0.06, 0.12, -0.08]) * 10 * amount
+    axis = torch.linspace(-1, 1, int(method[3:]))
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    wave = torch.stack([torch.sin(2 * y) + 0.5 * x, torch.cos(1.5 * x) - 0.4 * y], -1)
+    return amount * wave.flatten()
+
+
+def set_moves(net, amount=5.0, spread=0.0):
+    """Makes LocNet say `moves`, and for each image a little else."""
+    with torch.no_grad():
+        net.locnet.fc.bias.copy_(moves(net.method, amount))
+        net.locnet.fc.weight.normal_(std=spread) if spread else None
+    return net
+
+
+def images(count=3, size=32, seed=0):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def aligning(method, size=32, **options):
+    """A network that moves faces, its input and landmarks (None where it needs none)."""
+    net = network(method, size=size, **options)
+    if net.locnet is not None:
+        set_moves(net)
+    return net, images(size=size), landmarks() if method in sa.BY_LANDMARKS else None
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+
+def count(module, trained=False):
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def test_published_sizes():
+    with torch.device("meta"):
+        small, large, loc = sa.IRNet(), sa.IRNet(100), sa.LocNet(128)
+        x = small.stem(torch.empty(2, 3, 112, 112))
+        assert x.shape == (2, 64, 112, 112) and small.layer4[0].conv2.out_channels == 512
+    assert (count(small), count(small, True)) == (34_139_328, 34_138_816)
+    assert count(large) == 65_156_160 and count(loc) == 727_112
+    assert not small.features.weight.requires_grad and small.features.bias.requires_grad
+    assert sa.LocNet(128)(torch.zeros(1, 3, 112, 112)).shape == (1, 128)
+    assert network(size=112)(torch.zeros(1, 3, 112, 112)).shape == (1, 512)
+
+
+def test_names_of_the_recognition_network_are_those_of_insightface():
+    with torch.device("meta"):
+        names = {name for name in sa.IRNet(18).state_dict() if "running" not in name and "num" not in name}
+    norm = lambda name: {f"{name}.weight", f"{name}.bias"}
+    wanted = {"conv1.weight", "prelu.weight", "fc.weight", "fc.bias"} | norm("bn1") | norm("bn2") | \
+        norm("features")
+    for stage in range(1, 5):
+        for block in range(2):
+            base = f"layer{stage}.{block}."
+            wanted |= {base + "conv1.weight", base + "conv2.weight", base + "prelu.weight"}
+            wanted |= norm(base + "bn1") | norm(base + "bn2") | norm(base + "bn3")
+        wanted |= {f"layer{stage}.0.downsample.0.weight"} | norm(f"layer{stage}.0.downsample.1")
+    assert names == wanted
+
+
+def test_stages_shrink_by_two_and_the_first_keeps_its_resolution():
+    net = sa.IRNet(34, width=4, size=32).eval()
+    x, shapes = net.stem(images()), []
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        x = stage(x)
+        shapes.append((len(stage), *x.shape[1:]))
+    assert shapes == [(3, 4, 16, 16), (4, 8, 8, 8), (6, 16, 4, 4), (3, 32, 2, 2)]
+    block = net.layer1[0]  # the improved residual unit, spelt out
+    x = net.stem(images())
+    y = block.bn3(block.conv2(block.prelu(block.bn2(block.conv1(block.bn1(x))))))
+    assert block.conv1.stride == (1, 1) and block.conv2.stride == (2, 2)
+    same(block(x), y + block.downsample(x[:, :, ::2, ::2]), 1e-6)
+
+
+@pytest.mark.parametrize("make", [lambda: sa.IRNet(10, 4, 32), lambda: sa.LocNet(8, 32), network])
+def test_no_strided_1x1_convolution_is_reachable(make):
+    """oneDNN writes past its buffer in the backward of one on a channels_last map of few channels."""
+    for module in make().modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.kernel_size != (1, 1) or module.stride == (1, 1)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_any_layout_trains(layout):
+    learner = sa.Learner(network().train(), 2, 3.0).to(memory_format=layout)
+    batch = {"image": torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8), "points": landmarks(2) / 3.5}
+    image, points = sa.prepare(batch, CPU)
+    assert image.is_contiguous(memory_format=torch.channels_last) and image.min() >= -1 and image.max() <= 1
+    learner(image.contiguous(memory_format=layout), torch.tensor([0, 1]), points)[0].backward()
+    assert all(p.grad.isfinite().all() for p in learner.parameters() if p.requires_grad)
+
+
+# ---- Maps: the contract of every method ----------------------------------------------------------
+
+@pytest.mark.parametrize("size", [112, 64, 48])
+@pytest.mark.parametrize("method", [*LEARNING, "none"])
+def test_the_start_is_the_identity(method, size):
+    net, image = network(method, size=size), images(2, size)
+    w = net.fit(image)
+    centres = warp.to_norm(warp.pixel_centres((size, size)), (size, size)).view(size, size, 2)
+    same(net.grid(image), centres, 1e-6)
+    same(net.align(image, w), image, 5e-5)
+    points = landmarks(2)
+    for to in ("input", "aligned"):
+        moved, converged = net.map_points(points, image, to)
+        same(moved, points, 1e-4)
+        assert converged.all() and converged.shape == (2, 68)
+
+
+@pytest.mark.parametrize("method", LEARNING)
+def test_image_and_feature_map_are_the_same_place_at_the_identity(method):
+    nets = [network(method, at) for at in ("input", "fmap")]
+    nets[1].load_state_dict(nets[0].state_dict())
+    one, two = (net(images()) for net in nets)
+    same(one, two, 1e-4)
+    set_moves(nets[0])
+    nets[1].load_state_dict(nets[0].state_dict())
+    assert (nets[0](images()) - nets[1](images())).abs().max() > 1e-2  # and only there
+
+
+@pytest.mark.parametrize("method", ALIGNING)
+def test_input_and_aligned_are_inverse(method):
+    net, image, own = aligning(method)
+    points = landmarks(seed=1) if method != "fullalign" else template() + torch.randn(3, 68, 2) * 0.01
+    for first, second in (("input", "aligned"), ("aligned", "input")):
+        if method == "fullalign" and first == "aligned":
+            points = own  # where it folds, no other point has one inverse
+        there, converged = net.map_points(points, image, first, own)
+        assert converged.all() and (there - points).norm(dim=-1).mean() > 1
+        back, converged = net.map_points(there, image, second, own)
+        assert converged.all()
+        same(back, points, 2e-3 if method != "fullalign" else 0.1)
+
+
+@pytest.mark.parametrize("size", [112, 48])
+@pytest.mark.parametrize("method", ALIGNING)
+def test_an_image_of_its_own_coordinates_becomes_the_map(method, size):
+    """Finds a mistake in the order of x and y, or half a pixel."""
+    net, image, own = aligning(method, size)
+    places = sa.frame_centres(size, CPU)
+    ramp = places.T.reshape(1, 2, size, size).expand(3, -1, -1, -1)
+    w = net.fit(image, own)
+    seen = net.align(ramp, w).flatten(2).mT                                             # (3, size^2, 2)
+    mapped, _ = net.map_points(places, image, "input", own)
+    low, high = places.min(), places.max()
+    inside = ((mapped > low) & (mapped < high)).all(-1)
+    assert inside.float().mean() > 0.5
+    same(seen[inside], mapped[inside], 1e-4 if size == 112 else 2e-4)
+    same(net.grid(image, own), warp.to_norm(mapped, (112, 112)).view(3, size, size, 2), 1e-5)
+
+
+@pytest.mark.parametrize("method", ALIGNING)
+def test_a_blob_at_a_landmark_goes_where_the_point_goes(method):
+    net, _, own = aligning(method, 112)
+    if method == "fullalign":  # a smooth family: noise bends the spline within a blob's width
+        own = warp.apply_affine(torch.tensor([[[1.1, 0.1, -8], [-0.1, 0.9, 9]]]), template()).expand(3, -1, -1)
+        own = own + 2 * torch.sin(own.flip(-1) / 15)
+    places = own[0] if own is not None else landmarks(1)[0]
+    x, y = sa.frame_centres(112, CPU).T.reshape(2, 112, 112)
+    for place in places[[0, 16, 30, 48]]:
+        blob = (-((x - place[0])**2 + (y - place[1])**2) / 8).exp()[None, None]
+        w = net.fit(torch.zeros(1, 3, 112, 112), own[:1] if own is not None else None)
+        weight = net.align(blob, w)[0, 0]
+        weight = (weight - 0.1 * weight.max()).clamp_min(0)
+        centre = torch.stack([(weight * x).sum(), (weight * y).sum()]) / weight.sum()
+        mapped, converged = net.move(place[None], w, 1, "aligned")
+        assert converged.all() and (mapped[0, 0] - place).norm() > 0.5
+        assert (centre - mapped[0, 0]).norm() < 0.1
+
+
+@pytest.mark.parametrize("method", ALIGNING)
+def test_autocast_leaves_the_map_alone(method):
+    net, image, own = aligning(method)
+    with torch.autocast("cpu", torch.bfloat16):
+        w, grid = net.fit(image, own), net.grid(image, own)
+        there = net.map_points(template(), image, "input", own)[0]
+        warped = net.align(image.bfloat16(), w)
+    same(w, net.fit(image, own), 1e-3 if method == "fullalign" else 3e-5)
+    same(grid, net.grid(image, own), 1e-4)
+    same(there, net.map_points(template(), image, "input", own)[0], 1e-2 if net.locnet else 1e-4)
+    assert warped.dtype == torch.bfloat16
+    if method.startswith("tps"):  # W(c) = p, of what LocNet said
+        c = warp.to_px(net.maps.spline.targets, (112, 112)).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            same(net.maps.to_input(w, c), c + moves(method).view(-1, 2), 56e-4)
+
+
+def test_splines_pass_through_lattice_and_landmarks():
+    net, image, _ = aligning("tps8")
+    assert net.maps.outputs == 128 and network("tps2").maps.outputs == 8 == network("proj").maps.outputs
+    c = warp.to_px(net.maps.spline.targets, (112, 112)).float()
+    same(c[[0, 7, 8, 63]], [[-0.5, -0.5], [111.5, -0.5], [-0.5, 15.5], [111.5, 111.5]], 1e-4)  # x runs first
+    set_moves(net, spread=0.02)
+    numbers = net.locnet(image)
+    assert (numbers[0] - numbers[1]).abs().max() > 0.1
+    same(net.map_points(c, image)[0], c + numbers.view(3, 64, 2), 1e-3)
+    full, own = network("fullalign"), landmarks()
+    same(full.map_points(full.template, image, "input", own)[0], own, 1e-3)
+
+
+def test_full_alignment_brings_every_landmark_to_the_template():
+    net, own = network("fullalign"), landmarks(8)
+    aligned, converged = net.map_points(own, images(8), "aligned", own)
+    assert converged.all()
+    same(aligned, net.template, 1e-3)
+    assert anme(aligned) < 1e-4
+
+
+def anme(points):
+    pupils = datasets.group_means(points.double(), datasets.SCHEMES[points.shape[1]].pupils)
+    return metrics.anme(points.double(), (pupils[:, 0] - pupils[:, 1]).norm(dim=1))
+
+
+@pytest.mark.parametrize("points", [68, 98, 5])
+def test_affine2d_is_least_squares_of_five_points(points):
+    net, own = network("affine2d", points=points), landmarks(4, points)
+    five = datasets.group_means(own, datasets.SCHEMES[points].five).double()
+    goal = datasets.group_means(template(points), datasets.SCHEMES[points].five).double()
+    aligned, converged = net.map_points(own, images(4), "aligned", own)
+    assert converged.all()
+    for i in range(4):
+        rows = torch.cat([five[i], torch.ones(5, 1)], 1)
+        m = torch.linalg.lstsq(rows, goal).solution                                               # (3, 2)
+        same(aligned[i].double(), torch.cat([own[i].double(), torch.ones(points, 1)], 1) @ m, 1e-3)
+
+
+def test_the_homography_by_its_eight_numbers():
+    net = network("proj")
+    numbers = moves("proj")[None].repeat(3, 1)
+    points = landmarks()
+    x, y = warp.to_norm(points, (112, 112)).unbind(-1)
+    h = (numbers[0] / 56).tolist()
+    h7, h8 = (0.45 * math.tanh(value / 0.45) for value in h[6:])
+    divisor = h7 * x + h8 * y + 1
+    wanted = torch.stack([((1 + h[0]) * x + h[1] * y + h[2]) / divisor,
+                          (h[3] * x + (1 + h[4]) * y + h[5]) / divisor], -1)
+    same(net.maps.to_input(net.maps.fit(numbers), points), warp.to_px(wanted, (112, 112)), 1e-3)
+    wild = net.maps.fit(torch.tensor([[0.0] * 6 + [1e4, -1e4]]))
+    assert net.maps.grid(wild, 32).isfinite().all()  # the divisor stays positive all over the crop
+    corners = torch.tensor([[-1.0, -1, 1], [1, -1, 1], [-1, 1, 1], [1, 1, 1]])
+    assert (wild[0, 2] @ corners.T).min() > 0.09
+
+
+def test_an_affine_family_is_aligned_perfectly():
+    """Landmarks that are affine maps of T: with the same maps of the lattice W(T) = x, y = T, ANME = 0."""
+    net, generator = network("tps8"), torch.Generator().manual_seed(0)
+    m = torch.eye(2, 3) + torch.randn(6, 2, 3, generator=generator) * torch.tensor([0.1, 0.1, 4])
+    own = warp.apply_affine(m, net.template.detach())
+    c = warp.to_px(net.maps.spline.targets, (112, 112)).float()
+    w = net.maps.fit((warp.apply_affine(m, c) - c).flatten(1))
+    same(w[:, :64], 0.0, 1e-5)  # no bend
+    l_lmk, _ = sa.alignment_loss(net.maps.to_input(w, net.template), own, torch.ones(68))
+    assert l_lmk < 1e-4 and anme(own) > 0.01
+    aligned, converged = net.move(own, w, 6, "aligned")
+    same(aligned, net.template, 1e-3)
+    assert converged.all() and anme(aligned) < 1e-5
+
+
+def test_frames_of_other_sizes():
+    points = landmarks()
+    same(sa.from_frame(sa.to_frame(points, 64), 64), points, 1e-4)
+    same(sa.to_frame(torch.tensor([[-0.5, 63.5]]), 64), [[-0.5, 111.5]])  # edges are edges
+    same(sa.frame_centres(64, CPU), sa.to_frame(warp.pixel_centres((64, 64)), 64), 1e-4)
+    for method in ALIGNING:  # what LocNet says is px of a 112 px crop, whatever the network's size is
+        small, large = (aligning(method, size) for size in (64, 112))
+        for to in ("input", "aligned"):
+            one, two = (net.map_points(landmarks(), image, to, own)[0] for net, image, own in (small, large))
+            same(one, two, 1e-4)
+
+
+def test_a_fold_is_counted():
+    net, image, _ = aligning("tps8")
+    assert sa.folded(net.grid(image)).tolist() == [False] * 3
+    numbers = moves("tps8")[None].repeat(3, 1).view(3, 64, 2)
+    numbers[1, 27, 0] += 60  # over its neighbour
+    grid = net.maps.grid(net.maps.fit(numbers.flatten(1)), 32)
+    assert sa.folded(grid).tolist() == [False, True, False]
+    assert sa.folded(grid.flip(2)).tolist() == [True] * 3  # a mirror turns over everywhere
+    seen = {"folded": sa.folded(grid)}
+    assert sa.alignment_scores(seen, net)["folded"] == pytest.approx(1 / 3)
+
+
+def test_points_that_do_not_converge_are_told():
+    net, image, _ = aligning("tps8")
+    far = torch.full((3, 68, 2), 3e5)
+    moved, converged = net.map_points(far, image, "aligned")
+    assert moved.isfinite().all() and not converged.all()
+    back = net.map_points(moved, image)[0]
+    assert torch.equal(converged, (back - far).norm(dim=-1) < 0.05)
+
+
+def test_a_nan_of_locnet_is_named_before_it_is_sampled():
+    net, image, _ = aligning("tps8")
+    image[1, 0, 3, 3] = math.nan
+    for call in (net, net.grid, lambda image: net.map_points(template(), image)):
+        with pytest.raises(FloatingPointError, match="LocNet gives nan or inf for image 1 of a batch"):
+            call(image)
+    with pytest.raises(FloatingPointError, match="LocNet gives nan or inf.*a lower --lr"):
+        sa.Learner(net.train(), 2, 3.0)(image, torch.tensor([0, 1, 0]), landmarks())
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: network("tps9"), "method 'tps9', align_at 'fmap': expected one of"),
+    (lambda: network(align_at="stem"), "align_at 'stem'"),
+    (lambda: network("affine2d", points=0), "--method affine2d needs landmarks.*see --landmarks"),
+    (lambda: network("fullalign", points=0), "--method fullalign needs landmarks"),
+    (lambda: network("fullalign")(images()), "method fullalign needs the landmarks of every image"),
+    (lambda: network("affine2d").map_points(template(), images()), "method affine2d needs the landmarks"),
+    (lambda: network("fullalign")(images(), landmarks(points=5)), "K = 68"),
+    (lambda: network("fullalign", template=template()[[0, 1, 2, 2, 30]]), "both at"),
+    (lambda: network().map_points(template(), images(), "output"), "to='output': expected 'input' or"),
+    (lambda: sa.AMSoftmax(512, 1), "1 identities: recognition is learned from two or more")])
+def test_what_cannot_be_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_affine2d_names_landmarks_of_another_number():
+    with pytest.raises(ValueError, match="68"):
+        network("affine2d")(images(), landmarks(points=29))
+
+
+# ---- Losses --------------------------------------------------------------------------------------
+
+def test_alignment_loss_is_equations_3_and_4():
+    warped, own = landmarks(4, 29), landmarks(4, 29, seed=1)
+    alpha = torch.rand(29, generator=torch.Generator().manual_seed(0))
+    l_lmk, l_reg = sa.alignment_loss(warped, own, alpha)
+    total = sum(float(alpha[s]) * math.hypot(*(warped[i, s] - own[i, s]).tolist())
+                for i in range(4) for s in range(29))
+    assert l_lmk.item() == pytest.approx(total / (4 * 29), rel=1e-5)
+    assert l_reg.item() == pytest.approx(sum((1 - float(a))**2 for a in alpha), rel=1e-5)  # a sum, no mean
+    assert sa.alignment_loss(own, own, torch.ones(29)) == (0, 0)
+
+
+def test_alignment_loss_has_a_finite_gradient_where_both_agree():
+    own = landmarks().requires_grad_()
+    sum(sa.alignment_loss(own, own.detach().clone(), torch.full((68,), 0.5))).backward()
+    assert own.grad.isfinite().all()
+
+
+def test_the_best_weight_is_that_of_the_closed_form():
+    """With distances D frozen, alpha goes to 1 - D / (2 |S|)."""
+    D = torch.linspace(0.5, 60, 68)
+    own = landmarks(2)
+    logit = torch.zeros(68, requires_grad=True)
+    optimizer = torch.optim.SGD([logit], 20.0)
+    for _ in range(400):
+        optimizer.zero_grad()
+        sum(sa.alignment_loss(own + torch.stack([0.6 * D, 0.8 * D], 1), own, logit.sigmoid())).backward()
+        optimizer.step()
+    same(logit.sigmoid().detach(), 1 - D / (2 * 68), 0.01)
+
+
+@pytest.mark.parametrize("m, s", [(0.35, 64.0), (0.0, 1.0)])
+def test_am_softmax_against_a_loop(m, s):
+    torch.manual_seed(0)
+    head = sa.AMSoftmax(16, 7, m, s)
+    x, labels, total = torch.randn(5, 16), torch.tensor([0, 6, 3, 3, 1]), 0.0
+    for f, y in zip(x.double(), labels.tolist()):
+        cosines = [float(f @ w / f.norm() / w.norm()) for w in head.weight.detach().double()]
+        logits = [s * (c - m * (k == y)) for k, c in enumerate(cosines)]
+        total += math.log(sum(math.exp(z - logits[y]) for z in logits))
+    assert head(x, labels).item() == pytest.approx(total / 5, rel=1e-5)
+    assert head(9 * x, labels).item() == pytest.approx(total / 5, rel=1e-5)  # lengths do not count
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head(x, labels).item() == pytest.approx(total / 5, rel=1e-5)
+    assert (sa.AMSoftmax(512, 9).m, sa.AMSoftmax(512, 9).s) == (0.35, 64)
+
+
+def learner(method="tps8", lam=3.0, seed=0, **options):
+    net = network(method, seed=seed, **options)
+    return sa.Learner(net, 3, lam).train()
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 3.0])
+def test_loss_is_equations_2_and_5(lam):
+    model = learner(lam=lam).eval()
+    set_moves(model.net, spread=0.01)
+    with torch.no_grad():
+        model.net.alpha_logit.copy_(torch.linspace(-2, 2, 68))
+    own, labels = landmarks(), torch.tensor([0, 1, 2])
+    loss, l_fr, l_lmk, l_reg = model(images(), labels, own).tolist()
+    assert l_fr == pytest.approx(model.head(model.net(images()), labels).item(), rel=1e-5)
+    assert loss == pytest.approx(l_fr + lam * (l_lmk + l_reg), rel=1e-5)
+    terms = sa.alignment_loss(model.net.map_points(model.net.template, images())[0], own, model.net.alpha())
+    assert (l_lmk, l_reg) == pytest.approx([float(term) for term in terms] if lam else (0, 0), rel=1e-4)
+
+
+def gradients(model, **batch):
+    model.zero_grad()
+    model(images(), torch.tensor([0, 1, 2]), landmarks())[0].backward()
+    return {name: 0.0 if p.grad is None else p.grad.abs().max().item() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("method", LEARNING)
+@pytest.mark.parametrize("lam", [0.0, 3.0])
+def test_the_first_step_moves_the_last_layer_of_locnet_and_the_second_its_trunk(method, lam):
+    model = learner(method, lam)
+    grads = gradients(model)
+    trunk = [name for name in grads if name.startswith("net.locnet.") and ".fc." not in name]
+    assert trunk and all(grads[name] == 0 for name in trunk)
+    assert grads["net.locnet.fc.weight"] > 0 and grads["net.locnet.fc.bias"] > 0
+    torch.optim.SGD(model.parameters(), 1e-3).step()
+    grads = gradients(model)
+    assert all(grads[name] > 0 for name in trunk)
+
+
+@pytest.mark.parametrize("align_at", ["input", "fmap"])
+@pytest.mark.parametrize("method", sa.METHODS)
+@pytest.mark.parametrize("lam", [0.0, 3.0])
+def test_every_trained_parameter_has_a_gradient_and_no_other(method, align_at, lam):
+    """DistributedDataParallel waits for the gradient of all that is trained. L_fr leaves T and alpha alone."""
+    lam = lam if method in LEARNING else 0.0
+    learns = lam > 0
+    model = learner(method, lam, align_at=align_at, learn_template=learns, learn_alpha=learns)
+    if model.net.locnet is not None:
+        set_moves(model.net, spread=0.01)
+    grads = gradients(model)
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (p.grad is not None), name
+        # The bias in front of the last batch norm is the one whose gradient is only rounding.
+        assert not p.requires_grad or name == "net.net.fc.bias" or grads[name] > 0, name
+    assert model.net.template.requires_grad == model.net.alpha_logit.requires_grad == learns
+
+
+def test_fixed_template_and_weights():
+    net = network(learn_template=False, learn_alpha=False)
+    assert not net.template.requires_grad and torch.equal(net.alpha(), torch.ones(68))
+    assert torch.equal(network().alpha(), torch.full((68,), 0.5)) and network().template.requires_grad
+    fixed = learner(learn_alpha=False)
+    assert fixed(images(), torch.tensor([0, 1, 2]), landmarks())[3] == 0  # L_reg
+    for method in ("none", *sa.BY_LANDMARKS):  # nothing reaches T there
+        assert not network(method).template.requires_grad
+    bare = network(points=0)
+    assert bare.template is None and bare(images()).shape == (3, 512)
+    moved, converged = set_moves(bare).map_points(landmarks(1)[0], images(), "aligned")
+    assert converged.all() and moved.shape == (3, 68, 2)
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+SLIM = ["--data", "faces", "--size", "32", "--width", "4", "--depth", "10", "--device", "cpu"]
+SHORT = [*SLIM, "--limit", "40", "--batch-size", "20", "--epochs", "1", "--warmup", "0", "--lr", "0.02",
+         "--also-lam", ""]
+
+
+def drawn_args(*flags):
+    return sa.parse_args([*SHORT, *flags])
+
+
+def start(args, rank=1):
+    """Training set, learner and optimizer of a run that begins."""
+    train_images, data = sa.load_sets(args, rank)
+    return train_images, data, *sa.make_learner(args, data, train_images, None, CPU, rank)
+
+
+def test_learning_rates_of_the_paper():
+    args, rates = sa.parse_args(["--data", "vggface2"]), {}
+    for per_epoch in (7, 12300):
+        for epoch in (1, 12, 13, 17, 18, 22, 23, 24):
+            for step in ((epoch - 1) * per_epoch, epoch * per_epoch - 1):
+                rates.setdefault(epoch, set()).add(round(sa.learning_rate(
+                    step, 24 * per_epoch, args.lr, 0, sa.listed(args.drop_at)), 9))
+    assert rates == {1: {0.2}, 12: {0.2}, 13: {0.02}, 17: {0.02}, 18: {0.002}, 22: {0.002}, 23: {0.0002},
+                     24: {0.0002}}
+    rise = [sa.learning_rate(step, 10**6, 0.2, 500, []) for step in (0, 249, 499, 500, 9999)]
+    assert rise == pytest.approx([0.0004, 0.1, 0.2, 0.2, 0.2])
+
+
+def test_template_and_weights_are_outside_weight_decay_and_locnet_has_its_own_rate():
+    args = drawn_args("--loc-lr", "0.25", "--weight-decay", "0.01")
+    *_, model, optimizer, _ = start(args)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [({names[id(p)] for p in group["params"]}, group["weight_decay"], group["scale"])
+              for group in optimizer.param_groups]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert set.union(*(group[0] for group in groups)) == trained
+    assert sum(len(group[0]) for group in groups) == len(trained)
+    for found, decay, scale in groups:
+        own, loc = found & {"net.template", "net.alpha_logit"}, {n for n in found if n[:11] == "net.locnet."}
+        assert own in (set(), found) and loc in (set(), found)
+        assert (decay, scale) == ((0, 1) if own else (0.01, 0.25) if loc else (0.01, 1))
+    assert "head.weight" in trained and optimizer.param_groups[0]["momentum"] == 0.9
+
+
+@pytest.mark.parametrize("flags, template_learns, alpha_learns", [
+    ("", True, True), ("--lam 0", False, False), ("--template fixed", False, True),
+    ("--alpha fixed", True, False), ("--method proj --lam 0.1", True, True), ("--method affine2d", False, False)])
+def test_flags_say_what_is_learned(flags, template_learns, alpha_learns):
+    net = sa.build(drawn_args(*flags.split()), template(), CPU)
+    assert (net.template.requires_grad, net.alpha_logit.requires_grad) == (template_learns, alpha_learns)
+
+
+@pytest.fixture(scope="module")
+def joint():
+    """100 steps of the joint training on drawn faces: lambda -> distances of W(T) on the way, scores."""
+    def go(lam, steps=100, scale=1.0):
+        args = drawn_args("--lam", str(lam), "--limit", "120", "--loc-lr", "0.1", "--lr", "0.1", "--shift", "6",
+                          "--rotate", "20")
+        train_images, data, model, optimizer, _ = start(args)
+        model.net.locnet.register_forward_hook(lambda _, inputs, output: scale * output)
+        data.regions.keep("device", verbose=False)
+        labels, generator, distances = torch.as_tensor(train_images.labels), np.random.default_rng(0), []
+        model.train()
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = group["scale"] * sa.learning_rate(step, steps, args.lr, 20, [])
+            chosen = generator.integers(0, len(data), 12).tolist()
+            image, points = sa.prepare(data.__getitems__([(step, i) for i in chosen]), CPU)
+            loss = model(image, labels[chosen], points)[0]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                if step % 10 == 9:
+                    moved = model.net.map_points(model.net.template, image)[0]
+                    distances.append((moved - points).norm(dim=-1).mean().item())
+        scores = sa.evaluate(model.net, sa.test_sets(args, CPU), args) if steps == 100 else {}
+        return distances, scores, model.net
+    return go(0), go(3), go(0, 10, 56.0)
+
+
+def test_a_joint_training_in_px_stays_bounded_and_lambda_aligns(joint):
+    (free, free_scores, _), (drawn, drawn_scores, net), (normalised, _, _) = joint
+    assert max(free + drawn) < 30
+    assert drawn[-1] < 0.7 * drawn[0] and drawn_scores["anme"] < 0.75 * free_scores["anme"]
+    assert drawn_scores["distance"] < free_scores["distance"]
+    assert normalised[-1] > 1000  # where LocNet speaks of normalised coordinates, in as many px
+    # The weights go to 1 - D / (2 |S|), so they stay near 1 (Fig. 8(b) has 0.1 to 0.6).
+    assert 0.9 < drawn_scores["alpha/min"] < drawn_scores["alpha/max"] < 1
+
+
+# ---- Data ----------------------------------------------------------------------------------------
+
+def test_the_template_is_the_mean_of_frontal_faces():
+    frontal = template() + torch.randn(12, 68, 2, generator=torch.Generator().manual_seed(0))
+    turned = template().repeat(30, 1, 1)
+    turned[:, 30, 0] += 15.0  # the nose near an eye
+    both = torch.cat([turned, frontal])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same(sa.mean_frontal_template(both), frontal.mean(0), 1e-4)
+        for share, counts in ((0.39, True), (0.61, True), (0.37, False), (0.63, False)):
+            faces = frontal[:1].repeat(20, 1, 1)
+            five = datasets.group_means(faces[0], datasets.SCHEMES[68].five)[:, 0]
+            faces[10:, 30, 0] = five[0] + share * (five[1] - five[0])
+            faces[:10, 30, 0] = five[0] + 0.5 * (five[1] - five[0])
+            same(sa.mean_frontal_template(faces), faces.mean(0) if counts else faces[0], 1e-3)
+    with pytest.warns(UserWarning, match="9 of 39 faces are frontal: T is the mean of all"):
+        same(sa.mean_frontal_template(both[:39]), both[:39].mean(0), 1e-4)
+    with pytest.raises(ValueError, match=r"84 landmarks are no known scheme.*--template-file, or.*--lam 0"):
+        sa.mean_frontal_template(torch.rand(20, 84, 2))
+
+
+def test_augmentation_stays_within_what_it_says():
+    rng, still = np.random.default_rng(0), 0
+    for _ in range(200):
+        matrix, mirror, extras = sa.augment(rng, 64, 20, 0.1, 7)
+        zoom = math.sqrt(np.linalg.det(matrix[:, :2]))
+        angle = math.degrees(math.atan2(matrix[0, 1], matrix[0, 0]))
+        middle = matrix[:, :2] @ [31.5, 31.5] + matrix[:, 2] - 31.5
+        assert abs(angle) <= 20 and 0.9 <= zoom <= 1.1 and np.abs(middle).max() <= 4 and extras == {}
+        still += mirror
+    assert 70 < still < 130
+    same(sa.augment(rng, 64)[0], np.eye(2, 3))
+
+
+def people(root, count=9, points=True, side=48):
+    """Drawn faces of three people as PERSON/NAME.png, and .pts beside; returns their landmarks by name."""
+    found = {}
+    for i, face in enumerate(synthetic.read_faces("train", count, size=side, points=68)):
+        name = f"n{i % 3}/{i}"
+        path = root / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), datasets.load_image(face.image)[..., ::-1])
+        found[name] = face.points
+        if points:
+            datasets.write_pts(str(path.with_suffix(".pts")), face.points)
+    return found
+
+
+def put_landmarks(found, folder, skip=()):
+    """Landmarks as a folder of .pts and as a CSV; returns their paths."""
+    lines = []
+    for name, points in found.items():
+        if name not in skip:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            datasets.write_pts(str(folder / f"{name}.pts"), points)
+            lines.append(",".join([f"{name}.png", *(f"{v:.6f}" for v in points.flatten().tolist())]))
+    table = folder.with_suffix(".csv")
+    header = ",".join(["image", *(f"{axis}{i}" for i in range(68) for axis in "xy")])
+    table.write_text("\n".join([header, *lines]) + "\n")
+    return str(folder), str(table)
+
+
+def folder_args(root, *flags, data="folder"):
+    return sa.parse_args(["--data", data, "--data-root", str(root), "--size", "32", "--device", "cpu", *flags])
+
+
+def test_folders_with_and_without_points(tmp_path):
+    found = people(tmp_path / "with" / "train")
+    split = sa.read_set(folder_args(tmp_path / "with"), "train")
+    assert split.points.shape == (9, 68, 2) and split.images.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    same(torch.from_numpy(split.points[0]).float(), found["n0/0"], 1e-3)
+    assert sa.read_set(folder_args(tmp_path / "with"), "test") is None
+    assert len(sa.read_set(folder_args(tmp_path / "with", "--limit", "4"), "train").images) == 4
+    people(tmp_path / "bare" / "train", points=False)
+    for flags, message in (("", "lam 3"), ("--method fullalign", "method fullalign"),
+                           ("--lam 0", "box landmarks"), ("--method none", "box landmarks")):
+        with pytest.raises(ValueError, match=f"n0.0.png has no landmarks, which --{message} needs"):
+            sa.read_set(folder_args(tmp_path / "bare", *flags.split()), "train")
+    for flags in ("--lam 0", "--method none"):
+        split = sa.read_set(folder_args(tmp_path / "bare", "--box", "image", "--cache", "", *flags.split()),
+                            "train")
+        assert split.points is None and len(split.faces) == 9
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        sa.read_set(folder_args(tmp_path / "nowhere"), "train")
+    (tmp_path / "with/train/n0/0.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="0.png"):
+        sa.read_set(folder_args(tmp_path / "with"), "train")
+
+
+def test_vggface2_with_landmarks_of_their_own(tmp_path):
+    found = people(tmp_path / "set" / "train", points=False)
+    found = {f"train/{name}": points for name, points in found.items()}
+    for path in put_landmarks(found, tmp_path / "points"):
+        split = sa.read_set(folder_args(tmp_path / "set", "--landmarks", path, data="vggface2"), "train")
+        same(torch.from_numpy(split.points).float(), np.stack([found[f"train/n{i // 3}/{i // 3 + 3 * (i % 3)}"]
+                                                               for i in range(9)]), 1e-3)
+    with pytest.raises(ValueError, match="has no landmarks, which --lam 3 needs"):
+        sa.read_set(folder_args(tmp_path / "set", data="vggface2"), "train")
+    for path in put_landmarks(found, tmp_path / "fewer", ["train/n1/4"]):
+        with pytest.raises(ValueError, match="4.png has no landmarks.*1 of 9 images"):
+            sa.read_set(folder_args(tmp_path / "set", "--landmarks", path, data="vggface2"), "train")
+
+
+def put_records(root, count=9):
+    """train.rec and train.idx of drawn faces of three people; returns their landmarks by key."""
+    root.mkdir(parents=True, exist_ok=True)
+    data, lines, found = b"", "", {}
+    for key, face in enumerate(synthetic.read_faces("train", count, size=32, points=68)):
+        content = struct.pack("<IfQQ", 0, key % 3, 7, 0)
+        content += cv2.imencode(".png", datasets.load_image(face.image)[..., ::-1])[1].tobytes()
+        lines += f"{key}\t{len(data)}\n"
+        data += struct.pack("<II", 0xced7230a, len(content)) + content + b"\0" * (-len(content) % 4)
+        found[str(key)] = face.points
+    (root / "train.rec").write_bytes(data)
+    (root / "train.idx").write_text(lines)
+    return found
+
+
+def test_records(tmp_path):
+    found = put_records(tmp_path / "ms1m")
+    args = folder_args(tmp_path / "ms1m", data="ms1m")
+    with pytest.raises(ValueError, match="--lam 3 needs landmarks, and records have none: --landmarks"):
+        sa.read_set(args, "train")
+    args = folder_args(tmp_path / "ms1m", "--lam", "0", data="ms1m")
+    assert sa.read_set(args, "train").points is None and sa.read_set(args, "test") is None
+    for path in put_landmarks(found, tmp_path / "points"):
+        args = folder_args(tmp_path / "ms1m", "--landmarks", path, data="ms1m")
+        split = sa.read_set(args, "train")
+        same(torch.from_numpy(split.points), np.stack(list(found.values())), 1e-3)
+        batch = sa.make_dataset(args, split, False).__getitems__([(0, 4)])
+        np.testing.assert_array_equal(batch["image"][0].numpy(), split.images[4])
+        assert sa.first_template(args, sa.make_dataset(args, split, False)).shape == (68, 2)
+
+
+def test_limit_holds_for_records(tmp_path):
+    put_records(tmp_path)
+    args = folder_args(tmp_path, "--lam", "0", "--limit", "5", data="ms1m")
+    assert len(sa.read_set(args, "train").images) == 5
+
+
+@pytest.mark.parametrize("box", ["landmarks", "face"])
+def test_records_have_no_boxes(tmp_path, box):
+    put_records(tmp_path)
+    args = folder_args(tmp_path, "--lam", "0", "--method", "none", "--box", box, data="ms1m")
+    with pytest.raises((ValueError, SystemExit), match=f"--box {box}|landmarks"):
+        sa.make_dataset(args, sa.read_set(args, "train"), False)
+
+
+def test_landmarks_are_px_of_a_112_px_crop_in_batches_and_templates(tmp_path):
+    args = drawn_args("--box", "landmarks")
+    _, data = sa.load_sets(args, 1)
+    plain = sa.make_dataset(args, sa.read_set(args, "train"), False)
+    _, points = sa.prepare(plain.__getitems__([(0, i) for i in range(40)]), CPU)
+    same(sa.frame_points(plain), points, 1e-3)
+    assert 60 < (points.amax(1) - points.amin(1)).amax() < 112
+    same(sa.first_template(args, data), sa.mean_frontal_template(points), 1e-3)
+    people(tmp_path / "train")
+    args = folder_args(tmp_path, "--box", "image", "--cache", "")
+    whole = sa.make_dataset(args, sa.read_set(args, "train"), False)
+    _, points = sa.prepare(whole.__getitems__([(0, i) for i in range(9)]), CPU)
+    same(sa.frame_points(whole), points, 1e-3)
+    same((points[0] + 0.5) * 48 / 112 - 0.5, whole.points[0], 1e-3)  # a whole image is the crop
+
+
+def test_templates_that_cannot_serve_are_named(tmp_path):
+    _, data = sa.load_sets(drawn_args(), 1)
+    path = str(tmp_path / "t.pts")
+    datasets.write_pts(path, template(29))
+    with pytest.raises(ValueError, match=r"--template-file .*t.pts has 29 points, the landmarks .* are 68"):
+        sa.first_template(drawn_args("--template-file", path), data)
+    twice = template()
+    twice[41] = twice[40]
+    datasets.write_pts(path, twice)
+    for method in ("tps8", "fullalign"):
+        with pytest.raises(ValueError, match=r"template .*t.pts: .*40 and 41 are both at.*leave one out"):
+            sa.first_template(drawn_args("--method", method, "--template-file", path), data)
+
+
+# ---- Flags ---------------------------------------------------------------------------------------
+
+def test_presets_are_flags_and_flags_beat_presets():
+    for name, preset in sa.PRESETS.items():
+        args = sa.parse_args(["--data", name])
+        for key, value in preset.items():
+            assert getattr(args, key) == value
+        assert args.given == ["data"]
+    args = sa.parse_args(["--data", "vggface2", "--epochs", "7", "--no-amp"])
+    assert args.given == ["amp", "data", "epochs"] and args.epochs == 7
+    assert (args.batch_size, args.lr, args.weight_decay, args.lam, args.depth, args.size, args.width) == \
+        (256, 0.2, 5e-4, 3, 34, 112, 64)
+    assert (args.method, args.align_at, args.template, args.alpha) == ("tps8", "fmap", "learned", "learned")
+    assert sa.parse_args(["--data", "ms1m"]).depth == 100 and sa.parse_args([]).data == "faces"
+
+
+def test_bad_flags_are_named(capsys):
+    least = {"epochs": 1, "batch-size": 2, "gpus": 1, "limit": 0, "seed": 0, "eval-every": 1, "width": 1,
+             "warmup": 0, "weight-decay": 0, "workers": -1, "rotate": 0, "shift": 0}
+    cases = [(f"--{name} {value - 1}", f"expected at least {value}") for name, value in least.items()]
+    for name in ("lr", "loc-lr", "margin"):
+        cases += [(f"--{name} {value}", f"--{name} {value}: expected more than 0")
+                  for value in ("0.0", "nan", "inf")]
+    for flags, message in [
+            *cases, ("--size 100", "--size 100: expected a multiple of 16"), ("--size 0", "a multiple of 16"),
+            ("--lam -1", "--lam -1.0: expected at least 0"), ("--lam nan", "expected at least 0"),
+            ("--scale 1", "--scale 1.0: expected 0 to 1"), ("--dropout 1", "--dropout 1.0: expected 0 to 1"),
+            ("--points 84", "--points 84: expected one of"), ("--also-lam x", "--also-lam x: expected numbers"),
+            ("--also-lam=-1", "--also-lam -1: expected numbers"), ("--drop-at 2", "--drop-at 2: expected parts"),
+            ("--drop-at 1/0", "--drop-at 1/0: expected parts"), ("--method tps9", "invalid choice"),
+            ("--method none --lam 1", "--lam goes with a method that learns to align, not none"),
+            ("--method fullalign --also-lam 1", "--also-lam goes with"),
+            ("--method affine2d --template fixed", "--template goes with"),
+            ("--method none --alpha fixed", "--alpha goes with"), ("--depth 20", "invalid choice"),
+            ("--gpus 2 --batch-size 7", "--batch-size 7 does not divide over --gpus 2"),
+            ("--box head", "--box head: expected image, landmarks or face"),
+            ("--box 1,2,3,4", "with --predict x0,y0,x1,y1"),
+            ("--predict a.png --weights b.pt --box 3,2,1,4", "--box 3,2,1,4: expected"),
+            ("--predict a.png --weights b.pt --box 1,2,3,nan", "--box 1,2,3,nan: expected"),
+            ("--cache device --box image", "--cache goes with --box landmarks or face"),
+            ("--template-file no.pts", "--template-file: no file no.pts"),
+            ("--detector no.onnx", "--detector: no file no.onnx"), ("--predict a.png", "belong together"),
+            ("--weights a.pt", "belong together"), ("--eval a.pt --resume", "--eval goes neither"),
+            ("--eval a.pt --predict a.png --weights a.pt", "--eval goes neither"),
+            (f"--detector {__file__}", "--detector belongs to --predict"), ("--dat faces", "unrecognized")]:
+        with pytest.raises(SystemExit):
+            sa.parse_args(flags.split())
+        assert message in capsys.readouterr().err, flags
+    assert sa.listed("0,1/2,3") == [0, 0.5, 3] and sa.listed("") == []
+    assert sa.parse_box("-1,2,3.5,4") == [-1, 2, 3.5, 4] and sa.parse_box("1,2,3") is None
+
+
+def test_whole_images_of_the_drawn_faces_need_no_other_flag():
+    assert sa.parse_args(["--data", "faces", "--box", "image"]).box == "image"
