@@ -19,6 +19,7 @@ import torch
 import heatmap_landmarks
 import lddmm_face
 import sdfl
+import stn_align
 from common import datasets, metrics, synthetic, warp
 
 
@@ -103,27 +104,61 @@ def bench_graph():
           f"{slow:.1f} ms: {slow / fast:.0f} x")
 
 
+def saved_bytes(function) -> int:
+    """Bytes of the tensors that autograd keeps for the backward of function(), each storage once."""
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = function()  # alive until the end: no address is used twice
+    return sum(kept.values()) if result is not None else 0
+
+
+def plain_tps(targets, sources, pixels):
+    """Grids (B, pixels, 2) by a solve for each image and a kernel at each of its pixels."""
+    def basis(points):
+        square = (points[..., None, :] - targets).square().sum(-1)
+        kernel = 0.5 * square * square.clamp(min=1e-12).log()
+        return torch.cat([kernel, torch.ones_like(points[..., :1]), points], -1)
+    rows = basis(targets)
+    system = torch.cat([rows, torch.nn.functional.pad(rows[:, -3:].T, (0, 3))]).expand(len(sources), -1, -1)
+    w = torch.linalg.solve(system, torch.nn.functional.pad(sources, (0, 0, 0, 3)))
+    return basis(pixels.expand(len(sources), -1, -1)) @ w
+
+
 def bench_tps():
-    """The thin-plate grid of 32 images at 112 px, 64 points, beside a solve and a kernel for each batch."""
-    axis = torch.linspace(-0.9, 0.9, 8)
-    targets = torch.cartesian_prod(axis, axis)
-    sources = targets + 0.03 * torch.randn(32, 64, 2)
-    spline = warp.ThinPlateSpline(targets)
+    """The thin-plate grid of 32 images at 112 px, 64 points, beside a solve and a kernel for each image: the
+    grid, the images by it, both ways, and what is kept for the way back."""
+    maps = stn_align.Spline(8)
+    numbers = (2 * torch.randn(32, 128)).requires_grad_()
+    image = torch.randn(32, 3, 112, 112)
+    targets = maps.spline.targets.float()
     pixels = warp.to_norm(warp.pixel_centres((112, 112)), (112, 112))
 
-    def plain():  # the system of each image, then the kernel at each pixel
-        def basis(points):
-            square = (points[:, None] - targets).square().sum(-1)
-            kernel = 0.5 * square * square.clamp(min=1e-12).log()
-            return torch.cat([kernel, torch.ones(len(points), 1), points], 1)
-        rows = basis(targets)
-        system = torch.cat([rows, torch.nn.functional.pad(rows[:, 64:].T, (0, 3))]).expand(32, -1, -1)
-        right = torch.nn.functional.pad(sources, (0, 0, 0, 3))
-        return torch.stack([basis(pixels) @ w for w in torch.linalg.solve(system, right)])
+    def ours():
+        return maps.grid(maps.fit(numbers), 112)
 
-    fast, slow = median_ms(lambda: spline.grid(spline.fit(sources), (112, 112))), median_ms(plain, 3)
-    print(f"tps       grid of 32 x 112 px, 64 points: {fast:.1f} ms; solved and evaluated for each image "
-          f"{slow:.0f} ms: {slow / fast:.0f} x")
+    def plain():
+        sources = targets + numbers.unflatten(1, (64, 2)) / 56
+        return plain_tps(targets, sources, pixels).unflatten(1, (112, 112))
+
+    def forward(grid):
+        with torch.no_grad():
+            return warp.sample(image, grid())
+
+    back = lambda grid: warp.sample(image, grid()).square().sum().backward()
+    for name, call in (("grid", torch.no_grad()(lambda grid: grid())), ("grid and images, forward", forward),
+                       ("grid and images, forward and backward", back)):
+        fast, slow = median_ms(lambda: call(ours)), median_ms(lambda: call(plain), 3)
+        print(f"tps       {name}, 32 x 112 px, 64 points: {fast:.1f} ms; solved and evaluated for each image "
+              f"{slow:.0f} ms: {slow / fast:.0f} x")
+    few, many = saved_bytes(ours), saved_bytes(plain)
+    print(f"tps       kept for the backward of the grid: {few / 1e6:.1f} MB; for each image "
+          f"{many / 1e6:.0f} MB: {many / few:.0f} x")
 
 
 def bench_rank():
@@ -334,6 +369,38 @@ def bench_lddmm_step():
             ms = median_ms(step, 20)
             print(f"lddmm     {scheme} points, {len(net.carriers.ids)} carriers, {method}: "
                   f"{32 / ms * 1e3:,.0f} samples/s, {torch.cuda.max_memory_allocated() / 1e6:,.0f} MB")
+
+
+def bench_stn_step():
+    """A training step of the ResNet34 at 112 px with LocNet, grid, warp and alignment loss, beside one that
+    aligns nothing: batch 256 in bf16 on a GPU, 8 on the CPU."""
+    cuda = torch.cuda.is_available()
+    device, count = torch.device("cuda" if cuda else "cpu"), 256 if cuda else 8
+    image = torch.randn(count, 3, 112, 112, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(count, device=device) % 8631
+    template = 28 + 56 * torch.rand(68, 2)
+    points = template.to(device) + torch.randn(count, 68, 2, device=device)
+    plain = None
+    for method, align_at in (("none", "input"), ("tps8", "input"), ("tps8", "fmap")):
+        net = stn_align.AlignedRecognizer(method, align_at, 34, template)
+        learner = stn_align.Learner(net, 8631, 3.0).to(device, memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD([p for p in learner.parameters() if p.requires_grad], 1e-4, momentum=0.9)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+        def step():
+            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+                loss = learner(image, labels, points)[0]
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+        ms = median_ms(step, 20 if cuda else 3)
+        plain = plain or ms
+        memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
+        print(f"stn       training step, batch {count}, {'bf16' if cuda else 'float32'}, "
+              f"{'no alignment' if method == 'none' else f'{method} at {align_at}'}: "
+              f"{count / ms * 1e3:,.1f} images a second, {100 * (ms / plain - 1):+.1f} %{memory}")
 
 
 def main(argv=None):
