@@ -256,6 +256,14 @@ def test_splines_pass_through_lattice_and_landmarks():
     same(full.map_points(full.template, image, "input", own)[0], own, 1e-3)
 
 
+def test_gradients_are_finite_where_the_template_sits_on_the_lattice():
+    net, image, _ = aligning("tps8")
+    c = warp.to_px(net.maps.spline.targets, (112, 112)).float().requires_grad_()
+    (net.map_points(c, image)[0] - landmarks()[:, :64]).norm(dim=-1).mean().backward()
+    assert c.grad.isfinite().all() and c.grad.abs().max() > 0
+    assert net.locnet.fc.bias.grad.isfinite().all()
+
+
 def test_full_alignment_brings_every_landmark_to_the_template():
     net, own = network("fullalign"), landmarks(8)
     aligned, converged = net.map_points(own, images(8), "aligned", own)
@@ -844,6 +852,50 @@ def test_the_cache_of_a_preset_is_none_for_whole_images_and_lam_may_be_left_empt
     args = sa.parse_args(["--data", "faces", "--box", "image"])
     assert args.box == "image" and args.cache == "" and sa.parse_args(["--data", "faces"]).cache == "device"
     assert sa.parse_args(["--method", "none", "--also-lam", ""]).also_lam == ""
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method", ["none", "affine2d", "tps8", "fullalign"])
+def test_a_face_and_its_mirror_image_have_the_same_features(method):
+    net, args, flip = aligning(method)[0], drawn_args(), datasets.SCHEMES[68].flip
+    pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+    batch = {"image": pixels, "points": landmarks() * 32 / 112}
+    mirror = {"image": batch["image"].flip(2), "points": batch["points"][:, flip] * torch.tensor([-1, 1.0])}
+    mirror["points"] += torch.tensor([31.0, 0])
+    one, two = (sa.look(net, [data], args) for data in (batch, mirror))
+    same(one["features"], two["features"], 1e-3)
+    image, points = sa.prepare(batch, CPU)
+    own = net(image, points if method in sa.BY_LANDMARKS else None)
+    assert (one["features"] - 2 * own).abs().max() > 0.01
+    same(one["crops"], points, 1e-4)
+    same(one["aligned"], net.map_points(points, image, "aligned", points)[0], 1e-4)
+    assert ("folded" in one) == (method != "none")
+
+
+def test_scores_are_of_the_faces_that_could_be_mapped():
+    own = landmarks(5).double()
+    seen = {"crops": own, "aligned": own * 0.5 + 20, "converged": torch.ones(5, 68, dtype=torch.bool)}
+    scores = sa.alignment_scores(seen, network("none"))
+    assert scores["anme"] == pytest.approx(scores["anme/crops"]) == anme(own)  # no scale counts
+    seen["converged"][2, 7] = False
+    seen["aligned"][2] = 1e6
+    scores = sa.alignment_scores(seen, network("none"))
+    rest = own[[0, 1, 3, 4]]
+    assert scores["converged"] == 0.8 and scores["anme"] == pytest.approx(anme(rest))
+    assert scores["anme/crops"] == pytest.approx(anme(rest))
+
+
+def test_predict_embeds_a_whole_image_as_evaluation_does():
+    net = network("none", points=0)
+    args = drawn_args("--box", "image")
+    image = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8), (0, 0), 1.5)
+    box = sa.find_boxes(args, image, None)[0]
+    aligned, _, feature = sa.recognise(net, image, box, [1.0], None, args)
+    data = recognition.WholeImages([image], 32)
+    seen = sa.look(net, [data.__getitems__([(0, 0)])], args)
+    np.testing.assert_array_equal(aligned, image)
+    same(feature, F.normalize(seen["features"])[0], 1e-5)
 
 
 # ---- Whole runs ----------------------------------------------------------------------------------
