@@ -382,6 +382,7 @@ def test_what_cannot_be_is_named(call, message):
 
 
 def test_affine2d_names_landmarks_of_another_number():
+    """As --eval AFFINE2D --points 29 has them."""
     with pytest.raises(ValueError, match="68"):
         network("affine2d")(images(), landmarks(points=29))
 
@@ -1010,6 +1011,14 @@ def test_eval_of_a_set_alone_reads_whole_images(tmp_path, capsys):
     assert again["anme"] == pytest.approx(result["anme"], rel=1e-4) and "accuracy@few" in again
     other = evaluated(tmp_path / "run", "--data", "folder", "--data-root", str(tmp_path / "set"))
     assert other["anme"] == pytest.approx(result["anme"], rel=1e-4)
+
+
+def test_a_run_on_whole_drawn_images_is_evaluated_and_resumed(tmp_path):
+    """The flags of the command have a cache by default, the run's have none."""
+    result = trained(tmp_path, *SHORT, "--limit", "20", "--box", "image", "--also-lam", "")
+    assert evaluated(tmp_path)["anme"] == pytest.approx(result["anme"], rel=1e-4)
+    again = trained(tmp_path, "--resume", "--device", "cpu", "--also-lam", "")
+    assert again["anme"] == pytest.approx(result["anme"], rel=1e-4)
 
 
 def test_eval_of_a_network_that_learned_to_align_needs_no_landmarks(tmp_path):
