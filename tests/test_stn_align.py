@@ -77,6 +77,11 @@ def images(count=3, size=32, seed=0):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
+def centres(size):
+    """Pixels of a crop of `size` x `size`, (size^2, 2) px of a 112 px crop."""
+    return sa.to_frame(warp.pixel_centres((size, size)), size)
+
+
 def aligning(method, size=32, **options):
     """A network that moves faces, its input and landmarks (None where it needs none)."""
     net = network(method, size=size, **options)
@@ -155,8 +160,8 @@ def test_any_layout_trains(layout):
 def test_the_start_is_the_identity(method, size):
     net, image = network(method, size=size), images(2, size)
     w = net.fit(image)
-    centres = warp.to_norm(warp.pixel_centres((size, size)), (size, size)).view(size, size, 2)
-    same(net.grid(image), centres, 1e-6)
+    still = warp.to_norm(warp.pixel_centres((size, size)), (size, size)).view(size, size, 2)
+    same(net.grid(image), still, 1e-6)
     same(net.align(image, w), image, 5e-5)
     points = landmarks(2)
     for to in ("input", "aligned"):
@@ -195,7 +200,7 @@ def test_input_and_aligned_are_inverse(method):
 def test_an_image_of_its_own_coordinates_becomes_the_map(method, size):
     """Finds a mistake in the order of x and y, or half a pixel."""
     net, image, own = aligning(method, size)
-    places = sa.frame_centres(size, CPU)
+    places = centres(size)
     ramp = places.T.reshape(1, 2, size, size).expand(3, -1, -1, -1)
     w = net.fit(image, own)
     seen = net.align(ramp, w).flatten(2).mT                                             # (3, size^2, 2)
@@ -214,7 +219,7 @@ def test_a_blob_at_a_landmark_goes_where_the_point_goes(method):
         own = warp.apply_affine(torch.tensor([[[1.1, 0.1, -8], [-0.1, 0.9, 9]]]), template())
         own = (own + 2 * torch.sin(own.flip(-1) / 15)).expand(3, -1, -1)
     places = own[0] if own is not None else landmarks(1)[0]
-    x, y = sa.frame_centres(112, CPU).T.reshape(2, 112, 112)
+    x, y = centres(112).T.reshape(2, 112, 112)
     for place in places[[0, 16, 30, 48]]:
         blob = (-((x - place[0])**2 + (y - place[1])**2) / 8).exp()[None, None]
         w = net.fit(torch.zeros(1, 3, 112, 112), own[:1] if own is not None else None)
@@ -326,7 +331,6 @@ def test_frames_of_other_sizes():
     points = landmarks()
     same(sa.from_frame(sa.to_frame(points, 64), 64), points, 1e-4)
     same(sa.to_frame(torch.tensor([[-0.5, 63.5]]), 64), [[-0.5, 111.5]])  # edges are edges
-    same(sa.frame_centres(64, CPU), sa.to_frame(warp.pixel_centres((64, 64)), 64), 1e-4)
     for method in ALIGNING:  # what LocNet says is px of a 112 px crop, whatever the network's size is
         small, large = (aligning(method, size) for size in (64, 112))
         for to in ("input", "aligned"):
@@ -370,9 +374,10 @@ def test_a_nan_of_locnet_is_named_before_it_is_sampled():
     (lambda: network(align_at="stem"), "align_at 'stem'"),
     (lambda: network("affine2d", points=0), "--method affine2d needs landmarks.*see --landmarks"),
     (lambda: network("fullalign", points=0), "--method fullalign needs landmarks"),
-    (lambda: network("fullalign")(images()), "method fullalign needs the landmarks of every image"),
-    (lambda: network("affine2d").map_points(template(), images()), "method affine2d needs the landmarks"),
-    (lambda: network("fullalign")(images(), landmarks(points=5)), "K = 68"),
+    (lambda: network("fullalign")(images()), "method fullalign needs the 68 landmarks of every image"),
+    (lambda: network("affine2d").map_points(template(), images()), "method affine2d needs the 68 landmarks"),
+    (lambda: network("fullalign")(images(), landmarks(points=5)), "68 landmarks.*found 5"),
+    (lambda: network("affine2d", template=template()[:12]), "affine2d takes five points of a scheme.*12"),
     (lambda: network("fullalign", template=template()[[0, 1, 2, 2, 30]]), "both at"),
     (lambda: network().map_points(template(), images(), "output"), "to='output': expected 'input' or"),
     (lambda: sa.AMSoftmax(512, 1), "1 identities: recognition is learned from two or more")])
@@ -594,8 +599,10 @@ def joint():
 def test_a_joint_training_in_px_stays_bounded_and_lambda_aligns(joint):
     (free, free_scores), (drawn, drawn_scores), (normalised, _) = joint
     assert max(free + drawn) < 30
-    assert sum(drawn[5:]) < 0.75 * sum(free[5:]) and drawn_scores["anme"] < 0.9 * free_scores["anme"]
-    assert drawn_scores["distance"] < 0.8 * free_scores["distance"]
+    assert sum(drawn[5:]) < 0.85 * sum(free[5:])
+    assert drawn_scores["distance"] < 0.9 * free_scores["distance"]
+    share = lambda scores: scores["anme"] / scores["anme/crops"]  # of the faces that could be mapped
+    assert share(drawn_scores) < 0.9 < share(free_scores)
     assert normalised[-1] > 1000  # where LocNet speaks of normalised coordinates, in as many px
     # The weights go to 1 - D / (2 |S|), so they stay near 1 (Fig. 8(b) has 0.1 to 0.6).
     assert 0.9 < drawn_scores["alpha/min"] < drawn_scores["alpha/max"] < 1
@@ -740,12 +747,6 @@ def test_records(tmp_path):
         assert sa.first_template(args, sa.make_dataset(args, split, False)).shape == (68, 2)
 
 
-def test_limit_holds_for_records(tmp_path):
-    put_records(tmp_path)
-    args = folder_args(tmp_path, "--lam", "0", "--limit", "5", data="ms1m")
-    assert len(sa.read_set(args, "train").images) == 5
-
-
 @pytest.mark.parametrize("box", ["landmarks", "face"])
 def test_records_have_no_boxes(tmp_path, box):
     points = put_landmarks(put_records(tmp_path), tmp_path / "points")[0]
@@ -832,6 +833,7 @@ def test_bad_flags_are_named(capsys):
             ("--method affine2d --template fixed", "--template goes with"),
             ("--method none --alpha fixed", "--alpha goes with"), ("--depth 20", "invalid choice"),
             ("--gpus 2 --batch-size 7", "--batch-size 7 does not divide over --gpus 2"),
+            ("--gpus 4 --batch-size 4", "--batch-size 4: batch norms want two faces or more"),
             ("--box head", "--box head: expected image, landmarks or face"),
             ("--box 1,2,3,4", "with --predict x0,y0,x1,y1"),
             ("--predict a.png --weights b.pt --box 3,2,1,4", "--box 3,2,1,4: expected"),
@@ -936,7 +938,7 @@ def test_a_run_leaves_its_log_checkpoint_and_pictures(finished):
             assert row["loss"] == pytest.approx(row["fr"] + lam * (row["lmk"] + row["reg"]), rel=1e-4)
         assert rows[-1]["lr"] == pytest.approx(0.05 / 100)  # step 6 of 6
         assert cv2.imread(str(place / "alignment.png")).shape == (4 * 224, 4 * 224, 3)
-        assert cv2.imread(str(place / "template.png")) is not None
+        assert (place / "template.png").exists() == (place == folder)  # nothing is learned at lambda 0
         state = sa.load(place / "last.pt", "stn_align")
         same(datasets.read_pts(str(place / "template.pts")), state["model"]["template"], 1e-3)
         assert state["epoch"] == 3 and state["classes"] == [4, 40] and state["args"]["lam"] == lam
@@ -993,9 +995,8 @@ def test_sets_of_test_are_verified_and_searched(finished, tmp_path, capsys):
     header = ",".join(["image", *(f"{axis}{i}" for i in range(68) for axis in "xy")])
     lines = [",".join([str(i), *map(str, own.flatten().tolist())]) for i, own in enumerate(points)]
     (tmp_path / "few.bin.landmarks.csv").write_text("\n".join([header, *lines]) + "\n")
-    again = evaluated(finished[0], "--limit", "20", "--test", tests[0])
-    assert again["anme@few"] > 0 and again["distance@few"] > 0
-    assert again["accuracy@few"] == scores["accuracy@few"]
+    again = evaluated(finished[0], "--limit", "20", "--test", tests[0])  # crops about them, as in training
+    assert again["anme@few"] > 0 and 0 < again["distance@few"] < 30 and "accuracy@few" in again
 
 
 def test_eval_of_a_set_alone_reads_whole_images(tmp_path, capsys):
@@ -1143,12 +1144,12 @@ def test_predict_by_methods_that_learn_no_alignment(tmp_path, method):
     flags = ["--predict", str(tmp_path / "in"), "--weights", str(tmp_path / "run/last.pt"), "--device", "cpu"]
     sa.main(sa.parse_args([*flags, "--output", str(tmp_path / "out")]))
     assert np.load(tmp_path / "out/one two.npy").shape == (512,)
-    found = datasets.read_pts(str(tmp_path / "out/one two.pts"))
+    assert (tmp_path / "out/one two.pts").exists() == (method != "none")
     own = datasets.read_pts(str(tmp_path / "in/one two.pts"))
     if method == "fullalign":
-        np.testing.assert_allclose(found, own, atol=0.05)
+        np.testing.assert_allclose(datasets.read_pts(str(tmp_path / "out/one two.pts")), own, atol=0.05)
     if method == "affine2d":
-        groups = datasets.SCHEMES[68].five
+        found, groups = datasets.read_pts(str(tmp_path / "out/one two.pts")), datasets.SCHEMES[68].five
         assert np.abs(datasets.group_means(found, groups) - datasets.group_means(own, groups)).mean() < 5
     if method != "none":
         datasets.write_pts(str(tmp_path / "in/one two.pts"), own[:29])
