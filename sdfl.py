@@ -1220,7 +1220,7 @@ def find_boxes(args, image: np.ndarray, detector) -> np.ndarray:
         found = np.zeros((0, 4)) if found is None else found[:, :4].astype(np.float64)
         return np.concatenate([found[:, :2], found[:, :2] + found[:, 2:]], 1)
     if args.box in BOXES:
-        return np.array([[0, 0, width - 1, height - 1]], np.float64)
+        return np.array([[-0.5, -0.5, width - 0.5, height - 0.5]])
     box = parse_box(args.box)
     if box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0:
         raise ValueError(f"--box {args.box} lies outside an image of {width} x {height}")

@@ -126,7 +126,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="seed of weights, order and augmentation")
     add("--amp", action=switch, default=False, help="bfloat16 convolutions on a GPU; the warp in float32")
     add("--compile", action=switch, default=False, help="torch.compile; minutes at first, then faster")
-    add("--limit", type=int, default=0, help="at most so many faces a split (drawn ones: so many), 0: all")
+    add("--limit", type=int, default=0, help="at most so many faces a split (drawn ones: so many; records: all)")
     add("--resume", action="store_true", help="continue the run in --output, or the newest run on this data")
     add("--eval", default="", metavar="CKPT", help="evaluate this checkpoint and stop")
     add("--predict", nargs="+", default=[], metavar="PATH", help="images or folders to align and to embed")
@@ -146,7 +146,7 @@ def parse_args(argv=None):
     add("--align-at", default="fmap", choices=["input", "fmap"], help="what is warped (Sec. 3.2)")
     add("--lam", type=float, default=3.0, help="weight of the alignment loss, lambda in Eq. (5); higher "
         "aligns more, 0 leaves it to recognition")
-    add("--also-lam", default="", help="weights to train with first, for comparison, as 0,1")
+    add("--also-lam", default="", help="weights to train with after it, for comparison, as 0,1")
     add("--template", default="learned", choices=["learned", "fixed"], help="whether T of Eq. (3) is trained")
     add("--template-file", default="", metavar="PTS", help="T to begin with, px of a 112 px crop, as a run "
         "leaves it in template.pts (Table 3's dagger); default: the mean of frontal training faces")
@@ -201,6 +201,8 @@ def check_flags(args, error: Callable[[str], None]):
     if args.box not in BOXES and (not args.predict or parse_box(args.box) is None):
         error(f"--box {args.box}: expected image, landmarks or face, with --predict x0,y0,x1,y1 in pixels, "
               f"x0 < x1, y0 < y1 (written --box=-5,... where x0 is negative)")
+    if args.data == "ms1m" and args.box != "image" and not args.eval and not args.predict:
+        error(f"--box {args.box}: records have no boxes; leave it out")
     if args.cache and args.box not in BOXES[1:]:
         if "cache" in args.given:
             error("--cache goes with --box landmarks or face; whole images are read anew")
@@ -665,19 +667,19 @@ def read_set(args, split: str) -> Split | None:
     faces = faces[:args.limit or None]
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # minutes, for millions of files
         datasets.check_images(faces)
-    if needs_landmarks(args):
-        recognition.check_points(faces, needs_landmarks(args))
+    if needs_landmarks(args, split):
+        recognition.check_points(faces, needs_landmarks(args, split))
     points = None if any(face.points is None for face in faces) else np.stack([face.points for face in faces])
     if args.method == "affine2d" and points.shape[1] in datasets.SCHEMES:
         warp.check_points(datasets.group_means(points, datasets.SCHEMES[points.shape[1]].five), "affine")
     return Split(recognition.FolderImages(faces), faces, points)
 
 
-def needs_landmarks(args) -> str:
+def needs_landmarks(args, split: str = "train") -> str:
     """What asks for landmarks, in words for an error; "" if nothing does."""
     if args.method in BY_LANDMARKS:
         return f"--method {args.method}"
-    if args.method in BY_LOCNET and (lam := max([args.lam, *map(float, listed(args.also_lam))])):
+    if split == "train" and args.method in BY_LOCNET and (lam := max([args.lam, *map(float, listed(args.also_lam))])):
         return f"--lam {lam:g}"
     return "--box landmarks" if args.box == "landmarks" else ""
 
@@ -1192,7 +1194,7 @@ def find_boxes(args, image: np.ndarray, detector) -> np.ndarray:
         found = np.zeros((0, 4)) if found is None else found[:, :4].astype(np.float64)
         return np.concatenate([found[:, :2], found[:, :2] + found[:, 2:]], 1)
     if args.box in BOXES:
-        return np.array([[0, 0, width - 1, height - 1]], np.float64)
+        return np.array([[-0.5, -0.5, width - 0.5, height - 0.5]])
     box = parse_box(args.box)
     if box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0:
         raise ValueError(f"--box {args.box} lies outside an image of {width} x {height}")
@@ -1274,7 +1276,7 @@ def learning_rate(step: int, steps: int, base: float, warmup: int, drop_at: Sequ
 
 def summary(row: dict) -> str:
     """A log's row as a line to read."""
-    percent = ("accuracy", "rank1", "folded", "converged")
+    percent = ("accuracy", "rank1", "rank5", "folded", "converged")
     return ", ".join(f"{key} {100 * value:.2f} %" if key.split("@")[0] in percent else f"{key} {value:.4g}"
                      for key, value in row.items())
 
@@ -1327,6 +1329,7 @@ def train(args) -> tuple[dict, Path]:
     state = load(folder / "last.pt", "stn_align") if args.resume else None
     if state:
         restore_args(args, state["args"], MACHINE | ({"data_root", "landmarks"} & set(args.given)))
+        args.cache = args.cache if args.box in BOXES[1:] else ""
     # Data and network
     images, train_set = load_sets(args, rank)
     labels, drop_at = torch.as_tensor(images.labels), listed(args.drop_at)

@@ -149,8 +149,8 @@ SMALL = {"sdfl": "--backbone mobilenetv2 --size 96 --batch-size 16 --lr 0.01 --d
          "heatmap_landmarks": "--backbone mobilenetv2_0.25 --filters 64 --strategy SSD --sigma 1 --kernel 5 "
                               "--size 96 --batch-size 16 --lr 0.002 --epochs 10",
          "lddmm_face": "--backbone mobilenetv2 --size 96 --batch-size 16 --lr 0.001 --epochs 10",
-         "stn_align": "--depth 10 --width 16 --size 64 --batch-size 32 --lr 0.1 --warmup 20 --loc-lr 0.03 "
-                      "--epochs 8"}
+         "stn_align": "--depth 10 --width 16 --size 48 --batch-size 32 --lr 0.1 --warmup 20 --loc-lr 0.03 "
+                      "--epochs 20"}
 
 
 def run(script: str, flags: str, seed: int, results: Path, threads: int, base: str) -> dict:
