@@ -126,7 +126,8 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="seed of weights, order and augmentation")
     add("--amp", action=switch, default=False, help="bfloat16 convolutions on a GPU; the warp in float32")
     add("--compile", action=switch, default=False, help="torch.compile; minutes at first, then faster")
-    add("--limit", type=int, default=0, help="at most so many faces a split (drawn ones: so many; records: all)")
+    add("--limit", type=int, default=0, help="at most so many faces a split (drawn ones: so many), 0: all; "
+        "not of records")
     add("--resume", action="store_true", help="continue the run in --output, or the newest run on this data")
     add("--eval", default="", metavar="CKPT", help="evaluate this checkpoint and stop")
     add("--predict", nargs="+", default=[], metavar="PATH", help="images or folders to align and to embed")
@@ -669,7 +670,8 @@ def read_set(args, split: str) -> Split | None:
         datasets.check_images(faces)
     if needs_landmarks(args, split):
         recognition.check_points(faces, needs_landmarks(args, split))
-    points = None if any(face.points is None for face in faces) else np.stack([face.points for face in faces])
+    points = [face.points for face in faces]
+    points = None if any(one is None for one in points) else np.stack(points)
     if args.method == "affine2d" and points.shape[1] in datasets.SCHEMES:
         warp.check_points(datasets.group_means(points, datasets.SCHEMES[points.shape[1]].five), "affine")
     return Split(recognition.FolderImages(faces), faces, points)
