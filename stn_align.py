@@ -681,7 +681,8 @@ def needs_landmarks(args, split: str = "train") -> str:
     """What asks for landmarks, in words for an error; "" if nothing does."""
     if args.method in BY_LANDMARKS:
         return f"--method {args.method}"
-    if split == "train" and args.method in BY_LOCNET and (lam := max([args.lam, *map(float, listed(args.also_lam))])):
+    lam = max([args.lam, *map(float, listed(args.also_lam))])
+    if split == "train" and args.method in BY_LOCNET and lam:
         return f"--lam {lam:g}"
     return "--box landmarks" if args.box == "landmarks" else ""
 
