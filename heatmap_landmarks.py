@@ -639,7 +639,8 @@ PCA = ((-0.5675 * 55.46, 0.7192 * 4.794, 0.4009 * 1.148),
 @functools.cache
 def constant(values: tuple, device: torch.device) -> torch.Tensor:
     """A float32 tensor, copied to a device once: a copy waits for what the GPU is at."""
-    return torch.tensor(values, device=device)
+    with torch.inference_mode(False):  # else, made in an evaluation, training could not use it
+        return torch.tensor(values, device=device)
 
 
 def align_five(points5, size: int = 192) -> torch.Tensor:

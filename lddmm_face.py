@@ -1098,7 +1098,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1] ove
 @functools.cache
 def constant(values: tuple, device: torch.device) -> torch.Tensor:
     """A float32 tensor, copied to a device once: a copy waits for what the GPU is at."""
-    return torch.tensor(values, device=device)
+    with torch.inference_mode(False):  # else, made in an evaluation, training could not use it
+        return torch.tensor(values, device=device)
 
 
 def augment(rng: np.random.Generator, size: int):
