@@ -965,11 +965,14 @@ class EpochBatches:
     def __len__(self):
         return max(self.count // self.batch, 1)
 
+    def order(self) -> np.ndarray:
+        """The epoch's indices, (count,)."""
+        return np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
+
     def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
-        order = np.resize(order, len(self) * self.batch).reshape(len(self), self.world, -1)
-        for mine in order[:, self.rank].tolist():
-            yield [(self.epoch, i) for i in mine]
+        order = np.resize(self.order(), len(self) * self.batch).reshape(len(self), self.world, -1)
+        for mine in order[:, self.rank]:
+            yield [(self.epoch, i) for i in mine.tolist()]
 
 
 class DeviceLoader:

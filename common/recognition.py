@@ -14,15 +14,12 @@ import csv
 import dataclasses
 import functools
 import glob
-import gzip
 import io
-import math
 import os
 import pickle
 import re
 import struct
 import warnings
-import zlib
 from dataclasses import dataclass
 from typing import Callable, Sequence
 
@@ -350,13 +347,15 @@ class WholeImages(torch.utils.data.Dataset):
     The longer side is fitted to `size` and the image centred; what lies outside it is grey. A larger image is
     shrunk by area first, so that nothing aliases. One of that size that nothing moves is copied untouched.
     Args: images, a sequence [i] -> RGB uint8 (H, W, 3); points (N, P, 2) px of the images, or None; augment,
-        flip, seed: as for `CropDataset`, but without points mirroring needs no flip.
+        flip, seed: as for `CropDataset`, but without points mirroring needs no flip; align, a template (P, 2)
+        in px of the crop and t in [0, 1]: crops are by the matrix that is 1 - t of that of the whole image
+        and t of the similarity that fits the points to the template.
     A key is (epoch, index). A batch: image (B, size, size, 3) uint8; points (B, P, 2) float32 crop px, if
     given; matrix (B, 2, 3) float32, image px -> crop px; index (B,); and the augmentation's extras.
     Raises: ValueError for points that are not one finite (P, 2) for each image."""
 
-    def __init__(self, images, size: int, points=None, augment=None, flip=None, seed=0):
-        self.images, self.size, self.augment, self.seed = images, size, augment, seed
+    def __init__(self, images, size: int, points=None, augment=None, flip=None, seed=0, align=None):
+        self.images, self.size, self.augment, self.seed, self.align = images, size, augment, seed, align
         self.flip = None if flip is None else torch.tensor(flip)
         self.points = None if points is None else torch.as_tensor(points)
         if points is not None:
@@ -373,10 +372,15 @@ class WholeImages(torch.utils.data.Dataset):
         corners = np.array([(-0.5, -0.5, image.shape[1] - 0.5, image.shape[0] - 0.5) for image in images])
         may_mirror = self.points is None or self.flip is not None
         moved, mirror, extras = datasets.draw_moves(keys, self.augment, self.size, self.seed, may_mirror)
-        matrix = warp.compose(moved, torch.from_numpy(datasets.square_frames(corners, self.size, 1.0)))
-        batch = {"index": torch.tensor([i for _, i in keys]), "matrix": matrix.float(), **extras}
+        index = torch.tensor([i for _, i in keys])
+        frames = torch.from_numpy(datasets.square_frames(corners, self.size, 1.0))
+        if self.align is not None:
+            template, t = self.align
+            frames = frames.lerp(warp.fit_similarity(self.points[index].double(), template.double()), t)
+        matrix = warp.compose(moved, frames)
+        batch = {"index": index, "matrix": matrix.float(), **extras}
         if self.points is not None:
-            points = warp.apply_affine(matrix, self.points[batch["index"]].double())
+            points = warp.apply_affine(matrix, self.points[index].double())
             if self.flip is not None:
                 points = torch.where(mirror[:, None, None], points[:, self.flip], points)
             batch["points"] = points.float()
@@ -932,90 +936,3 @@ def score(test, features: torch.Tensor) -> dict[str, float]:
         ranks = metrics.rank_k(features[probe], identity[probe], features[searched], identity[searched])
         scores |= {f"rank{k}" + (f"/{group}" if group else ""): rate for k, rate in ranks.items()}
     return scores
-
-
-# ---- Digits ------------------------------------------------------------------------------------------------
-
-def read_idx(path: str) -> np.ndarray:
-    """Array uint8 of an MNIST idx file, .gz or not: images (N, 28, 28) or labels (N,).
-    Format: big-endian uint32: 0x0800 + number of dimensions, then each dimension; then the bytes.
-    Raises: FileNotFoundError; ValueError if it is no such file, or not as long as it says."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no {path}; wanted an idx file of MNIST, as train-images-idx3-ubyte.gz")
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            data = file.read()
-        axes = data[3] if data[:3] == b"\0\0\x08" else 0
-        shape = struct.unpack_from(f">{axes}I", data, 4)
-    except (OSError, EOFError, zlib.error, struct.error, IndexError) as error:
-        raise ValueError(f"{path} is a damaged idx file: {error}") from None
-    if not axes or len(data) != 4 + 4 * axes + math.prod(shape):
-        raise ValueError(f"{path}: found {data[:4]!r}, shape {shape}, {len(data)} bytes; wanted idx")
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
-
-
-def digit_points(images: np.ndarray) -> np.ndarray:
-    """Corners and centre of the box of each digit: images (N, H, W) uint8 -> (N, 5, 2) float32 px.
-    Order: top left, top right, bottom left, bottom right, centre. Upright, not the smallest turned box, which
-    would tell the rotation; of the pixels above 30, as the faint edge of a warp is no digit.
-    Raises: ValueError for a blank image."""
-    dark = np.flatnonzero(images.max((1, 2)) <= 30)
-    if dark.size:
-        raise ValueError(f"image {dark[0]} has no pixel above 30, nor have {dark.size - 1} others: no digits")
-    ends = []
-    for axis in (1, 2):                                                                         # x, then y
-        seen = (images > 30).any(axis)
-        ends.append((seen.argmax(1), seen.shape[1] - 1 - seen[:, ::-1].argmax(1)))
-    (left, right), (top, bottom) = ends
-    x = np.stack([left, right, left, right, (left + right) / 2], 1)
-    return np.stack([x, np.stack([top, top, bottom, bottom, (top + bottom) / 2], 1)], -1).astype(np.float32)
-
-
-def affnist(images: np.ndarray, seed, count_per_image: int = 1, canvas: int = 40):
-    """Digits under random affine maps, as affNIST: rotation to 20 degrees, shear along x to 0.2, each axis
-    scaled by 0.8 to 1.2, then shifted to anywhere inside the canvas. All uniform. Assumed: these are the
-    set's ranges, from its description; KP-RPE's paper gives none.
-    Args: images (N, H, W) uint8.
-    Returns: (M, canvas, canvas) uint8; points (M, 5, 2) px as `digit_points`; (M,) int64, the image of each.
-    Raises: ValueError for a blank image, or one that does not fit."""
-    source = np.repeat(np.arange(len(images)), count_per_image)
-    rng = np.random.default_rng(seed)
-    turn, shear = np.deg2rad(rng.uniform(-20, 20, len(source))), rng.uniform(-0.2, 0.2, len(source))
-    scale, place = rng.uniform(0.8, 1.2, (len(source), 1, 2)), rng.random((len(source), 2))
-    cos, sin = np.cos(turn), np.sin(turn)
-    # rotation, then of what is right of it, shear: [[c, -s], [s, c]] [[1, k], [0, 1]] diag(scale)
-    linear = np.stack([cos, cos * shear - sin, sin, sin * shear + cos], -1).reshape(-1, 2, 2) * scale
-    matrix = np.concatenate([linear, np.zeros((len(source), 2, 1))], 2)
-    out, seen = np.empty((len(source), canvas, canvas), np.uint8), images > 0
-    digit_points(images)                                                                # none is blank
-    # The hull of a digit lies between the ends of its rows: 2 H points instead of H W.
-    ends = np.stack([seen.argmax(2), seen.shape[2] - 1 - seen[:, :, ::-1].argmax(2)], 2).astype(np.float64)
-    ends[~seen.any(2)] = np.nan
-    rows = np.broadcast_to(np.arange(seen.shape[1])[None, :, None], ends.shape)
-    hull = np.stack([ends, rows], -1).reshape(len(images), -1, 2)                                # (N, 2 H, 2)
-    for some in np.array_split(np.arange(len(source)), -(-len(source) // 4096)):
-        moved = hull[source[some]] @ linear[some].transpose(0, 2, 1)
-        reach = np.abs(linear[some]).sum(2)                   # interpolation spreads a pixel so far at most
-        low, high = reach - 1 - np.nanmin(moved, 1), canvas - reach - np.nanmax(moved, 1)
-        if (low > high).any():
-            raise ValueError(f"image {source[some[(low > high).any(1)][0]]} does not fit a canvas of {canvas}"
-                             " px under every map; give a larger one")
-        matrix[some, :, 2] = low + place[some] * (high - low)
-    for canvas_px, i, m in zip(out, source, matrix):
-        cv2.warpAffine(images[i], m, (canvas, canvas), dst=canvas_px, flags=cv2.INTER_LINEAR)
-    return out, digit_points(out), source
-
-
-def mnist_canvas(images: np.ndarray, seed, shift: int = 6, canvas: int = 40):
-    """Digits to train on, for tests with `affnist`: in the middle of a black canvas, moved by up to `shift`
-    whole px each way, uniform. An assumption: the protocol of Sabour et al. 2017, whom KP-RPE's paper cites.
-    Returns: (N, canvas, canvas) uint8 and points (N, 5, 2) px as `digit_points`."""
-    count, height, width = images.shape
-    if max(height, width) + 2 * shift > canvas:
-        raise ValueError(f"images of {height} x {width} px moved by {shift} leave the canvas of {canvas} px")
-    corner = (canvas - np.array([height, width])) // 2
-    corner = corner + np.random.default_rng(seed).integers(-shift, shift + 1, (count, 2))
-    out = np.zeros((count, canvas, canvas), np.uint8)
-    y, x = (corner[:, axis, None] + np.arange(side) for axis, side in enumerate((height, width)))
-    out[np.arange(count)[:, None, None], y[:, :, None], x[:, None]] = images
-    return out, digit_points(out)

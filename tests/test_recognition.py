@@ -1,5 +1,4 @@
 """Identity sets and recognition tests, on small trees in the true formats."""
-import gzip
 import os
 import pickle
 import struct
@@ -695,69 +694,3 @@ def test_score_of_pairs_of_probes_and_of_templates():
     ijb = recognition.TemplateSet("IJB", None, None, np.ones(20, np.float32), video, np.arange(20),
                                   np.array([[0, 1], [2, 2]], np.int32), same, names)
     assert recognition.score(ijb, person)["tar/0.001"] == 1.0
-
-
-# ---- Digits ------------------------------------------------------------------------------------------------
-
-def digits(count=6):
-    """28 px images with a bar and a dot, in the 20 px box of MNIST."""
-    images = np.zeros((count, 28, 28), np.uint8)
-    images[:, 4:24, 10:13], images[:, 6:8, 20:24] = 255, 200
-    return images
-
-
-def test_idx(tmp_path):
-    images, labels = digits(), np.arange(6, dtype=np.uint8)
-    for name, array in (("images", images), ("labels", labels)):
-        data = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-        (tmp_path / name).write_bytes(data)
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
-        for path in (name, f"{name}.gz"):
-            np.testing.assert_array_equal(recognition.read_idx(str(tmp_path / path)), array)
-    (tmp_path / "short").write_bytes(data[:-1])
-    (tmp_path / "page").write_text("<html>")
-    (tmp_path / "cut.gz").write_bytes(gzip.compress(data)[:-6])
-    (tmp_path / "huge").write_bytes(bytes([0, 0, 8, 200]))
-    for name, message in {"short": "short: found .* 13 bytes", "page": "page: found", "cut.gz": "damaged",
-                          "huge": "damaged"}.items():
-        with pytest.raises(ValueError, match=message):
-            recognition.read_idx(str(tmp_path / name))
-    with pytest.raises(FileNotFoundError, match="no .*none"):
-        recognition.read_idx(str(tmp_path / "none"))
-
-
-def test_mnist_canvas_moves_digits_and_their_points():
-    images, points = recognition.mnist_canvas(digits(200), seed=3)
-    assert images.shape == (200, 40, 40) and (images.sum((1, 2)) == digits(1).sum()).all()
-    move = points[:, 0] - [10 + 6, 4 + 6]
-    assert move.min() == -6 and move.max() == 6 and len(np.unique(move, axis=0)) > 60
-    np.testing.assert_array_equal(points[:, 4] - points[:, 0], [[6.5, 9.5]] * 200)
-    np.testing.assert_array_equal(points[:, 3] - points[:, 0], [[13, 19]] * 200)
-    np.testing.assert_array_equal(points[0, 1] - points[0, 2], [13, -19])
-    with pytest.raises(ValueError, match="leave the canvas of 30 px"):
-        recognition.mnist_canvas(digits(), 0, canvas=30)
-
-
-def test_affnist_keeps_digits_whole_and_reaches_everywhere():
-    images, points, source = recognition.affnist(digits(40), seed=1, count_per_image=5)
-    assert images.shape == (200, 40, 40) and source.tolist() == np.repeat(np.arange(40), 5).tolist()
-    # What is kept: the light of the digit times the area, 0.64 to 1.44, none beyond the border.
-    light = images.sum((1, 2)) / digits(1).sum()
-    assert light.min() > 0.6 and light.max() < 1.5
-    wide = recognition.affnist(np.pad(digits(40), ((0, 0), (3, 3), (3, 3))), 1, 5)[0]   # the same digits
-    np.testing.assert_allclose(images.sum((1, 2)), wide.sum((1, 2)), rtol=0.02)
-    assert points.min() <= 2 and points.max() >= 37 and (points[:, 3] >= points[:, 0]).all()
-    again = recognition.affnist(digits(40), 1, 5)
-    assert all((a == b).all() for a, b in zip(again, (images, points, source)))
-    for i in (0, 77):
-        lit = np.argwhere(images[i] > 30)[:, ::-1]
-        np.testing.assert_array_equal(points[i, [0, 3]], [lit.min(0), lit.max(0)])
-
-
-def test_affnist_on_what_does_not_work():
-    blank = digits(3)
-    blank[1] = 0
-    with pytest.raises(ValueError, match="image 1 has no pixel above 30, nor have 0 others"):
-        recognition.affnist(blank, 0)
-    with pytest.raises(ValueError, match="image 0 does not fit a canvas of 16 px"):
-        recognition.affnist(digits(1), 0, canvas=16)
