@@ -20,8 +20,8 @@ Where each equation is:
 Differs from the paper, or settles what it leaves open (code: CVLface, the authors'):
   - f(P) of Eq. (10) is linear in M - P, so it is the sum of a part of the keypoints that is the same for all
     queries and a part of the queries that is the same for all images: 196 times fewer numbers an image.
-  - "Absolute" is the paper's formula. The code's adds one number to a whole row, which the softmax drops: that
-    is the plain ViT, and Table 2's first row looks like it. By the split, "absolute" lacks only a static table.
+  - "Absolute" is the paper's formula. The code's adds one number to a whole row, which the softmax drops:
+    that is the plain ViT, as which Table 2's first row looks. By the split, it lacks only a static table.
   - B is divided by sqrt(d) as Eq. (5) has it; code: it is not. W_L has a bias as in the code (Table 3).
   - Keypoints and patch centres are (x + 0.5) / W; code: keypoints x / W, half a pixel off. "No keypoints" is
     the plain ViT.
@@ -132,14 +132,15 @@ def parse_args(argv=None):
     add("--cache", default="", help="keep decoded crops: a folder (one file, opened again by the next run), "
         "or 'device' (in the GPU's memory, where the warp then runs; on a CPU in memory)")
     add("--size", type=int, default=112, help="side of the crop in px, a multiple of --patch")
-    add("--margin", type=float, default=1.4, help="side of the unaligned crop over the longer side of the box;"
-        " 1.4 suits a box of 68 landmarks, 3 one of five")
+    add("--margin", type=float, default=1.4, help="side of the unaligned crop over the longer side of "
+        "the box; 1.4 suits a box of 68 landmarks, 3 one of five")
     add("--eval-every", type=int, default=1, help="epochs between evaluations; the last is always evaluated")
     add("--points", type=int, default=68, help="landmarks of the drawn faces; every other set has its own")
     add("--detector", default="", metavar="ONNX", help="YuNet model file, to find the faces of --predict and "
         "their keypoints")
     add = parser.add_argument_group("network").add_argument
-    add("--model", default="small", choices=MODELS, help="Table 3's networks, or a ViT by the next four flags")
+    add("--model", default="small", choices=MODELS, help="a network of Table 3, or a ViT by the next "
+        "four flags")
     add("--dim", type=int, default=192, help="width of --model own")
     add("--depth", type=int, default=6, help="layers of --model own")
     add("--heads", type=int, default=6, help="attention heads of --model own")
@@ -182,8 +183,9 @@ def parse_args(argv=None):
 def check_flags(args, error: Callable[[str], None]):
     """Calls `error` with a message for the first flag whose value cannot be meant."""
     wanted = [(name, getattr(args, name) >= least, f"at least {least}") for name, least in [
-        ("epochs", 1), ("batch_size", 2), ("gpus", 1), ("limit", 0), ("seed", 0), ("eval_every", 1), ("dim", 1),
-        ("depth", 1), ("heads", 1), ("patch", 1), ("size", 1), ("workers", -1), ("align_steps", 0)]]
+        ("epochs", 1), ("batch_size", 2), ("gpus", 1), ("limit", 0), ("seed", 0), ("eval_every", 1),
+        ("dim", 1), ("depth", 1), ("heads", 1), ("patch", 1), ("size", 1), ("workers", -1),
+        ("align_steps", 0)]]
     wanted += [(name, 0 <= getattr(args, name) < math.inf, "at least 0") for name in (
         "weight_decay", "warmup", "clip")]
     wanted += [(name, 0 < getattr(args, name) < math.inf, "more than 0") for name in (
@@ -1257,7 +1259,8 @@ def learning_rate(step: int, steps: int, warmup_steps: int, base: float) -> floa
 # ---- Data ----------------------------------------------------------------------------------------
 
 CANVAS = 40  # px, side of a canvas of digits: affNIST's
-MARGINS = {"adaface": AdaFace, "arcface": ArcFace, "cosface": CosFace, "softmax": functools.partial(CosFace, 0)}
+MARGINS = {"adaface": AdaFace, "arcface": ArcFace, "cosface": CosFace,
+           "softmax": functools.partial(CosFace, 0)}
 AUGMENTATIONS = {"full": Augmentation(), "plain": PLAIN, "none": None,
                  "mirror": Augmentation(scale=0, shift=0, rotate=0, cutout=0, blur=0, ops=0)}
 
@@ -1275,8 +1278,8 @@ def five_points(points: np.ndarray) -> np.ndarray:
     """Landmarks (N, P, 2) -> eyes, nose tip and mouth corners, image-left first, (N, 5, 2).
     Raises: ValueError for a number of landmarks of no known scheme."""
     if points.shape[1] not in datasets.SCHEMES:
-        raise ValueError(f"{points.shape[1]} landmarks are no known scheme {list(datasets.SCHEMES)}: keypoints "
-                         "are eyes, nose tip and mouth corners; give 5 landmarks, in this order")
+        raise ValueError(f"{points.shape[1]} landmarks are no known scheme {list(datasets.SCHEMES)}: give 5, "
+                         "eyes, nose tip and mouth corners, image-left first")
     return datasets.group_means(points, datasets.SCHEMES[points.shape[1]].five).astype(np.float32)
 
 
@@ -1292,8 +1295,9 @@ def read_set(args, split: str) -> Split | None:
         if split == "test":
             return None
         images = recognition.Records(args.data_root)
-        points = recognition.read_landmarks(images.keys.astype(str), args.landmarks) if args.landmarks else None
-        return Split(images, None if points is None else five_points(points))
+        if not args.landmarks:
+            return Split(images, None)
+        return Split(images, five_points(recognition.read_landmarks(images.keys.astype(str), args.landmarks)))
     if args.data == "faces":
         count = args.limit or DRAWN["train"]
         count = count if split == "train" else min(count, DRAWN["test"])
@@ -1335,7 +1339,7 @@ class Digits(torch.utils.data.Dataset):
     Args: images (N, 28, 28) uint8, moved by up to 6 px anew in each epoch; or canvases (N, 40, 40) with
     their points (N, 5, 2), which stay."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, points: np.ndarray | None = None, seed: int = 0):
+    def __init__(self, images: np.ndarray, labels: np.ndarray, points: np.ndarray | None = None, seed=0):
         self.images, self.points, self.seed = images, points, seed
         self.labels, self.ids = labels.astype(np.int64), np.arange(10)
 
@@ -1425,7 +1429,7 @@ def shares(count: int, batch: int, rank: int = 0, world: int = 1) -> list[list[t
 def test_arms(args, device: torch.device, whole: bool) -> list[Arm]:
     """All that is to be looked at: the test split, if there is one, and the sets of --test; aligned, and with
     --unaligned unaligned; at the end of a run (`whole`) the steps between and the noise, too.
-    Scores of the aligned (upright) arm have no suffix, then come NAME of --test, unaligned (affine), noise."""
+    Names of scores end in @NAME for a set of --test; then, but for the aligned arm, @unaligned, ..."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     arms, noises = [], numbers(args.keypoint_noise) if whole else []
 
@@ -1467,9 +1471,9 @@ def disturb(keypoints: torch.Tensor, index: torch.Tensor, alpha: float) -> torch
     """Keypoints (B, 5, 2) in [0, 1] with noise, the same for an image's index (B,) in every call."""
     if not alpha:
         return keypoints
-    noise = [torch.randn(keypoints.shape[1:], generator=torch.Generator().manual_seed(i)) for i in index.tolist()]
-    # Eq. (12): L_pert = L + alpha L, as the text has it: L + alpha N(0, 1)
-    return keypoints + alpha * torch.stack(noise).to(keypoints)
+    draw = lambda i: torch.randn(keypoints.shape[1:], generator=torch.Generator().manual_seed(i))
+    # Eq. (12): L_pert = L + alpha L, where the text means L + alpha N(0, 1)
+    return keypoints + alpha * torch.stack([draw(i) for i in index.tolist()]).to(keypoints)
 
 
 @torch.inference_mode()
@@ -1517,8 +1521,8 @@ def print_table(rows: dict[str, dict], args):
     if args.data == "affnist":
         shown = [("accuracy", "MNIST (%)"), ("accuracy@affine", "affNIST (%)")]
     else:
-        shown = [("accuracy", "verified (%)"), ("accuracy@unaligned", "unaligned (%)"), ("rank1", "rank-1 (%)"),
-                 ("rank1@unaligned", "unaligned (%)")]
+        shown = [("accuracy", "verified (%)"), ("accuracy@unaligned", "unaligned (%)"),
+                 ("rank1", "rank-1 (%)"), ("rank1@unaligned", "unaligned (%)")]
     shown = [column for column in shown if column[0] in first]
     print(f"{args.data}: {args.model}, {args.size} px" + (
         f", unaligned: {args.box}" + (f" x {args.margin}" if args.box != "image" else "")
@@ -1527,10 +1531,10 @@ def print_table(rows: dict[str, dict], args):
     for title, found in rows.items():
         print(f"{title:14}" + "".join(f"{100 * found[key]:>15.2f}" for key, _ in shown))
     for title, found in rows.items():
-        rest = [key for key in found if key.startswith(("accuracy", "rank1", "rank5", "tar")) and "@" in key and
-                key not in dict(shown) and not key.startswith("accuracy/std") and "step" not in key]
-        for key in rest:
-            print(f"{title}: {key} {100 * found[key]:.2f} %")
+        for key in found:
+            own = key in dict(shown) or "@" not in key or key.startswith("rank5") and "@unaligned" in key
+            if not own and "/std" not in key and "@step" not in key:
+                print(f"{title}: {key} {100 * found[key]:.2f} %")
 
 
 def curve(scores: dict, steps: int) -> list[tuple[float, float]]:
@@ -1597,7 +1601,8 @@ def offsets(net: ViT, keypoints: torch.Tensor) -> torch.Tensor:
     (depth, B, N, N)."""
     maps = []
     for block, parts in zip(net.blocks, net.parts(keypoints)):
-        keypoint, static = (block.attn.table[None, :1], 0) if parts is None else (parts[0][:, :1], parts[1][:1])
+        keypoint, static = (block.attn.table[None], None) if parts is None else parts
+        keypoint, static = keypoint[:, :1], 0 if static is None else static[:1]
         maps.append(net.pairs.gather(keypoint * block.attn.scale, static * block.attn.scale, keypoint.dtype)
                     [:, 0].expand(len(keypoints), -1, -1))
     return torch.stack(maps)
@@ -1622,8 +1627,9 @@ def draw_offsets(net: ViT, data, side: int = 160) -> np.ndarray:
     layers = [layer for layer in (0, 1, 3, 5, 7) if layer < len(net.blocks)]
     chosen = [picture(data, i, side) for i in examples(data, 4)]
     device = net.pos_embed.device
-    maps = offsets(net, torch.from_numpy(np.stack([points for _, points in chosen])).to(device)).float().cpu()
-    maps, queries = maps.numpy(), [(height // 2, width // 2), (height // 4, width // 4), (height - 2, width // 2)]
+    keypoints = torch.from_numpy(np.stack([points for _, points in chosen])).to(device)
+    maps = offsets(net, keypoints).float().cpu().numpy()                      # (depth, 4, N, N)
+    queries = [(height // 2, width // 2), (height // 4, width // 4), (height - 2, width // 2)]
     shown = [(0, query) for query in queries] + [(i, queries[0]) for i in range(1, len(chosen))]
     tiles = []
     for i, query in shown:
@@ -1640,8 +1646,8 @@ def draw_curves(curves: dict[str, list], width: int = 800, height: int = 480) ->
     image, left, top = np.full((600, 1200, 3), 255, np.uint8), 90, 40
     low = math.floor(10 * min(y for points in curves.values() for _, y in points)) / 10
     place = lambda x, y: (round(left + width * x), round(top + height * (1 - y) / (1 - low + 1e-9)))
-    text = lambda string, x, y: cv2.putText(image, string, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (40,) * 3, 1,
-                                            cv2.LINE_AA)
+    font = dict(fontFace=cv2.FONT_HERSHEY_SIMPLEX, fontScale=0.5, color=(40,) * 3, lineType=cv2.LINE_AA)
+    text = lambda string, x, y: cv2.putText(image, string, (x, y), **font)
     for i in range(6):
         y = low + (1 - low) * i / 5
         cv2.line(image, place(0, y), place(1, y), (222,) * 3)
@@ -1650,10 +1656,10 @@ def draw_curves(curves: dict[str, list], width: int = 800, height: int = 480) ->
     text("unaligned", left, top + height + 30)
     text("aligned", left + width - 50, top + height + 30)
     for i, (title, points) in enumerate(curves.items()):
-        colour = metrics.CURVE_COLOURS[i % len(metrics.CURVE_COLOURS)]
+        colour, x, y = metrics.CURVE_COLOURS[i % len(metrics.CURVE_COLOURS)], left + width + 30, top + 24 * i
         cv2.polylines(image, [np.array([place(*point) for point in points])], False, colour, 2, cv2.LINE_AA)
-        cv2.line(image, (left + width + 30, top + 24 * i + 8), (left + width + 58, top + 24 * i + 8), colour, 3)
-        text(title, left + width + 70, top + 24 * i + 13)
+        cv2.line(image, (x, y + 8), (x + 28, y + 8), colour, 3)
+        text(title, x + 40, y + 13)
     return image
 
 
@@ -1964,8 +1970,8 @@ def predict(args) -> dict:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         for i, (box, points) in enumerate(find_keypoints(args, path, image, detector), 1):
             if points is None and getattr(net, "rpe", None) is not None:
-                raise ValueError(f"{path}: the network needs keypoints: put {name}.pts beside it, as the landmark"
-                                 " scripts' --predict writes it, or give --detector")
+                raise ValueError(f"{path}: the network needs keypoints: put {name}.pts beside it, as the "
+                                 "landmark scripts' --predict writes it, or give --detector")
             own = points if points is None else points[None].astype(np.float32)
             face = datasets.Face(image, None if own is None else own[0])
             split = Split([image], own, [face], None if box is None else box[None])
@@ -1986,8 +1992,9 @@ def predict(args) -> dict:
 
 def summary(row: dict) -> str:
     """A log's row as a line to read."""
-    return ", ".join(f"{key} {100 * value:.2f} %" if key.split("@")[0] in ("accuracy", "rank1") else
-                     f"{key} {value:.4g}" for key, value in row.items() if "/" not in key and "step" not in key)
+    percent = ("accuracy", "rank1", "rank5")
+    return ", ".join(f"{key} {100 * value:.2f} %" if key.split("@")[0] in percent else f"{key} {value:.4g}"
+                     for key, value in row.items() if "/" not in key and "@step" not in key)
 
 
 def make_learner(args, images, state: dict | None, device: torch.device, rank: int):
@@ -2014,8 +2021,8 @@ def make_learner(args, images, state: dict | None, device: torch.device, rank: i
 
 def network_state(optimizer: torch.optim.Optimizer, fc: PartialFC) -> dict:
     """The optimizer's state without that of the class weights, which `PartialFC.gather_state` has."""
-    state, order = optimizer.state_dict(), [id(w) for group in optimizer.param_groups for w in group["params"]]
-    state["state"].pop(order.index(id(fc.weight)), None)
+    state, weights = optimizer.state_dict(), [w for group in optimizer.param_groups for w in group["params"]]
+    state["state"].pop([w is fc.weight for w in weights].index(True), None)
     return state
 
 
