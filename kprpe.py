@@ -154,6 +154,8 @@ def parse_args(argv=None):
     add("--loss", default="adaface", choices=list(MARGINS), help="margin of the softmax (supp. 2.1)")
     add("--scale", type=float, default=64.0, help="what cosines are multiplied by in the softmax")
     add("--sample-rate", type=float, default=1.0, help="PartialFC: share of the classes that a step sees")
+    add("--rpe-lr", type=float, default=0.0, help="learning rate of relative encodings over --lr; 0: sqrt(d) "
+        "for biases, so that Eq. 5 learns as the code's form does; short runs need more")
     add("--augment", default="full", choices=list(AUGMENTATIONS), help="'full' (Table 6), 'plain' "
         "(AdaFace's: crop, low resolution, colour, mirror), 'mirror' or 'none'")
     add("--repeat", type=float, default=0.5, help="chance that the next image is one of the same person")
@@ -187,7 +189,7 @@ def check_flags(args, error: Callable[[str], None]):
         ("dim", 1), ("depth", 1), ("heads", 1), ("patch", 1), ("size", 1), ("workers", -1),
         ("align_steps", 0)]]
     wanted += [(name, 0 <= getattr(args, name) < math.inf, "at least 0") for name in (
-        "weight_decay", "warmup", "clip")]
+        "weight_decay", "warmup", "clip", "rpe_lr")]
     wanted += [(name, 0 < getattr(args, name) < math.inf, "more than 0") for name in (
         "lr", "margin", "mlp_ratio", "scale")]
     wanted += [(name, 0 <= getattr(args, name) < 1, "0 to 1, below 1") for name in ("drop_path", "repeat")]
@@ -214,7 +216,7 @@ def check_flags(args, error: Callable[[str], None]):
         error("--cache goes with --box landmarks or face; whole images are read anew")
     if args.data == "affnist":
         for name in ("box", "margin", "landmarks", "test", "align_steps"):
-            if name in args.given:
+            if name in args.given and getattr(args, name):
                 error(f"--{name.replace('_', '-')} is for faces, not for --data affnist")
     if args.detector and not os.path.isfile(args.detector):
         error(f"--detector: no file {args.detector}")
@@ -1238,14 +1240,20 @@ def repeated(order: np.ndarray, labels: np.ndarray, p: float, rng: np.random.Gen
 
 # ---- Optimisation: supplement, Table 6 -----------------------------------------------------------
 
-def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameters with and without weight decay, for AdamW. Vectors, biases, the position embedding and tokens
-    have none; tables and projections of the relative encodings decay, so do class weights. Source: code."""
-    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
+def parameter_groups(net: nn.Module, weight_decay: float, scale: float = 1.0) -> list[dict]:
+    """Parameters for AdamW, with and without weight decay; "scale" is what a group's rate is multiplied by.
+
+    Vectors, biases, the position embedding and tokens do not decay; tables and projections of the relative
+    encodings do, as do class weights (source: code). Those encodings have the rate times `scale`: a bias that
+    is divided by c (Eq. 5: sqrt(d)) learns at c times the rate, its decay over c, as an undivided one would.
+    """
+    groups = [dict(params=[], weight_decay=weight_decay * decays / own, scale=own)
+              for own in (1.0, scale) for decays in (1, 0)]
     for name, weight in net.named_parameters():
         if weight.requires_grad:
-            special = "emb" in name.replace("patch_embed", "") or "token" in name or name.endswith("bias")
-            groups[special or weight.ndim < 2]["params"].append(weight)
+            free = "emb" in name.replace("patch_embed", "") or "token" in name or name.endswith("bias")
+            encoding = name.startswith("rpe.") or ".table" in name or ".contextual." in name
+            groups[2 * encoding + (free or weight.ndim < 2)]["params"].append(weight)
     return groups
 
 
@@ -1494,6 +1502,14 @@ def embed(net: nn.Module, arm: Arm, args, device: torch.device) -> torch.Tensor:
     mine = torch.cat(found)                                                   # (N / R, D)
     world = dist.get_world_size() if dist.is_initialized() else 1
     return all_gather(mine).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:len(arm.data)].cpu()
+
+
+def share_statistics(net: nn.Module):
+    """Gives all processes the batch norms' statistics of the first, which the checkpoint has."""
+    for module in net.modules() if dist.is_initialized() else ():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            dist.broadcast(module.running_mean, 0)
+            dist.broadcast(module.running_var, 0)
 
 
 def evaluate(net: nn.Module, centres: torch.Tensor | None, arms: Sequence[Arm], args, device) -> dict:
@@ -1831,7 +1847,8 @@ def run(main, args):
 
 # Flags of the machine or the command, not of the run whose checkpoint is opened; --eval also chooses DATA.
 MACHINE = {"output", "gpus", "device", "workers", "compile", "resume", "eval", "predict", "weights", "cache",
-           "given", "detector", "test", "also_rpe", "unaligned", "align_steps", "keypoint_noise", "align"}
+           "given", "detector", "also_rpe", "align"}
+LOOK = {"test", "unaligned", "align_steps", "keypoint_noise"}  # a resumed run's, unless typed
 DATA = {"data", "data_root", "amp", "limit", "batch_size", "landmarks", "points"}
 
 
@@ -1885,7 +1902,7 @@ def open_checkpoint(args, path: str, free: set[str]) -> tuple[nn.Module, torch.T
     other = "data" in given and args.data != state["args"]["data"]
     if other and "affnist" in (args.data, state["args"]["data"]):
         raise ValueError(f"--data {args.data}: {path} is of a run on {state['args']['data']}")
-    restore_args(args, state["args"], MACHINE | free | (DATA if other else DATA & given))
+    restore_args(args, state["args"], MACHINE | LOOK | free | (DATA if other else DATA & given))
     net = build(args, device)
     load_weights(net, state["model"], path)
     return net.eval(), state["head"]["weight"], device
@@ -2006,7 +2023,8 @@ def make_learner(args, images, state: dict | None, device: torch.device, rank: i
                          f"{state['classes'][1]} of {state['classes'][0]}; see --data-root")
     net = build(args, device)
     fc = PartialFC(512, classes, MARGINS[args.loss](scale=args.scale), args.sample_rate).to(device)
-    groups = parameter_groups(net, args.weight_decay)
+    divisor = 1 / net.blocks[0].attn.scale if args.rpe in (*STATIC, *KEYPOINT) else 1.0
+    groups = parameter_groups(net, args.weight_decay, args.rpe_lr or divisor)
     groups[0]["params"].append(fc.weight)
     optimizer = torch.optim.AdamW(groups, args.lr, fused=True)
     if state:
@@ -2043,7 +2061,7 @@ def train(args) -> tuple[dict, Path]:
     folder = find_run(args, "kprpe")
     state = load(folder / "last.pt", "kprpe") if args.resume else None
     if state:
-        restore_args(args, state["args"], MACHINE | ({"data_root", "landmarks"} & set(args.given)))
+        restore_args(args, state["args"], MACHINE | ((LOOK | {"data_root", "landmarks"}) & set(args.given)))
     # Data and network
     images, train_set = training_set(args)
     labels, strength = torch.from_numpy(images.labels), AUGMENTATIONS[args.augment]
@@ -2070,8 +2088,8 @@ def train(args) -> tuple[dict, Path]:
         net.train(), fc.train()
         for step, batch in enumerate(loader):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(epoch * steps + step, args.epochs * steps, args.warmup * steps,
-                                            args.lr)
+                group["lr"] = group["scale"] * learning_rate(
+                    epoch * steps + step, args.epochs * steps, args.warmup * steps, args.lr)
             image, points = prepare(batch, device)
             if strength is not None:
                 image, points = augment(image, points, strength, flip)
@@ -2091,6 +2109,7 @@ def train(args) -> tuple[dict, Path]:
         check_losses(losses, epoch + 1)
         check_weights(net, epoch + 1)
         # Evaluation by all processes, log and checkpoint by the first
+        share_statistics(net)
         head, last = fc.gather_state(optimizer), epoch + 1 == args.epochs
         row = dict(epoch=epoch + 1, loss=losses.mean().item(), lr=optimizer.param_groups[0]["lr"],
                    images_per_second=steps * args.batch_size / (time.time() - epoch_began))

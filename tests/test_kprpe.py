@@ -1,7 +1,14 @@
 """kprpe.py: encodings, losses and augmentation against slow loops, published sizes, data, whole runs."""
 import itertools
+import json
 import math
+import os
+import pickle
+import struct
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,10 +21,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kprpe
-from common import datasets, warp
+from common import datasets, metrics, warp
+from tests.test_recognition import encoded, payload, put_records
 
 torch.set_num_threads(1)
 cv2.setNumThreads(1)
+ROOT = Path(kprpe.__file__).resolve().parent
 GRID = (5, 3)  # height, width: not square, so that a swapped axis shows
 TINY = dict(dim=16, depth=2, heads=2, mlp_ratio=2, patch=4, image_size=(20, 12))
 BIASES = [*kprpe.STATIC, *kprpe.KEYPOINT]
@@ -1096,7 +1105,8 @@ class Named(torch.nn.Module):
 
 def test_parameter_groups_decay_matrices_but_not_the_position_embedding():
     net = Named()
-    decayed, rest = kprpe.parameter_groups(net, 0.05)
+    decayed, rest, *encodings = kprpe.parameter_groups(net, 0.05)
+    assert not any(group["params"] for group in encodings)
     names = {id(weight): name for name, weight in net.named_parameters()}
     assert decayed["weight_decay"] == 0.05 and rest["weight_decay"] == 0
     assert {names[id(w)] for w in decayed["params"]} == {
@@ -1108,9 +1118,497 @@ def test_parameter_groups_decay_matrices_but_not_the_position_embedding():
     assert kprpe.parameter_groups(fc, 0.05)[1]["params"] == []
 
 
+@pytest.mark.parametrize("rpe", ["product", "irpe", "kp-multihead"])
+def test_encodings_learn_at_their_own_rate(rpe):
+    """A bias over c in the network, its rate times c and its decay over c: as one that is not divided."""
+    net = tiny(rpe)
+    groups = kprpe.parameter_groups(net, 0.05, 4.0)
+    assert [group["scale"] for group in groups] == [1, 1, 4, 4]
+    assert [group["weight_decay"] for group in groups] == [0.05, 0, 0.0125, 0]
+    own = {id(weight) for group in groups[2:] for weight in group["params"]}
+    names = {name for name, weight in net.named_parameters() if id(weight) in own}
+    assert names == {"product": {"blocks.0.attn.table", "blocks.1.attn.table"},
+                     "irpe": {f"blocks.{i}.attn.contextual.{part}" for i in range(2) for part in "qkv"},
+                     "kp-multihead": {"rpe.keypoint_linear.weight", "rpe.keypoint_linear.bias"}}[rpe]
+    assert len(own) + sum(len(group["params"]) for group in groups[:2]) == len(list(net.parameters()))
+
+
 def test_learning_rate_warms_up_and_falls_as_a_cosine():
     rate = [kprpe.learning_rate(step, 340, 30, 1e-3) for step in range(341)]
     assert rate[0] == 0 and rate[15] == pytest.approx(5e-4) and rate[30] == pytest.approx(1e-3)
     assert rate[185] == pytest.approx(5e-4) and rate[340] == pytest.approx(0, abs=1e-12)
     assert max(rate) == rate[30] and (np.diff(rate[30:]) < 0).all()
     assert kprpe.learning_rate(0, 10, 0, 1.0) == 1 and kprpe.learning_rate(3, 3, 3, 1.0) == 1
+
+
+# ---- Data: aligned, unaligned, digits ------------------------------------------------------------
+
+def arguments(*flags, root="", **own):
+    """Flags of a run of a few seconds; `own` for what is no flag."""
+    args = kprpe.parse_args([*SMALL_RUN, *(["--data-root", str(root)] if root else []), *flags])
+    vars(args).update(own)
+    return args
+
+
+SMALL_RUN = ["--device", "cpu", "--workers", "0", "--limit", "40", "--size", "32", "--dim", "16",
+             "--depth", "2", "--heads", "2", "--epochs", "2", "--batch-size", "8", "--warmup", "0.5",
+             "--also-rpe", "", "--align-steps", "0", "--eval-every", "2"]
+
+
+def write_people(root, people=3, each=4, size=48, marked=True):
+    """A folder of noise faces of `people`, with five points that vary, as .pts beside them."""
+    rng = np.random.default_rng(0)
+    for person in range(people):
+        folder = root / f"person{person}"
+        folder.mkdir(parents=True)
+        for i in range(each):
+            cv2.imwrite(str(folder / f"{i}.png"), rng.integers(0, 256, (size, size, 3), np.uint8))
+            if marked:
+                points = size / 112 * datasets.ARCFACE_5 + rng.uniform(0, 3, 2)
+                datasets.write_pts(folder / f"{i}.pts", points)
+    return root
+
+
+def test_aligned_crops_bring_the_keypoints_to_the_template():
+    args = arguments()
+    split = kprpe.read_set(args, "test")
+    data = kprpe.make_dataset(args, split, 1.0)
+    points = data.__getitems__([(0, i) for i in range(8)])["points"]
+    fitted = warp.fit_similarity(points.double(), torch.from_numpy(kprpe.template(32)))
+    same(fitted, torch.eye(2, 3).double().expand(8, 2, 3), 1e-4)  # what no similarity can better
+    assert not torch.allclose(points, torch.from_numpy(kprpe.template(32)).float(), atol=0.3)  # poses differ
+    same(kprpe.template(112), datasets.ARCFACE_5)
+    same(kprpe.template(32)[0], (datasets.ARCFACE_5[0] + 0.5) * 32 / 112 - 0.5)
+
+
+def test_unaligned_crops_are_the_box_and_the_steps_lie_between():
+    args = arguments()
+    split = kprpe.read_set(args, "test")
+    loose, half, aligned = (kprpe.make_dataset(args, split, t).frames for t in (0.0, 0.5, 1.0))
+    same(loose, datasets.square_frames(split.boxes, 32, args.margin))
+    same(half, (loose + aligned) / 2)
+    assert (loose[:, 0, 1] == 0).all() and aligned[:, 0, 1].abs().max() > 0.05  # turned upright
+
+
+def test_whole_images_are_aligned_the_same_way(tmp_path):
+    args = arguments("--data", "folder", "--box", "image", root=write_people(tmp_path / "test").parent)
+    split = kprpe.read_set(args, "test")
+    assert split.boxes is None and split.points.shape == (12, 5, 2)
+    keys = [(0, i) for i in range(12)]
+    aligned = kprpe.make_dataset(args, split, 1.0).__getitems__(keys)
+    same(aligned["points"], torch.from_numpy(kprpe.template(32)).float().expand(12, 5, 2), 1e-3)
+    whole = kprpe.make_dataset(args, split, 0.0).__getitems__(keys)
+    same(whole["matrix"][:, 0, 0], torch.full((12,), 32 / 48), 1e-6)
+    half = kprpe.make_dataset(args, split, 0.5).__getitems__(keys)
+    same(half["matrix"], (whole["matrix"] + aligned["matrix"]) / 2, 1e-5)
+
+
+def test_images_without_landmarks_are_taken_as_aligned(tmp_path):
+    args = arguments("--data", "folder", root=write_people(tmp_path / "train", marked=False).parent)
+    images, data = kprpe.training_set(args)
+    batch = data.__getitems__([(0, 3)])
+    assert "points" not in batch and len(images.ids) == 3
+    image, points = kprpe.prepare(batch, torch.device("cpu"))
+    assert image.shape == (1, 3, 32, 32) and image.max() <= 255
+    same(points[0], kprpe.template(32), 1e-5)
+    image, keypoints = kprpe.inputs(image, points)
+    assert image.min() >= -1 and image.max() <= 1
+    same(keypoints[0, 0], (datasets.ARCFACE_5[0] + 0.5) / 112, 1e-6)
+
+
+def test_five_points_of_any_scheme():
+    points = np.random.default_rng(0).uniform(0, 9, (3, 68, 2)).astype(np.float32)
+    five = kprpe.five_points(points)
+    np.testing.assert_allclose(five[:, 2], points[:, 30])  # the nose tip
+    np.testing.assert_allclose(five[:, 0], points[:, 36:42].mean(1), rtol=1e-5)
+    with pytest.raises(ValueError, match="7 landmarks are no known scheme"):
+        kprpe.five_points(points[:, :7])
+
+
+def test_some_images_without_landmarks_are_an_error(tmp_path):
+    root = write_people(tmp_path / "train").parent
+    (root / "train" / "person1" / "2.pts").unlink()
+    with pytest.raises(ValueError, match="person1/2.png has no landmarks"):
+        kprpe.training_set(arguments("--data", "folder", root=root))
+
+
+def test_landmarks_of_records_beside_them(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (32, 32, 3), np.uint8) for _ in range(6)]
+    put_records(tmp_path, [payload([key % 3], encoded(image)) for key, image in enumerate(images)], 1)
+    points = kprpe.template(32)
+    lines = [",".join([str(key), *(f"{v:.3f}" for v in (points + key / 10).flatten())])
+             for key in range(1, 7)]
+    (tmp_path / "points.csv").write_text("\n".join(lines))
+    args = arguments("--data", "ms1m-small", "--landmarks", str(tmp_path / "points.csv"), root=tmp_path)
+    images, data = kprpe.training_set(args)
+    batch = data.__getitems__([(0, 4)])
+    same(batch["points"][0], points + 0.5, 1e-3)  # as they are: records are aligned already
+    assert np.array_equal(batch["image"][0].numpy(), images[4])
+    assert kprpe.read_set(args, "test") is None
+
+
+def write_mnist(root, count=12):
+    """The four idx files: bars whose place tells the label."""
+    root.mkdir(exist_ok=True)
+    labels = np.arange(count, dtype=np.uint8) % 10
+    images = np.zeros((count, 28, 28), np.uint8)
+    for image, label in zip(images, labels):
+        image[4:24, 5 + label:9 + label] = 255
+        image[4:8, 5:20] = 200
+    for split in ("train", "t10k"):
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            head = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+            (root / f"{split}-{kind}-ubyte").write_bytes(head + array.tobytes())
+    return root
+
+
+def test_digits_move_anew_in_each_epoch(tmp_path):
+    args = arguments("--data", "affnist", "--size", "40", root=write_mnist(tmp_path))
+    images, data = kprpe.training_set(args)
+    first, again, later = (data.__getitems__([(epoch, i) for i in range(12)]) for epoch in (0, 0, 1))
+    assert first["image"].shape == (12, 40, 40, 1) and images.labels.tolist() == [*range(10), 0, 1]
+    assert torch.equal(first["image"], again["image"]) and not torch.equal(first["image"], later["image"])
+    image, points = kprpe.prepare(first, torch.device("cpu"))
+    assert image.shape == (12, 1, 40, 40)
+    for own, (left, top) in zip(image[:, 0], points[:, 0].round().int().tolist()):
+        assert own[top, left] > 30 and own[:top].max() == 0 and own[:, :left].max() == 0
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 2, 1, 1]))
+    with pytest.raises(ValueError, match=r"images \(12, 28, 28\) and labels \(2,\)"):
+        kprpe.read_digits(args, "test")
+    with pytest.raises(FileNotFoundError, match="train-images-idx3"):
+        kprpe.read_digits(arguments("--data", "affnist", "--size", "40", root=tmp_path / "no"), "train")
+
+
+def test_shares_cover_a_set_once_and_are_as_long_in_each_process():
+    for count, world in ((10, 1), (10, 3), (2, 4), (9, 3)):
+        parts = [[i for keys in kprpe.shares(count, 2, rank, world) for _, i in keys]
+                 for rank in range(world)]
+        assert len({len(part) for part in parts}) == 1
+        merged = torch.tensor(parts).T.flatten()[:count]  # as `embed` puts them together
+        assert merged.tolist() == list(range(count))
+
+
+def test_subject_batches_repeat_people_and_are_the_same_for_all_ranks():
+    labels = np.repeat(np.arange(5), 8)
+    plain = kprpe.SubjectBatches(labels, 8, 0.0, 3, 0, 1)
+    assert sorted(i for keys in plain for _, i in keys) == list(range(40))
+    whole = [[i for _, i in keys] for keys in kprpe.SubjectBatches(labels, 8, 0.6, 3, 0, 1)]
+    halves = [[[i for _, i in keys] for keys in kprpe.SubjectBatches(labels, 8, 0.6, 3, rank, 2)]
+              for rank in range(2)]
+    assert whole == [a + b for a, b in zip(*halves)] and len(set(sum(whole, []))) < 40
+
+
+def test_noise_is_normal_and_the_same_each_time():
+    points, index = torch.rand(300, 5, 2), torch.arange(300)
+    noise = kprpe.disturb(points, index, 0.1) - points
+    assert noise.std() == pytest.approx(0.1, rel=0.05) and noise.mean().abs() < 0.01
+    # What the supplement reports for alpha = 0.1: an NME of 0.12, over the side of the box.
+    assert noise.norm(dim=-1).mean() == pytest.approx(0.12, abs=0.01)
+    some = kprpe.disturb(points[[7, 2]], index[[7, 2]], 0.1)
+    same(some, (points + noise)[[7, 2]], 1e-6)
+    assert kprpe.disturb(points, index, 0.0) is points
+
+
+# ---- Evaluation and clipping ---------------------------------------------------------------------
+
+class Corner(nn.Module):
+    """An "embedding" that tells what it was given: the mean of the image's left half, and the keypoints."""
+
+    def forward(self, image, points):
+        return torch.cat([image[..., :image.shape[3] // 2].mean((1, 2, 3))[:, None], points.flatten(1)], 1)
+
+
+def test_embeddings_are_sums_over_the_image_and_its_mirror():
+    args = arguments()
+    data = kprpe.make_dataset(args, kprpe.read_set(args, "test"), 0.0)
+    keys = [[(0, 0), (0, 1)], [(0, 2)]]
+    found = kprpe.embed(Corner(), kprpe.Arm(range(3), [data.__getitems__(k) for k in keys], []), args,
+                        torch.device("cpu"))
+    image, points = kprpe.inputs(*kprpe.prepare(data.__getitems__(sum(keys, [])), torch.device("cpu")))
+    same(found[:, 0], 2 * image.mean((1, 2, 3)), 1e-5)
+    mirrored = points.clone()
+    mirrored[..., 0] = 1 - mirrored[..., 0]
+    same(found[:, 1:], (points + mirrored[:, [1, 0, 2, 4, 3]]).flatten(1), 1e-6)
+
+
+def test_the_gradients_are_scaled_together():
+    net, fc = nn.Linear(4, 3), kprpe.PartialFC(3, 5, kprpe.CosFace())
+    loss = fc(net(torch.randn(6, 4, generator=torch.Generator().manual_seed(0))), torch.arange(6) % 5)
+    loss.backward()
+    grads = [p.grad.clone() for p in (*net.parameters(), fc.weight)]
+    norm = torch.cat([g.flatten() for g in grads]).norm().item()
+    kprpe.clip_gradients(net, fc, norm / 4)
+    for p, grad in zip((*net.parameters(), fc.weight), grads):
+        same(p.grad, grad / 4, 1e-4)
+    kprpe.clip_gradients(net, fc, norm)
+    same(net.weight.grad, grads[0] / 4, 1e-4)  # a small one stays
+
+
+def test_offsets_are_what_attention_adds():
+    for rpe in ("euclidean", "cross", "kp-relative", "kp-multihead"):
+        net = randomise(tiny(rpe)).eval()
+        points = batch(2)[1]
+        maps = kprpe.offsets(net, points)
+        assert maps.shape == (2, 2, 15, 15)
+        block, q = net.blocks[1], torch.zeros(2, 15, 16)
+        seen = []
+        original, F.scaled_dot_product_attention = F.scaled_dot_product_attention, \
+            lambda q, k, v, bias: seen.append(bias) or q
+        try:
+            block.attn(q, net.pairs, list(net.parts(points))[1])
+        finally:
+            F.scaled_dot_product_attention = original
+        same(maps[1], seen[0][:, 0].expand(2, -1, -1), 1e-6)
+
+
+def test_a_curve_goes_from_unaligned_to_aligned():
+    scores = {"accuracy": 0.9, "accuracy@unaligned": 0.6, "accuracy@step1": 0.7, "accuracy@step2": 0.8}
+    assert kprpe.curve(scores, 3) == [(0, 0.6), (1 / 3, 0.7), (2 / 3, 0.8), (1, 0.9)]
+    image = kprpe.draw_curves({"kp": kprpe.curve(scores, 3), "none": kprpe.curve(scores, 3)})
+    assert image.shape == (600, 1200, 3) and count(image, 0) < count(image, 1)  # the second covers the first
+
+
+def count(image, i):
+    """Pixels of the colour of the i-th curve."""
+    return (image == metrics.CURVE_COLOURS[i]).all(-1).sum()
+
+
+# ---- Whole runs ----------------------------------------------------------------------------------
+
+def state_of(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def go(*flags, root="", **own):
+    return kprpe.main(arguments(*flags, root=root, **own))
+
+
+def call(*flags):
+    """The command with just these flags."""
+    return kprpe.main(kprpe.parse_args(["--device", "cpu", *map(str, flags)]))
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_should(tmp_path, capsys):
+    scores = go("--output", str(tmp_path / "run"), "--also-rpe", "none", "--align-steps", "2",
+                "--keypoint-noise", "0.05,0.1", "--repeat", "0.5")
+    rows = logged(tmp_path / "run")
+    assert [row["epoch"] for row in rows] == [1, 2] and "accuracy" not in rows[0]
+    for key in ("accuracy", "rank1", "accuracy@unaligned", "accuracy@step1", "accuracy@noise0.05",
+                "accuracy@noise0.1"):
+        assert 0 <= rows[1][key] <= 1 and scores[key] == rows[1][key]
+        assert f"{key}@none" in scores
+    printed = capsys.readouterr().out
+    assert "unaligned (%)" in printed and "kp-multihead" in printed and "accuracy@noise0.1" in printed
+    for name in ("faces.png", "offsets.png", "alignment.png", "none/faces.png", "none/last.pt"):
+        assert (tmp_path / "run" / name).exists()
+    assert not (tmp_path / "run" / "none" / "offsets.png").exists()
+    state = state_of(tmp_path / "run")
+    assert state["head"]["weight"].shape == (4, 512) and state["script"] == "kprpe"
+    assert state["head"]["optimizer"]["exp_avg"].shape == (4, 512)
+    with pytest.raises(FileExistsError, match="holds a run"):
+        go("--output", str(tmp_path / "run"))
+
+
+def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, monkeypatch):
+    flags = ["--loss", "arcface", "--sample-rate", "0.5", "--augment", "plain", "--epochs", "3"]
+    go(*flags, "--output", str(tmp_path / "whole"))
+    original = kprpe.save
+
+    def dies(path, **state):
+        original(path, **state)
+        if state["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(kprpe, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        go(*flags, "--output", str(tmp_path / "cut"))
+    monkeypatch.setattr(kprpe, "save", original)
+    call("--resume", "--output", tmp_path / "cut")
+    whole, cut = state_of(tmp_path / "whole"), state_of(tmp_path / "cut")
+    for key in ("model", "head", "optimizer", "epoch", "classes"):
+        assert equal(whole[key], cut[key]), key
+    drop = {"minutes", "images_per_second"}
+    for a, b in zip(logged(tmp_path / "whole"), logged(tmp_path / "cut"), strict=True):
+        assert {k: v for k, v in a.items() if k not in drop} == {k: v for k, v in b.items() if k not in drop}
+    with pytest.raises(ValueError, match="--loss adaface: the checkpoint was made with arcface"):
+        call("--resume", "--loss", "adaface", "--output", tmp_path / "cut")
+
+
+def test_two_processes_train_and_one_goes_on(tmp_path):
+    """The same classes on two processes as on one; evaluation cut into shares; the checkpoint is whole."""
+    run = ["--output", str(tmp_path / "run"), "--gpus", "2", "--epochs", "1"]
+    done = subprocess.run([sys.executable, str(ROOT / "kprpe.py"), *SMALL_RUN, *run], capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    state, row = state_of(tmp_path / "run"), logged(tmp_path / "run")[-1]
+    assert state["world"] == 2 and state["head"]["weight"].shape == (4, 512)
+    scores = call("--eval", tmp_path / "run" / "last.pt", "--unaligned")
+    for key in ("accuracy", "rank1", "accuracy@unaligned"):
+        assert scores[key] == pytest.approx(row[key], abs=0.03)
+    state["epoch"], state["args"]["epochs"] = 1, 2
+    torch.save(state, tmp_path / "run" / "last.pt")
+    call("--resume", "--output", tmp_path / "run")
+    assert state_of(tmp_path / "run")["epoch"] == 2 and state_of(tmp_path / "run")["world"] == 1
+
+
+def test_a_folder_is_trained_on_evaluated_on_other_sets_and_used(tmp_path, capsys):
+    root = write_people(tmp_path / "train").parent
+    write_people(tmp_path / "test")
+    flags = ["--data", "folder", "--rpe", "kp-relative", "--num-keypoints", "3", "--output",
+             str(tmp_path / "run"), "--epochs", "1", "--batch-size", "6"]
+    scores = go(*flags, root=root)
+    images = [cv2.imencode(".png", picture)[1].tobytes() for picture in
+              np.random.default_rng(1).integers(0, 256, (20, 32, 32, 3), np.uint8)]
+    (tmp_path / "lfw.bin").write_bytes(pickle.dumps((images, [True, False] * 5)))
+    (tmp_path / "ids.csv").write_text("path,id,role\n" + "".join(
+        f"test/person{p}/{i}.png,{p},{('gallery', 'probe')[i]}\n" for p in range(3) for i in range(2)))
+    (tmp_path / "ids.csv.landmarks.csv").write_text("".join(
+        f"test/person{p}/{i}.png," + ",".join(f"{v:.2f}" for v in kprpe.template(48).flatten()) + "\n"
+        for p in range(3) for i in range(2)))
+    path = str(tmp_path / "run" / "last.pt")
+    capsys.readouterr()
+    again = call("--eval", path, "--unaligned", "--align-steps", "2", "--output", tmp_path / "eval", "--test",
+                 tmp_path / "lfw.bin", tmp_path / "ids.csv")
+    assert {key: again[key] for key in scores} == scores
+    name = f"rank1@{tmp_path / 'ids.csv'}"
+    assert {"accuracy@lfw", name, f"{name}@unaligned", f"{name}@step1", "accuracy@step1"} <= again.keys()
+    assert "accuracy@lfw@unaligned" not in again and "accuracy@lfw" in capsys.readouterr().out
+    assert (tmp_path / "eval" / "alignment.png").exists()
+    face = tmp_path / "test" / "person0" / "1"
+    predict = ["--device", "cpu", "--weights", path, "--predict"]
+    call(*predict, str(face) + ".png", "--output", tmp_path / "out")
+    crop = cv2.imread(str(tmp_path / "out" / "1.png"))[..., ::-1]
+    feature = np.load(tmp_path / "out" / "1.npy")
+    assert crop.shape == (32, 32, 3) and np.linalg.norm(feature) == pytest.approx(1, abs=1e-5)
+    points = datasets.read_pts(str(face) + ".pts")
+    np.testing.assert_allclose(datasets.read_pts(tmp_path / "out" / "1.pts"), points, atol=1e-3)
+    # The same face as the evaluation sees it: aligned by its keypoints.
+    args = arguments("--data", "folder", "--rpe", "kp-relative", "--num-keypoints", "3", root=root)
+    split = kprpe.read_set(args, "test")
+    assert np.array_equal(kprpe.make_dataset(args, split, 1.0).__getitems__([(0, 1)])["image"][0], crop)
+    call(*predict, str(face) + ".png", "--no-align", "--output", tmp_path / "loose")
+    assert not np.array_equal(cv2.imread(str(tmp_path / "loose" / "1.png")), crop[..., ::-1])
+    with pytest.raises(FileExistsError, match="1.png exists"):
+        call(*predict, str(face) + ".png", "--output", tmp_path / "out")
+    cv2.imwrite(str(tmp_path / "alone.png"), crop)
+    with pytest.raises(ValueError, match="alone.png: the network needs keypoints"):
+        call(*predict, tmp_path / "alone.png", "--output", tmp_path / "no")
+
+
+def test_detected_faces_are_predicted(tmp_path, monkeypatch):
+    """YuNet's rows: box, five points from the person's right eye on, score."""
+    go("--output", str(tmp_path / "run"), "--epochs", "1", "--limit", "20")
+    image = np.random.default_rng(0).integers(0, 256, (100, 120, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / "photo.png"), image)
+    five = [kprpe.template(40) + [10 + 50 * i, 12] for i in range(2)]
+    rows = np.stack([np.concatenate([[8 + 50 * i, 9, 40, 50], five[i].flatten(), [0.9]])
+                     for i in range(2)]).astype(np.float32)
+
+    class Detector:
+        def setInputSize(self, size):
+            assert size == (120, 100)
+
+        def detect(self, bgr):
+            assert np.array_equal(bgr, image)
+            return 1, rows
+
+    monkeypatch.setattr(kprpe, "open_detector", lambda path: Detector())
+    (tmp_path / "yunet.onnx").write_bytes(b"")
+    call("--weights", tmp_path / "run" / "last.pt", "--predict", tmp_path / "photo.png", "--detector",
+         tmp_path / "yunet.onnx", "--output", tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        f"photo{face}.{kind}" for face in ("", ".face2") for kind in ("png", "npy", "pts")}
+    found = datasets.read_pts(tmp_path / "out" / "photo.face2.pts")
+    np.testing.assert_allclose(found, five[1], atol=1e-3)
+
+
+def test_digits_are_classified(tmp_path):
+    root = write_mnist(tmp_path / "mnist", 40)
+    flags = ["--data", "affnist", "--size", "40", "--patch", "8", "--epochs", "12", "--lr", "0.001", "--rpe",
+             "kp-multihead", "--output", str(tmp_path / "run")]
+    scores = go(*flags, root=root)
+    assert logged(tmp_path / "run")[-1]["loss"] < 0.5 * logged(tmp_path / "run")[0]["loss"]
+    assert (tmp_path / "run" / "offsets.png").exists() and (tmp_path / "run" / "faces.png").exists()
+    again = call("--eval", tmp_path / "run" / "last.pt", "--keypoint-noise", "0.05")
+    assert again["accuracy"] == scores["accuracy"] and "accuracy@affine@noise0.05" in again
+    with pytest.raises(ValueError, match="is a network for digits"):
+        call("--weights", tmp_path / "run" / "last.pt", "--predict", tmp_path)
+    with pytest.raises(ValueError, match="is of a run on affnist"):
+        call("--data", "faces", "--eval", tmp_path / "run" / "last.pt")
+
+
+def test_an_iresnet_runs_on_records(tmp_path):
+    rng = np.random.default_rng(0)
+    put_records(tmp_path, [payload([key % 2], encoded(rng.integers(0, 256, (16, 16, 3), np.uint8)))
+                           for key in range(8)], 1)
+    scores = go("--data", "ms1m-small", "--model", "iresnet50", "--rpe", "none", "--size", "16", "--epochs",
+                "1", "--batch-size", "4", "--output", str(tmp_path / "run"), root=tmp_path)
+    assert scores == {} and state_of(tmp_path / "run")["head"]["weight"].shape == (2, 512)
+    with pytest.raises(ValueError, match="has no test split"):
+        call("--eval", tmp_path / "run" / "last.pt")
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    go("--output", str(tmp_path / "run"), "--epochs", "1", "--limit", "20")
+    state = state_of(tmp_path / "run")
+    state["model"]["pos_embed"] = torch.zeros(1, 4, 16)
+    torch.save(state, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match="1 tensors do not fit .* pos_embed"):
+        call("--eval", tmp_path / "bad.pt")
+    state["args"]["epochs"] = 2
+    state["classes"] = [9, 90]
+    torch.save(state, tmp_path / "run" / "last.pt")
+    with pytest.raises(ValueError, match="20 images of 2 identities, the run was started on 90 of 9"):
+        call("--resume", "--output", tmp_path / "run")
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--size 60 --patch 8", "--size 60: expected a multiple of 8"),
+    ("--dim 30 --heads 4", "--dim 30: expected a multiple of --heads 4"),
+    ("--num-keypoints 6", "0 to 5"),
+    ("--sample-rate 0", "--sample-rate 0.0: expected above 0"),
+    ("--keypoint-noise 0.1,x", "--keypoint-noise 0.1,x: expected numbers"),
+    ("--also-rpe none,big", "--also-rpe none,big: expected some of none"),
+    ("--model iresnet50", "give --rpe none"),
+    ("--model iresnet50 --rpe none --also-rpe= --size 40", "--size 40: expected a multiple of 16"),
+    ("--batch-size 9 --gpus 2", "does not divide"),
+    ("--box 1,2,3", "--box 1,2,3: expected image"),
+    ("--data folder --box image --cache device", "--cache goes with"),
+    ("--data affnist --margin 2", "--margin is for faces"),
+    ("--detector none.onnx", "no file none.onnx"),
+    ("--predict a.png", "belong together"),
+    ("--eval a --resume", "--eval goes neither"),
+    ("--lr nan", "--lr nan: expected more than 0"),
+    ("--repeat 1", "--repeat 1.0: expected 0 to 1"),
+    ("--points 7", "--points 7: expected one of"),
+])
+def test_flags_that_cannot_be_meant(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        kprpe.parse_args(flags.split())
+    assert message in capsys.readouterr().err
+
+
+def test_presets_are_table_6():
+    args = kprpe.parse_args(["--data", "ms1m-small"])
+    assert (args.model, args.lr, args.batch_size, args.epochs, args.weight_decay, args.warmup,
+            args.repeat) == ("small", 1e-3, 512, 34, 0.05, 3, 0.5)
+    args = kprpe.parse_args(["--data", "webface-base", "--lr", "0.5"])
+    assert (args.model, args.lr, args.batch_size, args.epochs, args.sample_rate, args.repeat) == (
+        "base", 0.5, 1024, 36, 0.6, 0.1)
+    net = on_meta(lambda: kprpe.build(args, torch.device("meta")))
+    assert sum(p.numel() for p in net.parameters()) == 114_869_760 + 206_976
