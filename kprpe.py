@@ -150,6 +150,7 @@ def parse_args(argv=None):
     add("--rpe", default="kp-multihead", choices=RPES, help="position encoding of ViTs (Tables 1 and 2)")
     add("--also-rpe", default="", help="encodings to train with after it, for comparison, as none,irpe")
     add("--num-keypoints", type=int, default=5, help="the first 0 to 5 of the keypoints (supp. 2.2)")
+    add("--draw-keypoints", action=switch, default=False, help="mark keypoints in the image (Fig. 1, Abs-PE*)")
     add = parser.add_argument_group("training").add_argument
     add("--loss", default="adaface", choices=list(MARGINS), help="margin of the softmax (supp. 2.1)")
     add("--scale", type=float, default=64.0, help="what cosines are multiplied by in the softmax")
@@ -1411,8 +1412,14 @@ def prepare(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tens
         len(image), -1, -1)
 
 
-def inputs(image: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What networks take, images in [-1, 1] and keypoints in [0, 1], of what `prepare` returns."""
+def inputs(image: torch.Tensor, points: torch.Tensor, draw: bool = False):
+    """What networks take, images in [-1, 1] and keypoints in [0, 1], of what `prepare` returns.
+    Args: draw, whether white dots of about 2 px mark the keypoints in the image (Fig. 1)."""
+    if draw:
+        side = torch.arange(image.shape[-1], device=image.device)
+        x, y = ((side - points[..., axis, None]).square() for axis in (0, 1))  # (B, 5, W), (B, 5, H)
+        dots = (-(x[..., None, :] + y[..., None]) / 2).exp().amax(1, keepdim=True)  # (B, 1, H, W)
+        image = image + (255 - image) * dots
     return image / 127.5 - 1, (points + 0.5) / image.shape[-1]
 
 
@@ -1491,7 +1498,7 @@ def embed(net: nn.Module, arm: Arm, args, device: torch.device) -> torch.Tensor:
     net.eval()
     flip, found = torch.from_numpy(datasets.SCHEMES[5].flip).to(device), []
     for batch in arm.loader:
-        image, points = inputs(*prepare(batch, device))
+        image, points = inputs(*prepare(batch, device), args.draw_keypoints)
         points = disturb(points, batch["index"], arm.noise)
         with precision(args, device):
             features = net(image, points)
@@ -2094,7 +2101,7 @@ def train(args) -> tuple[dict, Path]:
             if strength is not None:
                 image, points = augment(image, points, strength, flip)
             with precision(args, device):
-                embeddings = model(*inputs(image, points))
+                embeddings = model(*inputs(image, points, args.draw_keypoints))
             loss = fc(embeddings, labels[batch["index"]])  # over all processes
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -9,6 +9,7 @@ Each line gives the median of several runs.
 import argparse
 import copy
 import statistics
+import struct
 import tempfile
 import time
 
@@ -17,10 +18,11 @@ import numpy as np
 import torch
 
 import heatmap_landmarks
+import kprpe
 import lddmm_face
 import sdfl
 import stn_align
-from common import datasets, metrics, synthetic, warp
+from common import datasets, metrics, recognition, synthetic, warp
 
 
 def median_ms(function, repeats: int = 7) -> float:
@@ -401,6 +403,83 @@ def bench_stn_step():
         print(f"stn       training step, batch {count}, {'bf16' if cuda else 'float32'}, "
               f"{'no alignment' if method == 'none' else f'{method} at {align_at}'}: "
               f"{count / ms * 1e3:,.1f} images a second, {100 * (ms / plain - 1):+.1f} %{memory}")
+
+
+def naive_bias(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Eq. (11) by an index into a flattened table: (B, H, N, K), (N, N) -> (B, H, N, N)."""
+    count, buckets = table.shape[2:]
+    flat = torch.arange(count, device=ids.device)[:, None] * buckets + ids
+    return table.flatten(2)[:, :, flat.flatten()].unflatten(-1, ids.shape)
+
+
+def bench_bias():
+    """One layer's KP-RPE bias, B = H = 8, 14 x 14 patches, forward and backward, and what it keeps."""
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        torch.manual_seed(0)
+        to_pairs = kprpe.PairBias((14, 14), "product").to(device)
+        draw = lambda *shape: torch.randn(shape, device=device)
+        keypoint, static, grad = draw(8, 8, 49), draw(8, 196, 49), draw(8, 8, 196, 196)
+        parts = keypoint.requires_grad_(), static.requires_grad_()
+        table = (keypoint[:, :, None] + static).detach().requires_grad_()
+        ways = {"flattened index": (lambda: naive_bias(table, to_pairs.ids[0]), (table,)),
+                "split, gather": (lambda: to_pairs.gather(*parts, torch.float32), parts),
+                "split, product": (lambda: to_pairs.product(*parts, torch.float32), parts)}
+        times = {}
+        for name, (make, leaves) in ways.items():
+            with torch.no_grad():
+                forward = median_ms(make, 15)
+            times[name] = median_ms(lambda: torch.autograd.grad(make(), leaves, grad), 15)
+            print(f"bias      {device}, {name}: {forward:.1f} ms, with the backward pass {times[name]:.1f} "
+                  f"ms: {times['flattened index'] / times[name]:.1f} x")
+
+
+def bench_vit_step():
+    """Images a second and memory of a training step: ViT-S and ViT-B at batch 256, bf16, on a GPU; a small
+    one at batch 32 on the CPU."""
+    cuda = torch.cuda.is_available()
+    device, count = torch.device("cuda" if cuda else "cpu"), 256 if cuda else 32
+    own = dict(dim=192, depth=6, heads=6, mlp_ratio=3)
+    for size in ("small", "base") if cuda else (own,):
+        plain = None
+        for rpe in ("none", "product", "irpe", "kp-multihead"):
+            net = kprpe.ViT(size, rpe).to(device)
+            optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+            image, points = torch.randn(count, 3, 112, 112).to(device), torch.rand(count, 5, 2).to(device)
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+
+            def step():
+                with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+                    loss = net(image, points).square().mean()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+
+            ms = median_ms(step, 20 if cuda else 3)
+            plain = plain or ms
+            memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
+            print(f"vit       {size if isinstance(size, str) else 'dim 192, depth 6'}, {rpe}, batch {count}: "
+                  f"{count / ms * 1e3:,.0f} images a second ({100 * (plain / ms - 1):+.1f} %){memory}")
+
+
+def bench_records():
+    """Images a second out of a record file, 112 px JPEGs, beside decoding the same bytes."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        noise = rng.integers(0, 256, (256, 112, 112, 3), np.uint8)
+        smooth = [cv2.convertScaleAbs(cv2.GaussianBlur(p, (0, 0), 3), alpha=4, beta=-380) for p in noise]
+        coded = [cv2.imencode(".jpg", p)[1].tobytes() for p in smooth]
+        with open(f"{folder}/train.rec", "wb") as data, open(f"{folder}/train.idx", "w") as index:
+            for key, image in enumerate(coded):
+                index.write(f"{key}\t{data.tell()}\n")
+                length = 24 + len(image)
+                data.write(struct.pack("<IIIfQQ", 0xced7230a, length, 0, key % 2, key, 0) + image +
+                           b"\0" * (-length % 4))
+        records = recognition.Records(folder)
+        bare = median_ms(lambda: [cv2.imdecode(np.frombuffer(c, np.uint8), cv2.IMREAD_COLOR) for c in coded])
+        ours = median_ms(lambda: [records[i] for i in range(256)])
+        print(f"records   112 px JPEGs of {sum(map(len, coded)) / 256:,.0f} bytes: {256 / ours * 1e3:,.0f} "
+              f"images a second; cv2.imdecode alone {256 / bare * 1e3:,.0f}")
 
 
 def main(argv=None):

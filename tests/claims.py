@@ -53,6 +53,8 @@ STN = {"affine2d": "--method affine2d", "proj": "--method proj --lam 0", "tps2":
 RISES = "Fig. 3, rank-1 on MegaFace: 84.21 unaligned, rises, then falls to fullalign"
 MORE_STN = STN | {"ours": ""}
 DECODERS = "Sec. 2.2, by argument: NME of dark < shift < argmax, on heatmaps of this size"
+DIGITS = ("--data affnist --size 40 --patch 4 --dim 64 --depth 4 --heads 4 --mlp-ratio 2 --epochs 10 --lr 0.001 "
+          "--warmup 1 --loss softmax --scale 16 --augment none --batch-size 64")
 CLAIMS = {
     "sdfl": [
         Claim("head", "Table I, MobileNetV2: NME 4.70 against 4.86", {"graph": "", "fc": "--head fc"}),
@@ -139,12 +141,36 @@ CLAIMS = {
         Claim("weights", "Fig. 8(a): learned before fixed", {"learned": "", "fixed": "--alpha fixed"},
               "accuracy", False),
     ],
+    "kprpe": [
+        Claim("unaligned", "Table 1, CFP-FP unaligned: KP-RPE 93.56, iRPE 77.91, ViT 72.81",
+              {"KP-RPE": "", "iRPE": "--rpe irpe", "ViT": "--rpe none"}, "accuracy@unaligned", False),
+        Claim("aligned", "Table 1, CFP-FP aligned: KP-RPE 96.60, iRPE 97.01, ViT 96.11",
+              {"KP-RPE": "", "iRPE": "--rpe irpe", "ViT": "--rpe none"}, "accuracy", False),
+        Claim("f(P)", "Table 2, CFP-FP unaligned: multihead 93.56, relative 89.70, absolute 68.09",
+              {"multihead": "", "relative": "--rpe kp-relative", "absolute": "--rpe kp-absolute"},
+              "accuracy@unaligned", False),
+        Claim("keypoints", "Supp. 2.2, TinyFace rank-1: five 69.88, four 69.58, three 69.66, two 69.26, none 68.24",
+              {"5": "", "4": "--num-keypoints 4", "3": "--num-keypoints 3", "2": "--num-keypoints 2",
+               "none": "--rpe none"}, "accuracy@unaligned", False),
+        Claim("noise", "Fig. 6: CFP-FP falls with alpha, by about 1.5 up to 0.1",
+              dict.fromkeys(["0", "0.02", "0.05", "0.1"], ""),
+              {"0": "accuracy", "0.02": "accuracy@noise0.02", "0.05": "accuracy@noise0.05",
+               "0.1": "accuracy@noise0.1"}, False),
+        Claim("losses", "Table 7, TinyFace rank-1: AdaFace 75.80, ArcFace 75.62, CosFace 75.48",
+              {loss: f"--loss {loss.lower()}" for loss in ("AdaFace", "ArcFace", "CosFace")},
+              "accuracy@unaligned", False),
+        Claim("digits", "Fig. 1, affNIST: Abs-PE 77.27, KP-RPE the best (no number)",
+              {"KP-RPE": DIGITS, "iRPE": f"{DIGITS} --rpe irpe", "RPE": f"{DIGITS} --rpe product",
+               "Abs-PE*": f"{DIGITS} --rpe none --draw-keypoints", "Abs-PE": f"{DIGITS} --rpe none"},
+              "accuracy@affine", False),
+    ],
 }
 ALWAYS = {"sdfl": "--occluder-test --eval-every 1000",  # the last epoch is the one that counts
           "heatmap_landmarks": "--compare --eval-every 1000 --flip-test none --no-flip-copies --erase 0 "
                                "--rotate 0",  # the paper's baseline, without a trick of Sec. 5.1
           "lddmm_face": "--occluder-test --eval-every 1000",
-          "stn_align": "--also-lam= --eval-every 1000"}
+          "stn_align": "--also-lam= --eval-every 1000",
+          "kprpe": "--also-rpe= --eval-every 1000 --unaligned --keypoint-noise 0.02,0.05,0.1"}
 SMALL = {"sdfl": "--backbone mobilenetv2 --size 96 --batch-size 16 --lr 0.01 --drops 2 --epochs 12",
          "heatmap_landmarks": "--backbone mobilenetv2_0.25 --filters 64 --strategy SSD --sigma 1 --kernel 5 "
                               "--size 96 --batch-size 16 --lr 0.002 --epochs 10",
