@@ -81,18 +81,18 @@ from common import datasets, digits, metrics, recognition, synthetic, warp
 ABLATION = dict(model="small", rpe="kp-multihead", size=112, patch=8, epochs=34, batch_size=512, lr=1e-3,
                 weight_decay=0.05, warmup=3.0, drop_path=0.1, loss="adaface", sample_rate=1.0, augment="full",
                 repeat=0.5, box="image", margin=1.4, unaligned=False, cache="", workers=-1)
-SMALL = dict(ABLATION, model="own", epochs=40, batch_size=64, repeat=0.0, box="landmarks", unaligned=True,
-             cache="device", eval_every=10)
+SMALL = dict(ABLATION, model="own", epochs=40, batch_size=64, lr=6e-4, warmup=1.0, repeat=0.0, rpe_lr=50.0,
+             loss="softmax", scale=32.0, box="landmarks", unaligned=True, cache="device", eval_every=7)
 PRESETS = {
     "ms1m-small": dict(ABLATION),
     "webface-base": dict(ABLATION, model="base", epochs=36, batch_size=1024, lr=1e-4, sample_rate=0.6,
                          repeat=0.1),
     "folder": dict(SMALL),
     "youtube": dict(SMALL),
-    "faces": dict(SMALL, size=64, depth=4, dim=128, heads=4, epochs=20, batch_size=32, also_rpe="none",
+    "faces": dict(SMALL, size=64, depth=4, dim=128, heads=4, epochs=14, batch_size=32, also_rpe="none",
                   align_steps=4),
-    "affnist": dict(SMALL, size=40, patch=4, dim=64, depth=4, heads=4, mlp_ratio=2.0, epochs=12, warmup=1.0,
-                    loss="softmax", scale=16.0, augment="none", cache=""),
+    "affnist": dict(SMALL, size=40, patch=4, dim=64, depth=4, heads=4, mlp_ratio=2.0, epochs=12, lr=1e-3,
+                    scale=16.0, augment="none", eval_every=2),
 }
 RECORDS = ("ms1m-small", "webface-base")
 DRAWN = {"train": 1600, "test": 400}  # faces of --data faces
@@ -150,7 +150,7 @@ def parse_args(argv=None):
     add("--rpe", default="kp-multihead", choices=RPES, help="position encoding of ViTs (Tables 1 and 2)")
     add("--also-rpe", default="", help="encodings to train with after it, for comparison, as none,irpe")
     add("--num-keypoints", type=int, default=5, help="the first 0 to 5 of the keypoints (supp. 2.2)")
-    add("--draw-keypoints", action=switch, default=False, help="mark keypoints in the image (Fig. 1, Abs-PE*)")
+    add("--draw-keypoints", action=switch, default=False, help="mark them in the image (Fig. 1, Abs-PE*)")
     add = parser.add_argument_group("training").add_argument
     add("--loss", default="adaface", choices=list(MARGINS), help="margin of the softmax (supp. 2.1)")
     add("--scale", type=float, default=64.0, help="what cosines are multiplied by in the softmax")

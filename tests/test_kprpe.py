@@ -493,11 +493,11 @@ def test_bad_images(shape, message):
     assert tiny("none").eval()(torch.zeros(1, 3, 20, 12)).shape == (1, 6)
 
 
+# ---- Losses --------------------------------------------------------------------------------------
+
 FLIP = datasets.SCHEMES[5].flip
 MARGINS = [kprpe.AdaFace, kprpe.ArcFace, kprpe.CosFace]
 
-
-# ---- Losses --------------------------------------------------------------------------------------
 
 def slow_logits(name, cosines, norms, labels, mean=20.0, std=100.0):
     eps = 1e-3 if name == "AdaFace" else 1e-4
@@ -1214,6 +1214,15 @@ def test_images_without_landmarks_are_taken_as_aligned(tmp_path):
     image, keypoints = kprpe.inputs(image, points)
     assert image.min() >= -1 and image.max() <= 1
     same(keypoints[0, 0], (datasets.ARCFACE_5[0] + 0.5) / 112, 1e-6)
+
+
+def test_keypoints_are_drawn_where_they_are():
+    image = torch.zeros(2, 3, 32, 32)
+    points = torch.tensor([[[4.0, 9], [20, 11], [7, 30], [1, 1], [25, 25]]] * 2)
+    drawn, keypoints = kprpe.inputs(image, points, True)
+    same(keypoints, (points + 0.5) / 32)
+    assert (drawn[:, :, 9, 4] == 1).all() and (drawn[:, :, 11, 20] == 1).all()  # white, at row y, column x
+    assert (drawn[:, :, 4, 9] < -0.99).all() and torch.equal(kprpe.inputs(image, points)[0], image - 1)
 
 
 def test_five_points_of_any_scheme():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import datasets, metrics, recognition, synthetic
+from common import datasets, metrics, recognition, synthetic, warp
 from common.datasets import Face, load_image, write_pts
 from common.recognition import read_test
 
@@ -328,6 +328,24 @@ def test_whole_images_mirror_without_points_and_by_a_flip_only():
         recognition.WholeImages(images, 16, np.full((1, 3, 2), np.nan))
     with pytest.raises(ValueError, match=r"points \(2, 3, 2\) for 1 images"):
         recognition.WholeImages(images, 16, np.zeros((2, 3, 2)))
+
+
+def test_whole_images_between_whole_and_aligned():
+    """Points come to the template at t = 1; the matrix is a mean of the two on the way."""
+    template = torch.tensor([[8.0, 10], [22, 10], [15, 24]])
+    turned = torch.tensor([[[10.0, 30], [30, 40], [12, 52]]] * 2)
+    images = [picture((60, 80)), picture((64, 64))]
+    matrices = []
+    for t in (0.0, 0.5, 1.0):
+        data = recognition.WholeImages(images, 32, turned, align=(template, t))
+        batch = data.__getitems__([(0, 0), (0, 1)])
+        matrices.append(batch["matrix"])
+        moved = warp.apply_affine(batch["matrix"], turned)
+        torch.testing.assert_close(batch["points"], moved, atol=1e-3, rtol=0)
+    whole = recognition.WholeImages(images, 32).__getitems__([(0, 0), (0, 1)])
+    assert torch.equal(matrices[0], whole["matrix"])
+    torch.testing.assert_close(matrices[2], warp.fit_similarity(turned, template.expand(2, -1, -1)).float())
+    torch.testing.assert_close(matrices[1], (matrices[0] + matrices[2]) / 2, atol=1e-5, rtol=0)
 
 
 def test_whole_images_in_a_loader(tmp_path):
