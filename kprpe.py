@@ -1010,7 +1010,8 @@ PLAIN = Augmentation(scale=0, shift=0, rotate=0, holes=0, blurs=(1, 0), ops=0, j
 @functools.cache
 def constant(values: tuple, device: torch.device) -> torch.Tensor:
     """A float32 tensor, copied to a device once: a copy waits for what the GPU is at."""
-    return torch.tensor(values, device=device)
+    with torch.inference_mode(False):  # else, made in an evaluation, training could not use it
+        return torch.tensor(values, device=device)
 
 
 def uniform(low: float, high: float, *shape: int, device) -> torch.Tensor:
