@@ -142,8 +142,7 @@ def parse_args(argv=None):
     add("--detector", default="", metavar="ONNX", help="YuNet model file, to find the faces of --predict and "
         "their keypoints")
     add = parser.add_argument_group("network").add_argument
-    add("--model", default="small", choices=MODELS, help="a network of Table 3, or a ViT by the next "
-        "four flags")
+    add("--model", default="small", choices=MODELS, help="of Table 3, or a ViT by the next four flags")
     add("--dim", type=int, default=192, help="width of --model own")
     add("--depth", type=int, default=6, help="layers of --model own")
     add("--heads", type=int, default=6, help="attention heads of --model own")
@@ -169,10 +168,9 @@ def parse_args(argv=None):
         "of image,x0,y0,..., or a folder with the images' tree of .pts, as the landmark scripts write it")
     add = parser.add_argument_group("evaluation").add_argument
     add("--unaligned", action=switch, default=False, help="also verify on unaligned crops (Tables 1, 2)")
-    add("--align-steps", type=int, default=0, help="at the end also verify between unaligned and aligned, in "
-        "so many steps (Fig. 5)")
-    add("--keypoint-noise", default="", help="at the end also verify with noise of these shares of the crop's"
-        " side on the keypoints, as 0.02,0.05,0.1 (Eq. 12, Fig. 6)")
+    add("--align-steps", type=int, default=0, help="at the end also verify in so many steps between (Fig. 5)")
+    add("--keypoint-noise", default="", help="at the end also verify with noise on the keypoints, these shares "
+        "of the crop's side, as 0.02,0.05,0.1 (Eq. 12)")
     add("--test", nargs="+", default=[], metavar="PATH", help="sets to verify and identify on, beside the "
         "test split: a .bin, the folder of LFW, TinyFace, IJB-C, ..., a .csv of pairs or of roles; "
         "landmarks, if they have none, from PATH.landmarks.csv")
@@ -1911,7 +1909,7 @@ def open_checkpoint(args, path: str, free: set[str]) -> tuple[nn.Module, torch.T
     device, given = setup(args)[2], set(args.given)
     state = load(path, "kprpe")
     other = "data" in given and args.data != state["args"]["data"]
-    if other and "affnist" in (args.data, state["args"]["data"]):
+    if (other or args.predict) and "affnist" in (args.data, state["args"]["data"]):
         raise ValueError(f"--data {args.data}: {path} is of a run on {state['args']['data']}")
     restore_args(args, state["args"], MACHINE | LOOK | free | (DATA if other else DATA & given))
     net = build(args, device)
@@ -1977,12 +1975,9 @@ def predict(args) -> dict:
     further face of an image is NAME.face2.png and so on. Pixels are taken as stored: turn a photo that has an
     orientation tag.
     Raises: FileNotFoundError for a path without images; ValueError for two images of one name, one that
-        cannot be read, or one without keypoints if the network needs them, or is one of digits;
-        FileExistsError before a file is written over."""
+        cannot be read, or one without keypoints if the network needs them; FileExistsError before a file is written over."""
     args.gpus = 1
     net, _, device = open_checkpoint(args, args.weights, DATA | ({"box", "margin"} & set(args.given)))
-    if net.wanted[0] != 3:
-        raise ValueError(f"--predict: {args.weights} is a network for digits")
     detector = open_detector(args.detector) if args.detector else None
     found = datasets.image_paths(args.predict)  # {name: path}
     datasets.check_images([datasets.Face(path) for path in found.values()])

@@ -1555,7 +1555,7 @@ def test_digits_are_classified(tmp_path):
     assert (tmp_path / "run" / "offsets.png").exists() and (tmp_path / "run" / "faces.png").exists()
     again = call("--eval", tmp_path / "run" / "last.pt", "--keypoint-noise", "0.05")
     assert again["accuracy"] == scores["accuracy"] and "accuracy@affine@noise0.05" in again
-    with pytest.raises(ValueError, match="is a network for digits"):
+    with pytest.raises(ValueError, match="--data faces: .* is of a run on affnist"):
         call("--weights", tmp_path / "run" / "last.pt", "--predict", tmp_path)
     with pytest.raises(ValueError, match="is of a run on affnist"):
         call("--data", "faces", "--eval", tmp_path / "run" / "last.pt")
