@@ -169,8 +169,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("evaluation").add_argument
     add("--unaligned", action=switch, default=False, help="also verify on unaligned crops (Tables 1, 2)")
     add("--align-steps", type=int, default=0, help="at the end also verify in so many steps between (Fig. 5)")
-    add("--keypoint-noise", default="", help="at the end also verify with noise on the keypoints, these shares "
-        "of the crop's side, as 0.02,0.05,0.1 (Eq. 12)")
+    add("--keypoint-noise", default="", help="at the end also verify with noise on keypoints, these shares of "
+        "the crop's side, as 0.02,0.05,0.1 (Eq. 12)")
     add("--test", nargs="+", default=[], metavar="PATH", help="sets to verify and identify on, beside the "
         "test split: a .bin, the folder of LFW, TinyFace, IJB-C, ..., a .csv of pairs or of roles; "
         "landmarks, if they have none, from PATH.landmarks.csv")
@@ -1975,7 +1975,8 @@ def predict(args) -> dict:
     further face of an image is NAME.face2.png and so on. Pixels are taken as stored: turn a photo that has an
     orientation tag.
     Raises: FileNotFoundError for a path without images; ValueError for two images of one name, one that
-        cannot be read, or one without keypoints if the network needs them; FileExistsError before a file is written over."""
+        cannot be read, or one without keypoints if the network needs them; FileExistsError
+        before a file is written over."""
     args.gpus = 1
     net, _, device = open_checkpoint(args, args.weights, DATA | ({"box", "margin"} & set(args.given)))
     detector = open_detector(args.detector) if args.detector else None
