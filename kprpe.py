@@ -169,7 +169,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("evaluation").add_argument
     add("--unaligned", action=switch, default=False, help="also verify on unaligned crops (Tables 1, 2)")
     add("--align-steps", type=int, default=0, help="at the end also verify in so many steps between (Fig. 5)")
-    add("--keypoint-noise", default="", help="at the end also verify with noise on keypoints, these shares of "
+    add("--keypoint-noise", default="", help="at the end also verify with noise on keypoints, shares of "
         "the crop's side, as 0.02,0.05,0.1 (Eq. 12)")
     add("--test", nargs="+", default=[], metavar="PATH", help="sets to verify and identify on, beside the "
         "test split: a .bin, the folder of LFW, TinyFace, IJB-C, ..., a .csv of pairs or of roles; "
