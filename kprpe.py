@@ -22,27 +22,31 @@ Differs from the paper, or settles what it leaves open (code: CVLface, the autho
     queries and a part of the queries that is the same for all images: 196 times fewer numbers an image.
   - "Absolute" is the paper's formula. The code's adds one number to a whole row, which the softmax drops:
     that is the plain ViT, as which Table 2's first row looks. By the split, it lacks only a static table.
-  - B is divided by sqrt(d) as Eq. (5) has it; code: it is not. By default the rate of the tables is sqrt(d)
-    times --lr, under which they learn as the code's (--rpe-lr). W_L has a bias as in the code (Table 3).
+  - B is divided by sqrt(d) as Eq. (5) has it; code: it is not, and so learns sqrt(d) times as fast. By
+    default --rpe-lr makes up for that: sqrt(d) times --lr for the tables and W_L of Eqs. 5 to 10, --lr for
+    iRPE, which both divide. W_L has a bias as in the code (Table 3).
   - Tables start at 0, from which a CPU's thousand steps do not bring them far enough: the small presets
     have 50 times the rate for them, and a softmax without margin.
   - Keypoints and patch centres are (x + 0.5) / W; code: keypoints x / W, half a pixel off. "No keypoints" is
     the plain ViT.
   - Eq. (12), printed as a scaling, is noise in the text: normal, alpha of the crop's side in x and in y. That
     gives the NME of 0.12 which the supplement reports for alpha = 0.1.
+  - What Table 6 leaves out is the code's: --clip 5, and what decays: matrices, not vectors and embeddings.
   - Losses have their true gradients; code: the margin passes them through. Class weights are sharded.
   - Sec. 4.1's "repeated augmentation" is the code's: the next image is one of the same person.
   - Aligned: a similarity takes five points to ArcFace's in 112 px. Unaligned: the box of the landmarks times
-    --margin, or the whole image. Between the two (Fig. 5): (1 - t) times one matrix plus t times the other.
-    Without landmarks an image is taken as aligned, with its keypoints at ArcFace's.
+    --margin, or the whole image, which keeps its aspect ratio between grey borders (paper: resized). Between
+    the two (Fig. 5): (1 - t) times one matrix plus t times the other. Without landmarks an image is taken as
+    aligned, with its keypoints at ArcFace's.
   - Outside the image is mid-grey in crops, black where the augmentation moves them (code: black).
   - TAR is read at a false accept rate of at most the target; code: at the nearest.
   - Digits: the paper gives no settings. Trained on MNIST moved by up to 6 px on a canvas of 40 px, tested on
     affNIST made by its published ranges; a normalised softmax of 10 classes.
   - Not here: the landmark detector DFA, its fusion of frames (IJB-S) and gait.
 
-Train on WebFace4M on four GPUs (the paper: TinyFace rank-1 75.80 %; not run here):
-  python kprpe.py --data webface-base --data-root WebFace4M --gpus 4 --amp --test tinyface/ IJBC/
+Train on WebFace4M on four GPUs (the paper: TinyFace rank-1 75.80 %; not run here), its keypoints in a file
+like CVLface's, those of TinyFace in tinyface.landmarks.csv:
+  python kprpe.py --data webface-base --data-root WF4M --landmarks WF4M.csv --gpus 4 --amp --test tinyface/
 Without any data, on drawn faces, KP-RPE and the plain ViT, four minutes on two CPU cores:
   python kprpe.py
 Digits; continue; evaluate with noise and between unaligned and aligned; use:
@@ -52,6 +56,7 @@ Digits; continue; evaluate with noise and between unaligned and aligned; use:
   python kprpe.py --predict photo.jpg --weights RUN/last.pt        # photo.pts beside it, or --detector
 """
 import argparse
+import copy
 import functools
 import itertools
 import json
@@ -101,6 +106,13 @@ RECORDS = ("ms1m-small", "webface-base")
 DRAWN = {"train": 1600, "test": 400}  # faces of --data faces
 BOXES = ("image", "landmarks", "face")
 MODELS = ("small", "base", "own", "iresnet50", "iresnet101")
+CANVAS = 40  # px, side of a canvas of digits: affNIST's
+# --rpe. With a bias by Eq. (5): "euclidean", "cross" and "product", from a learned table over that distance;
+# kp-*, from tables made of the keypoints (Table 2), over the product distance. That is also "irpe"'s, which
+# adds vectors to queries, keys and values by Eq. (4). Each keeps the positional embedding of Eq. (3).
+STATIC = ("euclidean", "cross", "product")
+KEYPOINT = ("kp-absolute", "kp-relative", "kp-multihead")
+RPES = ("none", *STATIC, "irpe", *KEYPOINT)
 
 
 def parse_args(argv=None):
@@ -125,7 +137,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="seed of weights, order and augmentation")
     add("--amp", action=switch, default=False, help="bfloat16 on a GPU; cosines and loss in float32")
     add("--compile", action=switch, default=False, help="torch.compile; minutes at first, then faster")
-    add("--limit", type=int, default=0, help="at most so many images a split (drawn ones: so many), 0: all")
+    add("--limit", type=int, default=0, help="at most so many images a split, but of records; 0: all")
     add("--resume", action="store_true", help="continue the run in --output, or the newest run on this data")
     add("--eval", default="", metavar="CKPT", help="evaluate this checkpoint and stop")
     add("--predict", nargs="+", default=[], metavar="PATH", help="images or folders to embed")
@@ -157,8 +169,8 @@ def parse_args(argv=None):
     add("--loss", default="adaface", choices=list(MARGINS), help="margin of the softmax (supp. 2.1)")
     add("--scale", type=float, default=64.0, help="what cosines are multiplied by in the softmax")
     add("--sample-rate", type=float, default=1.0, help="PartialFC: share of the classes that a step sees")
-    add("--rpe-lr", type=float, default=0.0, help="learning rate of relative encodings over --lr; 0: sqrt(d) "
-        "for biases, so that Eq. 5 learns as the code's form does; short runs need more")
+    add("--rpe-lr", type=float, default=0.0, help="learning rate of relative encodings (all of --rpe but "
+        "none) over --lr; 0: sqrt(d) for biases, as the code's form of Eq. 5 learns, and 1 for irpe")
     add("--augment", default="full", choices=list(AUGMENTATIONS), help="'full' (Table 6), 'plain' "
         "(AdaFace's: crop, low resolution, colour, mirror), 'mirror' or 'none'")
     add("--repeat", type=float, default=0.5, help="chance that the next image is one of the same person")
@@ -196,17 +208,19 @@ def check_flags(args, error: Callable[[str], None]):
         "lr", "margin", "mlp_ratio", "scale")]
     wanted += [(name, 0 <= getattr(args, name) < 1, "0 to 1, below 1") for name in ("drop_path", "repeat")]
     side = 16 if args.model.startswith("iresnet") else args.patch
-    wanted += [("size", args.size % side == 0, f"a multiple of {side}"),
-               ("dim", args.dim % args.heads == 0, f"a multiple of --heads {args.heads}"),
+    wanted += [("size", args.size % max(side, 1) == 0, f"a multiple of {side}"),
+               ("dim", args.dim % max(args.heads, 1) == 0, f"a multiple of --heads {args.heads}"),
                ("num_keypoints", 0 <= args.num_keypoints <= 5, "0 to 5"),
                ("sample_rate", 0 < args.sample_rate <= 1, "above 0, at most 1"),
                ("points", args.points in datasets.SCHEMES, f"one of {list(datasets.SCHEMES)}"),
-               ("keypoint_noise", all(0 < a < math.inf for a in numbers(args.keypoint_noise)),
-                "numbers, as 0.02,0.05"),
+               ("keypoint_noise", all(0 < a <= 0.3 for a in numbers(args.keypoint_noise)),
+                "numbers above 0, at most 0.3, as 0.02,0.05"),
                ("also_rpe", all(rpe in RPES for rpe in words(args.also_rpe)), f"some of {', '.join(RPES)}")]
     for name, holds, what in wanted:
         if not holds:
             error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {what}")
+    if args.model.startswith("iresnet") and "also_rpe" not in args.given:
+        args.also_rpe = ""  # a preset's
     if args.model.startswith("iresnet") and (args.rpe != "none" or args.also_rpe or args.data == "affnist"):
         error(f"--model {args.model} is for faces, and has no position encoding: give --rpe none")
     if args.batch_size % args.gpus:
@@ -216,10 +230,7 @@ def check_flags(args, error: Callable[[str], None]):
               f"x0 < x1, y0 < y1 (written --box=-5,... where x0 is negative)")
     if args.cache and "cache" in args.given and (args.box == "image" or args.data in (*RECORDS, "affnist")):
         error("--cache goes with --box landmarks or face; whole images are read anew")
-    if args.data == "affnist":
-        for name in ("box", "margin", "landmarks", "test", "align_steps"):
-            if name in args.given and getattr(args, name):
-                error(f"--{name.replace('_', '-')} is for faces, not for --data affnist")
+    refuse_idle(args, error)
     if args.detector and not os.path.isfile(args.detector):
         error(f"--detector: no file {args.detector}")
     if bool(args.predict) != bool(args.weights):
@@ -228,6 +239,28 @@ def check_flags(args, error: Callable[[str], None]):
         error("--eval goes neither with --predict nor with --resume")
     if args.detector and not args.predict:
         error("--detector belongs to --predict")
+
+
+def refuse_idle(args, error: Callable[[str], None]):
+    """Calls `error` with a message for the first flag that was typed and that nothing would read."""
+    typed = lambda *names: [f"--{name.replace('_', '-')}" for name in names
+                            if name in args.given and getattr(args, name)]
+    trains = not (args.eval or args.predict or args.resume)  # else the checkpoint says what the data are
+    if args.data == "affnist":
+        for flag in typed("box", "margin", "landmarks", "test", "align_steps", "unaligned", "points"):
+            error(f"{flag} is for faces, not for --data affnist")
+        if args.size != CANVAS or args.augment != "none":
+            error(f"--data affnist: its canvas is its augmentation; expected --size {CANVAS} --augment none")
+    if trains and args.data in (*RECORDS, "affnist") and not args.data_root:
+        error(f"--data {args.data}: give --data-root, the folder of its files")
+    if (trains or "data" in args.given) and args.data in ("faces", "youtube") and args.landmarks:
+        error(f"--landmarks: the images of --data {args.data} have their own")
+    for flag in typed("dim", "depth", "heads", "mlp_ratio") if args.model != "own" else ():
+        error(f"{flag} belongs to --model own, not {args.model}")
+    for flag in typed("also_rpe") if args.eval or args.predict else ():
+        error(f"{flag} belongs to training, not to --eval and --predict")
+    if trains and "num_keypoints" in args.given and not {args.rpe, *words(args.also_rpe)} & {*KEYPOINT}:
+        error(f"--num-keypoints belongs to --rpe {', '.join(KEYPOINT)}, not {args.rpe}")
 
 
 def words(text: str) -> list[str]:
@@ -254,12 +287,6 @@ def parse_box(text: str) -> list[float] | None:
 
 # ---- Position encodings: Sec. 3 ------------------------------------------------------------------
 
-# --rpe. With a bias by Eq. (5): "euclidean", "cross" and "product", from a learned table over that distance;
-# kp-*, from tables made of the keypoints (Table 2), over the product distance. That is also "irpe"'s, which
-# adds vectors to queries, keys and values by Eq. (4). Each keeps the positional embedding of Eq. (3).
-STATIC = ("euclidean", "cross", "product")
-KEYPOINT = ("kp-absolute", "kp-relative", "kp-multihead")
-RPES = ("none", *STATIC, "irpe", *KEYPOINT)
 DISTANCES = {"euclidean": 7, "cross": 14, "product": 49}  # K of each distance, on any grid
 
 
@@ -308,7 +335,7 @@ class GatherPairs(torch.autograd.Function):
         return sum(maps[1:], maps[0])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         table = grad.new_zeros(ctx.shape, dtype=ctx.type)
         for own in ctx.saved_tensors[0]:
@@ -418,8 +445,8 @@ class KPRPE(nn.Module):
         """f(P) as the paper's equations read, for reference: (B, L, 2) in [0, 1] -> (depth, B, H, N, K)."""
         points, grid = self.coordinates(points)
         if self.variant == "absolute":
-            # Eq. (7): f(P) = P' W_L, of which B_ij = f(P)[d(i, j)]: the same for every query. (In the code it
-            # has an axis of length 1 where the keys should be, and so cancels in the softmax.)
+            # Eq. (7): B_ij = f(P)[d(i, j)], with f(P) = P' W_L: the same for every query
+            # (Code: an axis of length 1 where the buckets should be read, which cancels in the softmax.)
             D = points.flatten(1)[:, None].expand(-1, len(grid), -1)          # (B, N, 2L)
         else:
             # Eq. (8): D = Expand(M, dim=1) - Expand(P, dim=0)
@@ -771,6 +798,15 @@ class AdaFace(Margin):
         return self.turned(cosine, -self.m * z) - (self.m * z + self.m)
 
 
+MARGINS = {"adaface": AdaFace, "arcface": ArcFace, "cosface": CosFace,
+           "softmax": functools.partial(CosFace, 0)}  # --loss
+
+
+def ranks() -> tuple[int, int]:
+    """The rank of this process, and the number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def all_reduce(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
     """Over all processes, in place; nothing in a single one."""
     if dist.is_initialized():
@@ -782,7 +818,7 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     """The (B, ...) of all processes, one after another in the order of their ranks; all have the same B."""
     if not dist.is_initialized():
         return tensor
-    gathered = tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:])
+    gathered = tensor.new_empty(ranks()[1] * len(tensor), *tensor.shape[1:])
     dist.all_gather_into_tensor(gathered, tensor.contiguous())
     return gathered
 
@@ -801,7 +837,7 @@ class Gather(torch.autograd.Function):
     def backward(ctx, grad):
         if not dist.is_initialized():
             return grad
-        world, rank = dist.get_world_size(), dist.get_rank()
+        rank, world = ranks()
         return all_reduce(grad.contiguous().clone()).chunk(world)[rank] * world
 
 
@@ -884,8 +920,7 @@ class PartialFC(nn.Module):
 
     def __init__(self, features: int, classes: int, margin: Margin, sample_rate: float = 1.0):
         super().__init__()
-        ready = dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if ready else (0, 1)
+        self.rank, self.world = ranks()
         if classes < max(2, self.world):
             raise ValueError(f"{classes} classes on {self.world} processes: the loss needs two identities or "
                              "more, and one for each process")
@@ -1006,6 +1041,8 @@ class Augmentation:
 
 # For networks without keypoints: crop, low resolution, colour, mirror.   Source: the AdaFace repository.
 PLAIN = Augmentation(scale=0, shift=0, rotate=0, holes=0, blurs=(1, 0), ops=0, jitter=0.2)
+AUGMENTATIONS = {"full": Augmentation(), "plain": PLAIN, "none": None,
+                 "mirror": Augmentation(scale=0, shift=0, rotate=0, cutout=0, blur=0, ops=0)}  # --augment
 
 
 @functools.cache
@@ -1269,12 +1306,6 @@ def learning_rate(step: int, steps: int, warmup_steps: int, base: float) -> floa
 
 # ---- Data ----------------------------------------------------------------------------------------
 
-CANVAS = 40  # px, side of a canvas of digits: affNIST's
-MARGINS = {"adaface": AdaFace, "arcface": ArcFace, "cosface": CosFace,
-           "softmax": functools.partial(CosFace, 0)}
-AUGMENTATIONS = {"full": Augmentation(), "plain": PLAIN, "none": None,
-                 "mirror": Augmentation(scale=0, shift=0, rotate=0, cutout=0, blur=0, ops=0)}
-
 
 class Split(NamedTuple):
     """Images by index, of training with their .labels and .ids; five points (N, 5, 2) px or None, where they
@@ -1285,12 +1316,13 @@ class Split(NamedTuple):
     boxes: np.ndarray | None = None
 
 
-def five_points(points: np.ndarray) -> np.ndarray:
-    """Landmarks (N, P, 2) -> eyes, nose tip and mouth corners, image-left first, (N, 5, 2).
-    Raises: ValueError for a number of landmarks of no known scheme."""
+def five_points(points: np.ndarray, where="the landmarks") -> np.ndarray:
+    """Landmarks (N, P, 2) of the file or set `where` -> (N, 5, 2): eyes, nose tip and mouth corners,
+    image-left first.   Raises: ValueError for a number of landmarks of no known scheme."""
     if points.shape[1] not in datasets.SCHEMES:
-        raise ValueError(f"{points.shape[1]} landmarks are no known scheme {list(datasets.SCHEMES)}: give 5, "
-                         "eyes, nose tip and mouth corners, image-left first")
+        raise ValueError(f"{where}: {points.shape[1]} landmarks are no known scheme "
+                         f"{list(datasets.SCHEMES)}: give 5, eyes, nose tip and mouth corners, image-left "
+                         "first")
     return datasets.group_means(points, datasets.SCHEMES[points.shape[1]].five).astype(np.float32)
 
 
@@ -1308,7 +1340,8 @@ def read_set(args, split: str) -> Split | None:
         images = recognition.Records(args.data_root)
         if not args.landmarks:
             return Split(images, None)
-        return Split(images, five_points(recognition.read_landmarks(images.keys.astype(str), args.landmarks)))
+        points = recognition.read_landmarks(images.keys.astype(str), args.landmarks)
+        return Split(images, five_points(points, args.landmarks))
     if args.data == "faces":
         count = args.limit or DRAWN["train"]
         count = count if split == "train" else min(count, DRAWN["test"])
@@ -1328,8 +1361,13 @@ def read_set(args, split: str) -> Split | None:
     if all(face.points is None for face in faces):
         return Split(images, None, faces)
     recognition.check_points(faces, "alignment, as other images have them,")
-    points = five_points(np.stack([face.points for face in faces]))
+    return marked(args, images, faces, args.landmarks or f"--data {args.data}")
+
+
+def marked(args, images: Sequence, faces: list, where: str) -> Split:
+    """A split of faces that have landmarks, read from `where`, with the boxes of --box."""
     boxes = None if args.box == "image" else datasets.face_boxes(faces, args.box)
+    points = five_points(np.stack([face.points for face in faces]), where)
     return Split(images, points, [replace(face, points=own) for face, own in zip(faces, points)], boxes)
 
 
@@ -1340,8 +1378,9 @@ def make_dataset(args, split: Split, t: float):
     if split.boxes is None:
         return recognition.WholeImages(split.images, args.size, split.points,
                                        align=None if split.points is None else (to, t))
-    loose = torch.from_numpy(datasets.square_frames(split.boxes, args.size, args.margin))
-    frames = loose.lerp(warp.fit_similarity(torch.from_numpy(split.points).double(), to), t)
+    frames = torch.from_numpy(datasets.square_frames(split.boxes, args.size, args.margin))
+    if t:  # a face of --predict may have a box alone
+        frames = frames.lerp(warp.fit_similarity(torch.from_numpy(split.points).double(), to), t)
     return datasets.CropDataset(split.faces, frames, args.size)
 
 
@@ -1429,12 +1468,13 @@ def inputs(image: torch.Tensor, points: torch.Tensor, draw: bool = False):
 
 class Arm(NamedTuple):
     """One way of looking at a test set: its data; what is asked of it; what is added to the names of scores;
-    the noise on its keypoints, alpha of Eq. (12)."""
+    the noise on its keypoints, alpha of Eq. (12); whether it waits for the end of a run."""
     data: object
     loader: object
     protocols: list
     suffix: str = ""
     noise: float = 0.0
+    late: bool = False
 
 
 def shares(count: int, batch: int, rank: int = 0, world: int = 1) -> list[list[tuple[int, int]]]:
@@ -1443,44 +1483,71 @@ def shares(count: int, batch: int, rank: int = 0, world: int = 1) -> list[list[t
     return [[(0, i) for i in mine[start:start + batch].tolist()] for start in range(0, len(mine), batch)]
 
 
-def test_arms(args, device: torch.device, whole: bool) -> list[Arm]:
-    """All that is to be looked at: the test split, if there is one, and the sets of --test; aligned, and with
-    --unaligned unaligned; at the end of a run (`whole`) the steps between and the noise, too.
-    Names of scores end in @NAME for a set of --test; then, but for the aligned arm, @unaligned, ..."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    arms, noises = [], numbers(args.keypoint_noise) if whole else []
+def test_splits(args) -> list[tuple[Split, list, str]]:
+    """The test split of --data, if there is one, and the sets of --test: images, what is asked of them, what
+    ends the names of their scores.
+    Raises: FileNotFoundError for landmarks that the network needs; ValueError for two sets of one name."""
+    say = print if ranks()[0] == 0 else lambda *_: None
+    needy = args.draw_keypoints or args.num_keypoints and {args.rpe, *words(args.also_rpe)} & {*KEYPOINT}
+    between, found, own = args.unaligned or args.align_steps, {}, read_set(args, "test")
+    if own is not None:
+        found[""] = own, [recognition.own_pairs(own.faces), recognition.own_identification(own.faces)]
+        if between and own.points is None:
+            say(f"--data {args.data}: no landmarks; test images are aligned as they stand, none unaligned")
+    for path in args.test:
+        test, beside = recognition.read_test(path), os.path.normpath(path) + ".landmarks.csv"
+        if os.path.exists(beside):
+            test = recognition.with_landmarks(test, beside)
+        name, points = f"@{test.name}", test.points
+        if name in found:
+            raise ValueError(f"--test {path}: another set of --test is {test.name}, too; evaluate them apart")
+        if points is None and not path.endswith(".bin"):  # those are aligned
+            if needy:
+                raise FileNotFoundError(f"--test {path}: the network needs the keypoints of its images: no "
+                                        f"{beside}, rows image,x0,y0,...")
+            say(f"--test {path}: no {beside}; images are taken as they stand")
+        if points is None or args.box != "landmarks":
+            split = Split(test.images, None if points is None else five_points(points, beside))
+            if between and points is not None and args.box == "face":
+                say(f"--test {path}: has no boxes; unaligned are its whole images")
+        else:
+            split = marked(args, test.images, [
+                datasets.Face(functools.partial(test.images.__getitem__, i), own)
+                for i, own in enumerate(points)], beside)
+            if between:
+                say(f"--test {path}: unaligned is the box of {points.shape[1]} landmarks x {args.margin}")
+        found[name] = split, [test]
+    return [(split, protocols, name) for name, (split, protocols) in found.items()]
 
-    def add(data, protocols, suffix, noisy=False):
-        batches = shares(len(data), 64 if device.type == "cpu" else 256, rank, world)
-        loader = crop_loader(args, data, batches, device)
-        arms.extend(Arm(data, loader, protocols, suffix + (f"@noise{alpha:g}" if alpha else ""), alpha)
-                    for alpha in (0.0, *(noises if noisy else [])))
+
+def test_arms(args, device: torch.device) -> list[Arm]:
+    """All ways of looking at the test sets: aligned, and with --unaligned unaligned; `late`, the steps
+    between and the noise.
+    Names of scores end in @NAME for a set of --test; then, but for the aligned arm, @unaligned, ..."""
+    arms, noises = [], numbers(args.keypoint_noise)
+
+    def add(data, protocols, suffix, late=False, noises=()):
+        batches = shares(len(data), 64 if device.type == "cpu" else 256, *ranks())
+        kept = not late and suffix in ("", "@unaligned")  # those that every evaluation reads
+        loader = crop_loader(args, data, batches, device, kept)
+        arms.append(Arm(data, loader, protocols, suffix, 0.0, late))
+        arms.extend(Arm(data, loader, protocols, f"{suffix}@noise{alpha:g}", alpha, True) for alpha in noises)
 
     if args.data == "affnist":
         images, labels = read_digits(args, "test")
         upright = digits.mnist_canvas(images, 0, canvas=CANVAS)
-        add(Digits(upright[0], labels, upright[1]), [labels], "", True)
+        add(Digits(upright[0], labels, upright[1]), [labels], "", noises=noises)
         moved, points, _ = digits.affnist(images, 0, canvas=CANVAS)
-        add(Digits(moved, labels, points), [labels], "@affine", True)
+        add(Digits(moved, labels, points), [labels], "@affine", noises=noises)
         return arms
-    own = read_set(args, "test")
-    sets = [(own, [recognition.own_pairs(own.faces), recognition.own_identification(own.faces)], "")] if own \
-        else []
-    for path in args.test:
-        protocol, beside = recognition.read_test(path), os.path.normpath(path) + ".landmarks.csv"
-        if os.path.exists(beside):
-            protocol = recognition.with_landmarks(protocol, beside)
-        points = None if protocol.points is None else five_points(protocol.points)
-        sets.append((Split(protocol.images, points), [protocol], f"@{protocol.name}"))
-    for split, protocols, name in sets:
-        add(make_dataset(args, split, 1.0), protocols, name, True)
+    for split, protocols, name in test_splits(args):
+        add(make_dataset(args, split, 1.0), protocols, name, noises=noises)
         if split.points is None:
             continue
-        steps = args.align_steps if whole else 0
-        if args.unaligned or steps:
-            add(make_dataset(args, split, 0.0), protocols, f"{name}@unaligned")
-        for step in range(1, steps):
-            add(make_dataset(args, split, step / steps), protocols, f"{name}@step{step}")
+        if args.unaligned or args.align_steps:
+            add(make_dataset(args, split, 0.0), protocols, f"{name}@unaligned", not args.unaligned)
+        for step in range(1, args.align_steps):
+            add(make_dataset(args, split, step / args.align_steps), protocols, f"{name}@step{step}", True)
     return arms
 
 
@@ -1495,11 +1562,11 @@ def disturb(keypoints: torch.Tensor, index: torch.Tensor, alpha: float) -> torch
 
 @torch.inference_mode()
 def embed(net: nn.Module, arm: Arm, args, device: torch.device) -> torch.Tensor:
-    """Embeddings (N, D) of a set, in order, on the CPU; of faces the sum of an image's and its mirror's. Each
-    process makes its share; all return all."""
+    """Embeddings (N, D) of a set, in order, on the CPU of rank 0; of faces the sum of an image's and its
+    mirror's. Each process makes its share."""
     net.eval()
     flip, found = torch.from_numpy(datasets.SCHEMES[5].flip).to(device), []
-    for batch in arm.loader:
+    for batch in copy.copy(arm.loader):  # whose workers end here; the original's would stay for the whole run
         image, points = inputs(*prepare(batch, device), args.draw_keypoints)
         points = disturb(points, batch["index"], arm.noise)
         with precision(args, device):
@@ -1508,9 +1575,9 @@ def embed(net: nn.Module, arm: Arm, args, device: torch.device) -> torch.Tensor:
                 mirrored = torch.stack([1 - points[..., 0], points[..., 1]], -1)[:, flip]
                 features = features + net(image.flip(3), mirrored)
         found.append(features)
-    mine = torch.cat(found)                                                   # (N / R, D)
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    return all_gather(mine).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:len(arm.data)].cpu()
+    (rank, world), mine = ranks(), torch.cat(found)                           # (N / R, D)
+    whole = all_gather(mine).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:len(arm.data)]
+    return whole if rank else whole.cpu()
 
 
 def share_statistics(net: nn.Module):
@@ -1527,7 +1594,7 @@ def evaluate(net: nn.Module, centres: torch.Tensor | None, arms: Sequence[Arm], 
     scores = {}
     for arm in arms:
         features = embed(net, arm, args, device)
-        if int(os.environ.get("RANK", 0)):
+        if ranks()[0]:
             continue
         for protocol in arm.protocols:
             if isinstance(protocol, np.ndarray):
@@ -1535,7 +1602,9 @@ def evaluate(net: nn.Module, centres: torch.Tensor | None, arms: Sequence[Arm], 
                 right = cosines.argmax(1) == torch.from_numpy(protocol.astype(np.int64))
                 found = {"accuracy": right.double().mean().item()}
             else:
-                found = recognition.score(protocol, features)
+                # IJB, as CVLface has it for its results: unit features of images, times their faceness.
+                unit = isinstance(protocol, recognition.TemplateSet)
+                found = recognition.score(protocol, F.normalize(features) if unit else features)
             scores |= {f"{key}{arm.suffix}": value for key, value in found.items()}
     return scores
 
@@ -1549,22 +1618,27 @@ def print_table(rows: dict[str, dict], args):
         shown = [("accuracy", "verified (%)"), ("accuracy@unaligned", "unaligned (%)"),
                  ("rank1", "rank-1 (%)"), ("rank1@unaligned", "unaligned (%)")]
     shown = [column for column in shown if column[0] in first]
-    print(f"{args.data}: {args.model}, {args.size} px" + (
-        f", unaligned: {args.box}" + (f" x {args.margin}" if args.box != "image" else "")
-        if "accuracy@unaligned" in first else ""))
-    print(" " * 14 + "".join(f"{title:>15}" for _, title in shown))
-    for title, found in rows.items():
-        print(f"{title:14}" + "".join(f"{100 * found[key]:>15.2f}" for key, _ in shown))
+    if shown:
+        print(f"{args.data}: {args.model}, {args.size} px" + (
+            f", unaligned: {args.box}" + (f" x {args.margin}" if args.box != "image" else "")
+            if "accuracy@unaligned" in first else ""))
+        print(" " * 14 + "".join(f"{title:>15}" for _, title in shown))
+        for title, found in rows.items():
+            print(f"{title:14}" + "".join(f"{100 * found[key]:>15.2f}" for key, _ in shown))
     for title, found in rows.items():
         for key in found:
             own = key in dict(shown) or "@" not in key or key.startswith("rank5") and "@unaligned" in key
-            if not own and "/std" not in key and "@step" not in key:
+            if not own and "/std" not in key.split("@")[0] and "@step" not in key:
                 print(f"{title}: {key} {100 * found[key]:.2f} %")
+        for name in [key.removesuffix("@step1") for key in found if key.endswith("@step1") and "/std@"
+                     not in key]:
+            values = ", ".join(f"{100 * value:.2f}" for _, value in curve(found, args.align_steps, name))
+            print(f"{title}: {name} from unaligned to aligned {values} %")
 
 
-def curve(scores: dict, steps: int) -> list[tuple[float, float]]:
-    """Fig. 5 of the own test split: (t, accuracy) from unaligned, 0, to aligned, 1."""
-    keys = ["accuracy@unaligned", *(f"accuracy@step{i}" for i in range(1, steps)), "accuracy"]
+def curve(scores: dict, steps: int, name: str = "accuracy") -> list[tuple[float, float]]:
+    """Fig. 5 of a score, of the own test split or with @NAME: (t, score) from unaligned, 0, to aligned, 1."""
+    keys = [f"{name}@unaligned", *(f"{name}@step{i}" for i in range(1, steps)), name]
     return [(i / steps, scores[key]) for i, key in enumerate(keys) if key in scores] if steps else []
 
 
@@ -1856,8 +1930,8 @@ def run(main, args):
 
 # Flags of the machine or the command, not of the run whose checkpoint is opened; --eval also chooses DATA.
 MACHINE = {"output", "gpus", "device", "workers", "compile", "resume", "eval", "predict", "weights", "cache",
-           "given", "detector", "also_rpe", "align"}
-LOOK = {"test", "unaligned", "align_steps", "keypoint_noise"}  # a resumed run's, unless typed
+           "given", "detector", "align"}
+LOOK = {"test", "unaligned", "align_steps", "keypoint_noise", "also_rpe"}  # a resumed run's, unless typed
 DATA = {"data", "data_root", "amp", "limit", "batch_size", "landmarks", "points"}
 
 
@@ -1874,10 +1948,10 @@ def make_loader(args, data, batches, device: torch.device, everywhere: bool = Fa
     return datasets.make_loader(data, batches, workers, device, args.cache == "device")
 
 
-def crop_loader(args, data, batches, device: torch.device):
-    """`make_loader` in all processes; whole images and digits are not kept."""
-    kept = args.cache if isinstance(data, datasets.CropDataset) else ""
-    return make_loader(argparse.Namespace(workers=args.workers, cache=kept), data, batches, device, True)
+def crop_loader(args, data, batches, device: torch.device, kept: bool = True):
+    """`make_loader` in all processes; --cache is for crops that are `kept`, not whole images and digits."""
+    cache = args.cache if kept and isinstance(data, datasets.CropDataset) else ""
+    return make_loader(argparse.Namespace(workers=args.workers, cache=cache), data, batches, device, True)
 
 
 def build(args, device: torch.device) -> nn.Module:
@@ -1922,10 +1996,10 @@ def evaluate_checkpoint(args) -> dict:
     pictures too. The unaligned crop is that of its run, unless --box or --margin are given."""
     net, centres, device = open_checkpoint(args, args.eval, {"box", "margin"} & set(args.given))
     folder = find_run(args, "kprpe")
-    arms = test_arms(args, device, False)
+    arms = test_arms(args, device)
     if not arms:
         raise ValueError(f"--data {args.data} has no test split in {args.data_root}; give --test")
-    scores = evaluate(net, centres, [*arms, *test_arms(args, device, True)], args, device)
+    scores = evaluate(net, centres, arms, args, device)
     if scores:
         print_table({args.rpe: scores}, args)
         if folder:
@@ -1958,7 +2032,7 @@ def find_keypoints(args, path: str, image: np.ndarray, detector) -> list[tuple]:
     if os.path.isfile(beside):
         points = datasets.read_pts(beside)
         box = np.concatenate([points.min(0), points.max(0)]) if args.box == "landmarks" else None
-        points = five_points(points[None])[0]
+        points = five_points(points[None], beside)[0]
     if args.box not in BOXES:
         box = np.array(parse_box(args.box))
         if box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0:
@@ -2016,9 +2090,14 @@ def predict(args) -> dict:
 
 def summary(row: dict) -> str:
     """A log's row as a line to read."""
-    percent = ("accuracy", "rank1", "rank5")
-    return ", ".join(f"{key} {100 * value:.2f} %" if key.split("@")[0] in percent else f"{key} {value:.4g}"
-                     for key, value in row.items() if "/" not in key and "@step" not in key)
+    words = []
+    for key, value in row.items():
+        kind, _, part = key.split("@")[0].partition("/")
+        if "@step" in key or part and kind != "tar":
+            continue
+        percent = kind in ("accuracy", "rank1", "rank5", "tar")
+        words.append(f"{key} {100 * value:.2f} %" if percent else f"{key} {value:.4g}")
+    return ", ".join(words)
 
 
 def make_learner(args, images, state: dict | None, device: torch.device, rank: int):
@@ -2075,15 +2154,18 @@ def train(args) -> tuple[dict, Path]:
     net, fc, optimizer = make_learner(args, images, state, device, rank)
     model = torch.compile(net) if args.compile else net
     if world > 1:  # the classes are sharded, and not wrapped
-        model = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+        model = nn.parallel.DistributedDataParallel(  # buffers: see share_statistics
+            model, [device] if device.type == "cuda" else None, broadcast_buffers=False)
     batches = SubjectBatches(images.labels, args.batch_size, args.repeat, args.seed, rank, world)
     loader = crop_loader(args, train_set, batches, device)
     steps, start, scores, began = len(batches), state["epoch"] if state else 0, {}, time.time()
-    arms, flip = test_arms(args, device, False), datasets.SCHEMES[5].flip
+    arms, flip = test_arms(args, device), datasets.SCHEMES[5].flip  # before anything is written
     if rank == 0:
         folder = make_run(args, "kprpe", folder)
         print(f"run: {folder}, {len(images):,} training images of {len(images.ids):,} identities, processes: "
               f"{world}, epochs done: {start} of {args.epochs}", flush=True)
+        if state and state["world"] != world:
+            print(f"the run had {state['world']} processes: batch norms now see other shares, numbers change")
         cut_log(folder / "log.jsonl", start)
     del state
     bar = tqdm(total=args.epochs * steps, initial=start * steps, disable=rank > 0,
@@ -2114,17 +2196,18 @@ def train(args) -> tuple[dict, Path]:
                 bar.set_postfix(epoch=epoch + 1, loss=f"{losses[step].item():.3f}", refresh=False)
             bar.update()
         check_losses(losses, epoch + 1)
-        check_weights(net, epoch + 1)
+        for part in (net, fc):
+            check_weights(part, epoch + 1)
         # Evaluation by all processes, log and checkpoint by the first
         share_statistics(net)
         head, last = fc.gather_state(optimizer), epoch + 1 == args.epochs
         row = dict(epoch=epoch + 1, loss=losses.mean().item(), lr=optimizer.param_groups[0]["lr"],
                    images_per_second=steps * args.batch_size / (time.time() - epoch_began))
         if last or (epoch + 1) % args.eval_every == 0:
-            scores = evaluate(net, head["weight"], [*arms, *(test_arms(args, device, True) if last else ())],
-                              args, device)
+            scores = evaluate(net, head["weight"], [a for a in arms if last or not a.late], args, device)
+            row |= scores
         if rank == 0:
-            row |= scores | dict(minutes=(time.time() - began) / 60)
+            row["minutes"] = (time.time() - began) / 60
             bar.write(summary(row))
             write_log(folder / "log.jsonl", **row)
             save(folder / "last.pt", script="kprpe", model=net.state_dict(), head=head, epoch=epoch + 1,
@@ -2132,7 +2215,7 @@ def train(args) -> tuple[dict, Path]:
                  classes=[len(images.ids), len(images)])
     bar.close()
     if start >= args.epochs:  # it was killed after its last checkpoint
-        scores = evaluate(net, fc.whole(fc.weight), [*arms, *test_arms(args, device, True)], args, device)
+        scores = evaluate(net, fc.whole(fc.weight), arms, args, device)
     if rank == 0:
         write_pictures(folder, net, arms)
         draw_fig5(folder, {args.rpe: scores}, args)
@@ -2156,16 +2239,18 @@ def main(args) -> dict:
     else:
         scores, folder = train(args)
         rows = {args.rpe: scores}
-        for rpe in words(args.also_rpe):
+        for rpe in [rpe for rpe in dict.fromkeys(words(args.also_rpe)) if rpe != args.rpe]:
+            torch.cuda.empty_cache()  # of the last network and its crops; nothing without a GPU
             shared = [str(folder)]
             if dist.is_initialized():
                 dist.broadcast_object_list(shared)
-            other = argparse.Namespace(**vars(args) | dict(rpe=rpe, also_rpe="", given=[],
-                                                           output=str(Path(shared[0], rpe))))
+            other = argparse.Namespace(**vars(args) | dict(
+                rpe=rpe, also_rpe="", output=str(Path(shared[0], rpe)),
+                given=sorted((LOOK | {"data_root", "landmarks"}) & set(args.given))))
             other.resume = Path(other.output, "last.pt").exists()
             rows[rpe] = train(other)[0]
             scores = scores | {f"{key}@{rpe}": value for key, value in rows[rpe].items()}
-        if int(os.environ.get("RANK", 0)) == 0:
+        if ranks()[0] == 0:
             if next(iter(rows.values())):
                 print_table(rows, args)
             draw_fig5(folder, rows, args)

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kprpe
-from common import datasets, metrics, warp
+from common import datasets, metrics, recognition, warp
 from tests.test_recognition import encoded, payload, put_records
 
 torch.set_num_threads(1)
@@ -1249,7 +1249,8 @@ def test_landmarks_of_records_beside_them(tmp_path):
     lines = [",".join([str(key), *(f"{v:.3f}" for v in (points + key / 10).flatten())])
              for key in range(1, 7)]
     (tmp_path / "points.csv").write_text("\n".join(lines))
-    args = arguments("--data", "ms1m-small", "--landmarks", str(tmp_path / "points.csv"), root=tmp_path)
+    args = arguments("--data", "ms1m-small", "--model", "own", "--landmarks", str(tmp_path / "points.csv"),
+                     root=tmp_path)
     images, data = kprpe.training_set(args)
     batch = data.__getitems__([(0, 4)])
     same(batch["points"][0], points + 0.5, 1e-3)  # as they are: records are aligned already
@@ -1340,6 +1341,70 @@ def test_embeddings_are_sums_over_the_image_and_its_mirror():
     same(found[:, 1:], (points + mirrored[:, [1, 0, 2, 4, 3]]).flatten(1), 1e-6)
 
 
+def test_the_workers_of_an_evaluation_end_with_it():
+    args = arguments("--workers", "1")
+    arm = kprpe.test_arms(args, torch.device("cpu"))[0]
+    found = kprpe.embed(Corner(), arm, args, torch.device("cpu"))
+    assert len(found) == len(arm.data) and arm.loader.persistent_workers
+    assert not torch.multiprocessing.active_children()
+
+
+def test_arms_are_built_once_and_the_late_ones_are_not_kept():
+    args = arguments("--align-steps", "3", "--keypoint-noise", "0.1", "--cache", "device")
+    arms = kprpe.test_arms(args, torch.device("cpu"))
+    late = {arm.suffix: arm.late for arm in arms}
+    assert len(late) == len(arms) and late == {
+        "": False, "@noise0.1": True, "@unaligned": False, "@step1": True, "@step2": True}
+    kept = {arm.suffix: arm.data.regions.store is not None for arm in arms if not arm.noise}
+    assert kept == {"": True, "@unaligned": True, "@step1": False, "@step2": False}
+    args.unaligned = False
+    assert [arm.late for arm in kprpe.test_arms(args, torch.device("cpu"))][2]  # @unaligned, for the curve
+
+
+def test_templates_are_of_unit_features_times_faceness(monkeypatch):
+    test = recognition.TemplateSet("IJB-B", range(3), np.zeros((3, 5, 2)), np.array([0.5, 1, 1], np.float32),
+                                   np.arange(3), np.arange(3), np.array([[0, 1]]), np.array([True]),
+                                   np.arange(3).astype(str))
+    monkeypatch.setattr(kprpe, "embed", lambda *_: torch.tensor([[3.0, 4], [0, 2], [5, 0]]))
+    monkeypatch.setattr(recognition, "score", lambda test, features: {"seen": features})
+    found = kprpe.evaluate(Corner(), None, [kprpe.Arm(None, [], [test], "@IJB-B")], None, None)
+    same(found["seen@IJB-B"], [[0.6, 0.8], [0, 1], [1, 0]], 1e-6)
+
+
+def test_an_epoch_line_has_percent_and_the_rates_of_templates():
+    row = {"epoch": 1, "loss": 2.5, "accuracy": 0.5, "accuracy/std": 0.1, "rank1@a/b.csv": 0.25,
+           "rank1/30@x": 1.0, "tar/0.0001@IJB-C": 0.75, "accuracy@step1": 0.5}
+    assert kprpe.summary(row) == ("epoch 1, loss 2.5, accuracy 50.00 %, rank1@a/b.csv 25.00 %, "
+                                  "tar/0.0001@IJB-C 75.00 %")
+
+
+def test_sets_that_need_landmarks_name_the_file(tmp_path, capsys):
+    write_people(tmp_path / "test")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.csv").write_text("path,id,role\n" + "".join(
+            f"test/person{p}/{i}.png,{p},{('gallery', 'probe')[i]}\n" for p in range(3) for i in range(2)))
+    path = str(tmp_path / "a.csv")
+    with pytest.raises(FileNotFoundError, match="needs the keypoints of its images: no .*a.csv.land"):
+        kprpe.test_arms(arguments("--test", path), torch.device("cpu"))
+    capsys.readouterr()
+    assert len(kprpe.test_arms(arguments("--rpe", "none", "--test", path), torch.device("cpu"))) == 3
+    assert "a.csv.landmarks.csv; images are taken as they stand" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="evaluate them apart"):
+        kprpe.test_arms(arguments("--rpe", "none", "--test", path, path), torch.device("cpu"))
+    # The box of their landmarks, if --box says so
+    five = kprpe.template(24) + 6
+    (tmp_path / "a.csv.landmarks.csv").write_text("".join(
+        f"test/person{p}/{i}.png," + ",".join(f"{v:.2f}" for v in five.flatten()) + "\n"
+        for p in range(3) for i in range(2)))
+    arms = kprpe.test_arms(arguments("--test", path), torch.device("cpu"))
+    assert "unaligned is the box of 5 landmarks x 1.4" in capsys.readouterr().out
+    side = 1.4 * np.ptp(five, axis=0).max()
+    same(arms[-1].data.frames[0, 0, 0], 32 / side, 1e-2)
+    root = write_people(tmp_path / "own" / "test", marked=False).parent
+    kprpe.test_arms(arguments("--data", "folder", root=root), torch.device("cpu"))
+    assert "no landmarks; test images are aligned as they stand" in capsys.readouterr().out
+
+
 def test_the_gradients_are_scaled_together():
     net, fc = nn.Linear(4, 3), kprpe.PartialFC(3, 5, kprpe.CosFace())
     loss = fc(net(torch.randn(6, 4, generator=torch.Generator().manual_seed(0))), torch.arange(6) % 5)
@@ -1421,6 +1486,7 @@ def test_a_run_leaves_what_it_should(tmp_path, capsys):
         assert 0 <= rows[1][key] <= 1 and scores[key] == rows[1][key]
         assert f"{key}@none" in scores
     printed = capsys.readouterr().out
+    assert "kp-multihead: accuracy from unaligned to aligned" in printed
     assert "unaligned (%)" in printed and "kp-multihead" in printed and "accuracy@noise0.1" in printed
     for name in ("faces.png", "offsets.png", "alignment.png", "none/faces.png", "none/last.pt"):
         assert (tmp_path / "run" / name).exists()
@@ -1430,6 +1496,24 @@ def test_a_run_leaves_what_it_should(tmp_path, capsys):
     assert state["head"]["optimizer"]["exp_avg"].shape == (3, 512)
     with pytest.raises(FileExistsError, match="holds a run"):
         go("--output", str(tmp_path / "run"))
+    # A network without keypoints takes a box; landmarks beside an image are of a known scheme.
+    photo = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / "photo.png"), photo)
+    predict = ["--weights", tmp_path / "run" / "none" / "last.pt", "--predict", tmp_path / "photo.png"]
+    call(*predict, "--box", "4.5,3.5,36.5,35.5", "--margin", "1", "--output", tmp_path / "out")
+    assert np.array_equal(cv2.imread(str(tmp_path / "out" / "photo.png")), photo[4:36, 5:37])
+    (tmp_path / "photo.pts").write_text("version: 1\nn_points: 2\n{\n1 1\n9 9\n}\n")
+    with pytest.raises(ValueError, match="photo.pts: 2 landmarks are no known scheme"):
+        call(*predict, "--output", tmp_path / "no")
+
+
+def test_each_further_encoding_is_trained_once_with_what_was_typed(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(kprpe, "train", lambda args: (seen.append(args), ({}, tmp_path))[1])
+    call("--rpe", "product", "--also-rpe", "none,product,none,irpe", "--keypoint-noise", "0.1")
+    assert [args.rpe for args in seen] == ["product", "none", "irpe"]
+    assert seen[1].given == ["also_rpe", "keypoint_noise"] and not seen[1].also_rpe
+    assert kprpe.parse_args(["--model", "iresnet50", "--rpe", "none"]).also_rpe == ""  # not the preset's
 
 
 def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, monkeypatch):
@@ -1458,7 +1542,7 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, monkeypatch
         call("--resume", "--loss", "adaface", "--output", tmp_path / "cut")
 
 
-def test_two_processes_train_and_one_goes_on(tmp_path):
+def test_two_processes_train_and_one_goes_on(tmp_path, capsys):
     """The same classes on two processes as on one; evaluation cut into shares; the checkpoint is whole."""
     run = ["--output", str(tmp_path / "run"), "--gpus", "2", "--epochs", "1"]
     done = subprocess.run([sys.executable, str(ROOT / "kprpe.py"), *SMALL_RUN, *run], capture_output=True,
@@ -1471,7 +1555,9 @@ def test_two_processes_train_and_one_goes_on(tmp_path):
         assert scores[key] == pytest.approx(row[key], abs=0.03)
     state["epoch"], state["args"]["epochs"] = 1, 2
     torch.save(state, tmp_path / "run" / "last.pt")
+    capsys.readouterr()
     call("--resume", "--output", tmp_path / "run")
+    assert "the run had 2 processes" in capsys.readouterr().out
     assert state_of(tmp_path / "run")["epoch"] == 2 and state_of(tmp_path / "run")["world"] == 1
 
 
@@ -1521,7 +1607,10 @@ def test_a_folder_is_trained_on_evaluated_on_other_sets_and_used(tmp_path, capsy
 
 def test_detected_faces_are_predicted(tmp_path, monkeypatch):
     """YuNet's rows: box, five points from the person's right eye on, score."""
+    checked = []
+    monkeypatch.setattr(kprpe, "check_weights", lambda net, epoch: checked.append(type(net)))
     go("--output", str(tmp_path / "run"), "--epochs", "1", "--limit", "20")
+    assert checked == [kprpe.ViT, kprpe.PartialFC]
     image = np.random.default_rng(0).integers(0, 256, (100, 120, 3), np.uint8)
     cv2.imwrite(str(tmp_path / "photo.png"), image)
     five = [kprpe.template(40) + [10 + 50 * i, 12] for i in range(2)]
@@ -1551,7 +1640,9 @@ def test_digits_are_classified(tmp_path):
     flags = ["--data", "affnist", "--size", "40", "--patch", "8", "--epochs", "12", "--lr", "0.001", "--rpe",
              "kp-multihead", "--output", str(tmp_path / "run")]
     scores = go(*flags, root=root)
-    assert logged(tmp_path / "run")[-1]["loss"] < 0.85 * logged(tmp_path / "run")[0]["loss"]
+    rows = logged(tmp_path / "run")
+    assert rows[-1]["loss"] < 0.85 * rows[0]["loss"]
+    assert ["accuracy" in row for row in rows] == 6 * [False, True]
     assert (tmp_path / "run" / "offsets.png").exists() and (tmp_path / "run" / "faces.png").exists()
     again = call("--eval", tmp_path / "run" / "last.pt", "--keypoint-noise", "0.05")
     assert again["accuracy"] == scores["accuracy"] and "accuracy@affine@noise0.05" in again
@@ -1599,6 +1690,19 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     ("--box 1,2,3", "--box 1,2,3: expected image"),
     ("--data folder --box image --cache device", "--cache goes with"),
     ("--data affnist --margin 2", "--margin is for faces"),
+    ("--data affnist --unaligned", "--unaligned is for faces"),
+    ("--data affnist --points 5", "--points is for faces"),
+    ("--data affnist --size 48", "expected --size 40 --augment none"),
+    ("--data affnist --augment mirror", "expected --size 40 --augment none"),
+    ("--data affnist", "--data affnist: give --data-root"),
+    ("--data ms1m-small", "--data ms1m-small: give --data-root"),
+    ("--heads 0", "--heads 0: expected at least 1"),
+    ("--patch 0", "--patch 0: expected at least 1"),
+    ("--keypoint-noise 0.1,0.4", "--keypoint-noise 0.1,0.4: expected numbers above 0, at most 0.3"),
+    ("--landmarks a.csv", "--landmarks: the images of --data faces have their own"),
+    ("--model small --depth 3", "--depth belongs to --model own, not small"),
+    ("--eval a --also-rpe none", "--also-rpe belongs to training"),
+    ("--rpe none --also-rpe irpe --num-keypoints 3", "--num-keypoints belongs to --rpe kp-absolute"),
     ("--detector none.onnx", "no file none.onnx"),
     ("--predict a.png", "belong together"),
     ("--eval a --resume", "--eval goes neither"),
@@ -1613,14 +1717,14 @@ def test_flags_that_cannot_be_meant(flags, message, capsys):
 
 
 def test_presets_are_table_6():
-    args = kprpe.parse_args(["--data", "ms1m-small"])
+    args = kprpe.parse_args(["--data", "ms1m-small", "--data-root", "x"])
     assert (args.model, args.lr, args.batch_size, args.epochs, args.weight_decay, args.warmup,
             args.repeat) == ("small", 1e-3, 512, 34, 0.05, 3, 0.5)
-    args = kprpe.parse_args(["--data", "webface-base", "--lr", "0.5"])
+    args = kprpe.parse_args(["--data", "webface-base", "--data-root", "x", "--lr", "0.5"])
     assert (args.model, args.lr, args.batch_size, args.epochs, args.sample_rate, args.repeat) == (
         "base", 0.5, 1024, 36, 0.6, 0.1)
     net = on_meta(lambda: kprpe.build(args, torch.device("meta")))
     assert sum(p.numel() for p in net.parameters()) == 114_869_760 + 206_976
-    args = kprpe.parse_args(["--data", "ms1m-small", "--model", "iresnet50", "--rpe", "none"])
+    args = kprpe.parse_args("--data ms1m-small --data-root x --model iresnet50 --rpe none".split())
     net = on_meta(lambda: kprpe.build(args, torch.device("meta")))
     assert sum(p.numel() for p in net.parameters()) == 43_585_600

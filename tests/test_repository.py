@@ -105,6 +105,6 @@ def test_claims_name_flags_that_exist():
         for claim in listed:
             for flags in claim.variants.values():
                 data = "faces" if "--also" in flags else "folder"
-                module.parse_args(["--data", data, *claims.ALWAYS[script].split(),
+                module.parse_args(["--data", data, "--data-root", "x", *claims.ALWAYS[script].split(),
                                    *claims.SMALL[script].split(),
                                    *flags.replace("@/template.pts", __file__).split()])
