@@ -8,6 +8,7 @@ Each line gives the median of several runs.
 """
 import argparse
 import copy
+import functools
 import statistics
 import struct
 import tempfile
@@ -433,17 +434,41 @@ def bench_bias():
                   f"ms: {times['flattened index'] / times[name]:.1f} x")
 
 
+def flex_forward(attn, flex, x, pairs, parts):
+    """`kprpe.Attention.forward` of kp-* by FlexAttention: a pair's bias is read from the two parts inside the
+    kernel, and never lies in memory."""
+    q, k, v = attn.qkv(x).unflatten(-1, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4)
+    (keypoint, static), ids = (part * attn.scale for part in parts), pairs.ids[0]
+
+    def bias(score, b, h, i, j):
+        bucket = ids[i, j]
+        return score + keypoint[b, h, bucket] + static[h, i, bucket]
+
+    return attn.proj(flex(q, k, v, score_mod=bias).transpose(1, 2).flatten(2))
+
+
+def use_path(net, path: str):
+    """Makes a KP-RPE network take one path to its bias: PairBias's "gather" or "product", or "flex"."""
+    if path != "flex":
+        net.pairs.forward = getattr(net.pairs, path)
+        return
+    from torch.nn.attention.flex_attention import flex_attention
+    flex = torch.compile(flex_attention)
+    for block in net.blocks:
+        block.attn.forward = functools.partial(flex_forward, block.attn, flex)
+
+
 def bench_vit_step():
     """Images a second and memory of a training step: ViT-S and ViT-B at batch 256, bf16, on a GPU; a small
-    one at batch 32 on the CPU."""
+    one at batch 32 on the CPU. KP-RPE by each path; FlexAttention has a backward pass on a GPU only."""
     cuda = torch.cuda.is_available()
     device, count = torch.device("cuda" if cuda else "cpu"), 256 if cuda else 32
-    own = dict(dim=192, depth=6, heads=6, mlp_ratio=3)
-    for size in ("small", "base") if cuda else (own,):
+    paths = ("gather", "product", *(["flex"] if cuda else []))
+    for size in ("small", "base") if cuda else (dict(dim=192, depth=6, heads=6, mlp_ratio=3),):
         plain = None
-        for rpe in ("none", "product", "irpe", "kp-multihead"):
+        for rpe, path in (("none", ""), ("product", ""), ("irpe", ""), *(("kp-multihead", p) for p in paths)):
             net = kprpe.ViT(size, rpe).to(device)
-            optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+            optimizer = torch.optim.AdamW(net.parameters(), 1e-3, fused=True)
             image, points = torch.randn(count, 3, 112, 112).to(device), torch.rand(count, 5, 2).to(device)
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
@@ -455,11 +480,20 @@ def bench_vit_step():
                 loss.backward()
                 optimizer.step()
 
-            ms = median_ms(step, 20 if cuda else 3)
+            name = f"{size if cuda else 'dim 192, depth 6'}, {rpe}{path and f' by {path}'}, batch {count}"
+            try:
+                if path:
+                    use_path(net, path)
+                ms = median_ms(step, 20 if cuda else 3)
+            except Exception as error:  # FlexAttention's compiler raises anything
+                if path != "flex":
+                    raise
+                print(f"vit       {name}: does not work here, {str(error).splitlines()[0]}")
+                continue
             plain = plain or ms
             memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
-            print(f"vit       {size if isinstance(size, str) else 'dim 192, depth 6'}, {rpe}, batch {count}: "
-                  f"{count / ms * 1e3:,.0f} images a second ({100 * (plain / ms - 1):+.1f} %){memory}")
+            print(f"vit       {name}: {count / ms * 1e3:,.0f} images a second "
+                  f"({100 * (plain / ms - 1):+.1f} %){memory}")
 
 
 def bench_records():
