@@ -446,7 +446,7 @@ class KPRPE(nn.Module):
         points, grid = self.coordinates(points)
         if self.variant == "absolute":
             # Eq. (7): B_ij = f(P)[d(i, j)], with f(P) = P' W_L: the same for every query
-            # (Code: an axis of length 1 where the buckets should be read, which cancels in the softmax.)
+            # (Code: its bias has an axis of length 1 where the keys should be, which cancels in the softmax.)
             D = points.flatten(1)[:, None].expand(-1, len(grid), -1)          # (B, N, 2L)
         else:
             # Eq. (8): D = Expand(M, dim=1) - Expand(P, dim=0)
