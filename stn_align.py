@@ -45,7 +45,7 @@ Differs from the paper, or settles what it leaves open (the authors have publish
 
 Train on VGGFace2 on four GPUs (the paper: 90.20 % rank-1 on MegaFace, which is withdrawn; not run here):
   python stn_align.py --data vggface2 --data-root VGGFace2 --landmarks POINTS --gpus 4 --amp
-Without any data, on drawn faces, lambda 0 and 3, four minutes on two CPU cores:
+Without any data, on drawn faces, lambda 3 and 0, three minutes on two CPU cores:
   python stn_align.py
 Continue, evaluate on LFW and on a folder of your own, use:
   python stn_align.py --data vggface2 --gpus 4 --resume
