@@ -46,8 +46,8 @@ CRazorback/LDDMM-Face at cb45e96):
 
 Train on 300W on four GPUs (the paper: NME 3.53 %; not run here, see the README):
   python lddmm_face.py --data 300w --data-root 300W --gpus 4 --cache device
-Without any data, on drawn faces, two minutes on two CPU cores: 68 points learned (NME 7.3 %), 194 predicted
-(7.3 %); the mean face has 19.2 %:
+Without any data, on drawn faces, two minutes on two CPU cores: 68 points learned (NME 7.1 %), 194 predicted
+(7.2 %); the mean face has 19.2 %:
   python lddmm_face.py
 Continue; evaluate, also on a set of another annotation; use, also for another annotation:
   python lddmm_face.py --data 300w --gpus 4 --cache device --resume
