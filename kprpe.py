@@ -97,11 +97,15 @@ PRESETS = {
                          repeat=0.1),
     "folder": dict(SMALL),
     "youtube": dict(SMALL),
-    "faces": dict(SMALL, size=64, depth=4, dim=128, heads=4, epochs=12, batch_size=32, also_rpe="none",
-                  align_steps=4, eval_every=6),
     "affnist": dict(SMALL, size=40, patch=4, dim=64, depth=4, heads=4, mlp_ratio=2.0, epochs=12, lr=1e-3,
                     scale=16.0, augment="none", eval_every=2),
+    "faces": dict(SMALL, size=64, depth=4, dim=128, heads=4, epochs=12, batch_size=32, also_rpe="none",
+                  align_steps=4, eval_every=6),
 }
+# --task, and the presets of its --data; without --data it is the last one, which needs no files.
+TASKS = {"face": PRESETS}
+# Flags that a task other than "face" reads; the others are refused.
+READ = {}
 RECORDS = ("ms1m-small", "webface-base")
 DRAWN = {"train": 1600, "test": 400}  # faces of --data faces
 BOXES = ("image", "landmarks", "face")
@@ -116,15 +120,18 @@ RPES = ("none", *STATIC, "irpe", *KEYPOINT)
 
 
 def parse_args(argv=None):
-    """Flags, with the defaults of the preset that --data names. `args.given` lists what was typed."""
+    """Flags, with the defaults of the preset of --task and --data. `args.given` lists what was typed."""
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chooser.add_argument("--data", default="faces", choices=PRESETS)
-    preset = PRESETS[chooser.parse_known_args(argv)[0].data]
+    chooser.add_argument("--task", default="face", choices=TASKS)
+    presets = TASKS[chooser.parse_known_args(argv)[0].task]
+    chooser.add_argument("--data", default=[*presets][-1], choices=presets)
+    data = chooser.parse_known_args(argv)[0].data
     parser = argparse.ArgumentParser(description="Keypoint relative position encoding", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("shared by all scripts").add_argument
-    add("--data", default="faces", choices=PRESETS, help="data set, and the preset of all other flags")
+    add("--task", default="face", choices=TASKS, help="what is learned")
+    add("--data", default=data, choices=presets, help="data set, and the preset of all other flags")
     add("--data-root", default="", help="folder of the data set; the README shows the layout of each")
     add("--output", default="", help="folder of the run (default: runs/kprpe-DATA, or the next number)")
     add("--epochs", type=int, default=34, help="passes over the training set")
@@ -153,6 +160,19 @@ def parse_args(argv=None):
     add("--points", type=int, default=68, help="landmarks of the drawn faces; every other set has its own")
     add("--detector", default="", metavar="ONNX", help="YuNet model file, to find the faces of --predict and "
         "their keypoints")
+    own_flags(parser)
+    parser.set_defaults(**presets[data])
+    args = parser.parse_args(argv)
+    # argparse fills in no default where the namespace has a value, so what is not None now was typed.
+    typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
+    args.given = sorted(key for key, value in vars(typed).items() if value is not None)
+    check_flags(args, parser.error)
+    return args
+
+
+def own_flags(parser: argparse.ArgumentParser):
+    """Adds the flags of this script alone."""
+    switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("network").add_argument
     add("--model", default="small", choices=MODELS, help="of Table 3, or a ViT by the next four flags")
     add("--dim", type=int, default=192, help="width of --model own")
@@ -187,13 +207,6 @@ def parse_args(argv=None):
         "test split: a .bin, the folder of LFW, TinyFace, IJB-C, ..., a .csv of pairs or of roles; "
         "landmarks, if they have none, from PATH.landmarks.csv")
     add("--align", action=switch, default=True, help="whether --predict aligns faces by their keypoints")
-    parser.set_defaults(**preset)
-    args = parser.parse_args(argv)
-    # argparse fills in no default where the namespace has a value, so what is not None now was typed.
-    typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
-    args.given = sorted(key for key, value in vars(typed).items() if value is not None)
-    check_flags(args, parser.error)
-    return args
 
 
 def check_flags(args, error: Callable[[str], None]):
@@ -245,6 +258,8 @@ def refuse_idle(args, error: Callable[[str], None]):
     """Calls `error` with a message for the first flag that was typed and that nothing would read."""
     typed = lambda *names: [f"--{name.replace('_', '-')}" for name in names
                             if name in args.given and getattr(args, name)]
+    for flag in typed(*sorted(vars(args).keys() - READ[args.task])) if args.task in READ else ():
+        error(f"{flag} does not belong to --task {args.task}")
     trains = not (args.eval or args.predict or args.resume)  # else the checkpoint says what the data are
     if args.data == "affnist":
         for flag in typed("box", "margin", "landmarks", "test", "align_steps", "unaligned", "points"):
@@ -1977,11 +1992,19 @@ def load_weights(net: nn.Module, weights: dict, path) -> None:
     net.load_state_dict(weights)
 
 
+def load_task(path, task: str) -> dict:
+    """Reads a checkpoint of --task `task`, to the CPU.   Raises: as `load`; ValueError for another task."""
+    state = load(path, "kprpe")
+    if (own := state["args"].get("task", "face")) != task:
+        raise ValueError(f"{path} is a checkpoint of --task {own}, not {task}")
+    return state
+
+
 def open_checkpoint(args, path: str, free: set[str]) -> tuple[nn.Module, torch.Tensor, torch.device]:
     """A checkpoint's network, in evaluation mode, its class weights (C, D), and the device; `args` takes its
     flags over, but for `free`, the typed ones of DATA, and all of DATA where --data names another set."""
     device, given = setup(args)[2], set(args.given)
-    state = load(path, "kprpe")
+    state = load_task(path, args.task)
     other = "data" in given and args.data != state["args"]["data"]
     if (other or args.predict) and "affnist" in (args.data, state["args"]["data"]):
         raise ValueError(f"--data {args.data}: {path} is of a run on {state['args']['data']}")
@@ -2145,7 +2168,7 @@ def train(args) -> tuple[dict, Path]:
     # Set-up
     rank, world, device = setup(args)
     folder = find_run(args, "kprpe")
-    state = load(folder / "last.pt", "kprpe") if args.resume else None
+    state = load_task(folder / "last.pt", args.task) if args.resume else None
     if state:
         restore_args(args, state["args"], MACHINE | ((LOOK | {"data_root", "landmarks"}) & set(args.given)))
     # Data and network
