@@ -424,13 +424,13 @@ def _h5(path: str):
 
 # ---- Readers -----------------------------------------------------------------------------------------------
 
-def _missing(reader: Callable, root: str, what: str, flag="--data-root") -> FileNotFoundError:
+def _missing(reader: Callable, root: str, what: str, flag="--data-root", drawn="faces") -> FileNotFoundError:
     """The message of a set that is not there: what was looked for, then the reader's account of its files."""
     account = reader.__doc__[reader.__doc__.index("Tree:"):].rstrip().replace("\n    ", "\n")
     there = sorted(os.listdir(root))[:6] if os.path.isdir(root) else []
     return FileNotFoundError(f"{reader.__name__}: {what}\nWanted below {flag} {root or '(not given)'}, "
                              f"which has {', '.join(there) or 'nothing'}:\n{account}\n"
-                             "Its licence is yours to accept. --data faces needs no download.")
+                             f"Its licence is yours to accept. --data {drawn} needs no download.")
 
 
 def _below(reader: Callable, root: str, *parts: str, flag="--data-root") -> str:

@@ -469,50 +469,69 @@ def _by_fold(fold: Sequence, where: str) -> tuple[np.ndarray, int]:
 
 
 class _Array:
-    """Stands for numpy.ndarray in a pickle: no numpy code runs on what the file says."""
-    value: bytes | list = b""
+    """Stands for numpy.ndarray in a pickle: its dtype is of an allow-list, its shape that of its bytes."""
+    value: np.ndarray | list = []
 
     def __init__(self, *_):
         pass
 
     def __setstate__(self, state):
-        _, _, dtype, _, raw = state
-        self.value = list(raw) if isinstance(raw, list) else dtype.read(raw)
+        _, shape, dtype, by_columns, raw = state
+        self.value = list(raw) if isinstance(raw, list) else dtype.read(raw, shape, "CF"[bool(by_columns)])
 
 
 class _DType:
-    """Stands for numpy.dtype: bytes of unsigned numbers or truth values, or the list of objects."""
+    """Stands for numpy.dtype: numbers of the allowed kinds, or the list of objects."""
+    order = "|"
 
-    def __init__(self, code, *_):
-        self.code = code.decode() if isinstance(code, bytes) else code
+    def __init__(self, kinds, code, *_):
+        self.kinds, self.code = kinds, code.decode() if isinstance(code, bytes) else code
 
     def __setstate__(self, state):
-        pass
+        self.order = state[1].decode() if isinstance(state[1], bytes) else state[1]
 
-    def read(self, raw):
-        if self.code not in ("u1", "b1"):
-            raise pickle.UnpicklingError(f"it holds an array of {self.code!r}, wanted bytes or truth values")
-        return raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
+    def read(self, raw, shape=(-1,), order="C"):
+        if self.code not in self.kinds:
+            raise pickle.UnpicklingError(f"it holds an array of {self.code!r}, wanted {', '.join(self.kinds)}")
+        raw = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
+        return np.frombuffer(raw, {">": ">"}.get(self.order, "<") + self.code).reshape(shape, order=order)
 
 
 def _latin1(text, encoding):
     return text.encode({"latin1": "latin1", b"latin1": "latin1"}[encoding])
 
 
-class _BinUnpickler(pickle.Unpickler):
-    """Bytes, lists, tuples and numbers. The globals that verification files ask for get harmless stand-ins;
-    any other is refused, before anything of it is imported or called."""
-    ALLOWED = {("_codecs", "encode"): _latin1, ("numpy", "ndarray"): _Array, ("numpy", "dtype"): _DType}
+class _Unpickler(pickle.Unpickler):
+    """Bytes, lists, tuples, numbers and arrays. The globals that these ask for get harmless stand-ins; any
+    other is refused, before anything of it is imported or called."""
+    ALLOWED = {("_codecs", "encode"): _latin1, ("numpy", "ndarray"): _Array}
     for package in ("numpy.core", "numpy._core"):
         ALLOWED[f"{package}.multiarray", "_reconstruct"] = _Array
-        ALLOWED[f"{package}.multiarray", "scalar"] = lambda dtype, raw: dtype.read(raw) != b"\0"
-        ALLOWED[f"{package}.numeric", "_frombuffer"] = lambda raw, dtype, *_: dtype.read(raw)
+        ALLOWED[f"{package}.multiarray", "scalar"] = lambda dtype, raw: dtype.read(raw)[0]
+        ALLOWED[f"{package}.numeric", "_frombuffer"] = lambda raw, dtype, *form: dtype.read(raw, *form)
+
+    def __init__(self, file, kinds: Sequence[str]):
+        super().__init__(file, encoding="bytes")
+        self.allowed = self.ALLOWED | {("numpy", "dtype"): functools.partial(_DType, kinds)}
 
     def find_class(self, module, name):
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a verification file does not "
-                                         "need. This may be an attack: refused, and nothing was run")
-        return self.ALLOWED[module, name]
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which such a file does not need. "
+                                         "This may be an attack: refused, and nothing was run")
+        return self.allowed[module, name]
+
+
+def unpickle(path: str, what: str, kinds: Sequence[str] = ("u1", "b1")):
+    """What a pickle holds, an array or plain values, without ever running code from it.
+    Args: what, a name for such files; kinds, codes of the numbers that its arrays may hold, as "u1", "f8".
+    Raises: ValueError "PATH is no WHAT: ..." that names a global that is refused, or says what is wrong."""
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        value = _Unpickler(io.BytesIO(content), kinds).load()
+    except Exception as error:                                          # a damaged pickle raises anything
+        raise ValueError(f"{path} is no {what}: {error}") from None
+    return value.value if isinstance(value, _Array) else value
 
 
 def read_bin(path: str) -> VerificationSet:
@@ -525,15 +544,13 @@ def read_bin(path: str) -> VerificationSet:
     Raises: FileNotFoundError; ValueError that names a global that is refused, or says what is wrong."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no {path}; it comes inside the insightface training archives")
-    with open(path, "rb") as file:
-        content = file.read()
+    content = unpickle(path, "verification .bin")
     try:
-        images, same = _BinUnpickler(io.BytesIO(content), encoding="bytes").load()
-        images, same = (list(v.value if isinstance(v, _Array) else v) for v in (images, same))
+        images, same = (list(v.value if isinstance(v, _Array) else v) for v in content)
         images = [v.value if isinstance(v, _Array) else v for v in images]
         images = [v if isinstance(v, bytes) else bytes(memoryview(v)) for v in images]
         same = np.array([bool(v) for v in same])
-    except Exception as error:                                          # a damaged pickle raises anything
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is no verification .bin: {error}") from None
     if len(images) != 2 * len(same) or not len(same):
         raise ValueError(f"{path}: found {len(images)} images and {len(same)} pairs, wanted two a pair")
