@@ -6,6 +6,7 @@ at whole numbers from 0, as in common/datasets.py. Joints outside the crop are l
 in a frame stands where it was seen last (`fill_missing`).
 """
 import functools
+import glob
 import json
 import os
 from typing import Callable, NamedTuple
@@ -21,7 +22,7 @@ JOINTS = 17
 ankle."""
 FLIP_17 = np.array([0, *(i + 1 if i % 2 else i - 1 for i in range(1, JOINTS))])
 SIDES = (64, 44)
-"""Height and width of a silhouette, px: of 64 x 64, as Gait3D's are packed, 10 columns are cut at each side."""
+"""Height and width of a silhouette, px. Of Gait3D's, packed as 64 x 64, 10 columns are cut at each side."""
 MOST = 720                                                      # frames of a test sequence, as in OpenGait
 
 
@@ -48,10 +49,11 @@ def normalise(image: np.ndarray):
     columns = max(int(height * wide / tall), 1)
     image = cv2.resize(image[top:top + tall], (columns, height), interpolation=cv2.INTER_CUBIC)
     mass = image.sum(0, dtype=np.int64).cumsum()
-    left = int((mass > mass[-1] / 2).argmax()) - width // 2
-    scale = np.array([columns / wide, height / tall])
+    centre = int((mass > mass[-1] / 2).argmax())
     image = cv2.copyMakeBorder(image, 0, 0, width // 2, width // 2, cv2.BORDER_CONSTANT, value=0)
-    return image[:, left + width // 2:][:, :width], np.stack([scale, scale / 2 - 0.5 - [left, scale[1] * top]])
+    scale = np.array([columns / wide, height / tall])           # centres: s (x + 1/2) - 1/2, less the corner
+    offset = scale / 2 - 0.5 - [centre - width // 2, scale[1] * top]
+    return image[:, centre:centre + width], np.stack([scale, offset])
 
 
 def fit_joints(joints: np.ndarray) -> np.ndarray:
@@ -81,57 +83,29 @@ def fill_missing(joints: np.ndarray) -> np.ndarray:
     return np.where(seen.any(0)[:, None], filled, middle).astype(np.float32)
 
 
-def _folders(*parts: str) -> list[str]:
-    """Names of the folders in one below root/2D_Silhouettes, if that exists."""
-    folder = os.path.join(parts[0], "2D_Silhouettes", *parts[1:])
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if os.path.isdir(folder) else []
-
-
 def _files(folder: str, suffix: str) -> dict[str, str]:
-    """Stem -> path of the frames in a sequence's folder, in order; {"": path} of its packed .pkl."""
-    names = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")]            # ._x: macOS
-    found = {name[:-4]: os.path.join(folder, name) for name in names if name.lower().endswith(suffix)}
+    """Name -> path of the frames in the folder of a sequence, in order; {"": path} of its packed .pkl."""
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    found = {name[:-4]: os.path.join(folder, name) for name in names
+             if name.lower().endswith(suffix) and not name.startswith(".")}                      # ._x: macOS
     packed = os.path.join(folder, os.path.basename(folder) + ".pkl")
     return found or ({"": packed} if os.path.isfile(packed) else {})
 
 
 def _packed(path: str, kinds: tuple, *shapes: tuple) -> np.ndarray:
     """The array of a .pkl, (T, *one of `shapes`)."""
-    array = recognition.unpickle(path, f"packed sequence {(*'T', *shapes[0])}", kinds)
+    array = recognition.unpickle(path, "packed sequence", kinds)
     if not isinstance(array, np.ndarray) or not len(array) or array.shape[1:] not in shapes:
-        raise ValueError(f"{path}: found {getattr(array, 'shape', type(array))}, wanted frames of {shapes}")
+        found = getattr(array, "shape", type(array).__name__)
+        raise ValueError(f"{path}: found {found}, wanted frames of {shapes[0]}, one or more")
     return array
 
 
 def _pose(path: str) -> np.ndarray:
     """(17, 3) x y score of a frame's text."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
-        fields = file.read().strip().split(",")
-    return datasets._numbers(fields[2:], 3 * JOINTS, f"{path}, after two").reshape(JOINTS, 3)
-
-
-def _gray(path: str) -> np.ndarray:
-    image = cv2.imread(path, cv2.IMREAD_GRAYSCALE)
-    if image is None:
-        raise ValueError(f"{path} cannot be decoded as an image: damaged, empty or another file type")
-    return image
-
-
-def _normalised(images: list[np.ndarray], joints: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Raw silhouettes and their joints (T, 17, 3) -> crops (n, 64, 44), joints px of the crop (n, 17, 3), of
-    the n frames that are not empty."""
-    size, seen = np.array([image.shape[1::-1] for image in images])[:, None], joints[..., 2] > 0  # (T, 1, 2)
-    inside = ((joints[..., :2] >= 0) & (joints[..., :2] < size)).all(-1)
-    done = [normalise(image) for image in images]
-    kept = [i for i, crop in enumerate(done) if crop is not None]
-    if not kept:
-        raise ValueError(f"{where}: all {len(images)} silhouettes are empty")
-    joints, maps = joints[kept], np.stack([done[i][1] for i in kept])                            # (n, 2, 2)
-    if 2 * inside[seen].sum() < seen.sum():                     # px of another, larger image
-        joints = fit_joints(joints)
-    else:
-        joints = np.concatenate([joints[..., :2] * maps[:, :1] + maps[:, 1:], joints[..., 2:]], -1)
-    return np.stack([done[i][0] for i in kept]), joints
+        fields = file.read().split(",")
+    return datasets._numbers(fields[2:], 3 * JOINTS, f"{path}, after the first two").reshape(JOINTS, 3)
 
 
 def _frames(silhouettes: str, poses: str) -> np.ndarray:
@@ -139,18 +113,31 @@ def _frames(silhouettes: str, poses: str) -> np.ndarray:
     images, marks = _files(silhouettes, ".png"), _files(poses, ".txt")
     joints = _packed(marks[""], ("f8", "f4"), (JOINTS, 3)) if "" in marks else \
         np.stack([_pose(path) for path in marks.values()])
-    crops = _packed(images[""], ("u1",), (64, 64), SIDES) if "" in images else list(map(_gray, images.values()))
-    if "" not in images and set(images) & set(marks):           # by name: a frame without a text has no joint
+    crops = _packed(images[""], ("u1",), (64, 64), SIDES) if "" in images else \
+        [datasets.load_image(path)[..., 0] for path in images.values()]
+    if set(images) & set(marks) - {""}:                         # by name; a frame without text has no joints
         joints = dict(zip(marks, joints))
-        joints = np.stack([joints.get(stem, np.zeros((JOINTS, 3))) for stem in images])
+        joints = np.stack([joints.get(name, np.zeros((JOINTS, 3))) for name in images])
     if len(joints) != len(crops) or not np.isfinite(joints).all():
-        raise ValueError(f"{silhouettes} has {len(crops)} frames, {poses} {len(joints)}, "
-                         f"{int((~np.isfinite(joints)).any((1, 2)).sum())} of them with nan or inf; wanted as "
-                         "many of both. Packing drops frames: give the .png and .txt, which tell which")
+        bad = int((~np.isfinite(joints)).any((1, 2)).sum())
+        raise ValueError(f"{silhouettes} has {len(crops)} frames, {poses} {len(joints)}, of which {bad} with nan "
+                         "or inf; wanted as many of both. Packing loses frames: the .png and .txt tell which")
     if "" in images:
-        crops, joints = crops[:, :, (crops.shape[2] - SIDES[1]) // 2:][:, :, :SIDES[1]], fit_joints(joints)
+        cut = (crops.shape[2] - SIDES[1]) // 2
+        crops, joints = crops[:, :, cut:cut + SIDES[1]], fit_joints(joints)
     else:
-        crops, joints = _normalised(crops, joints, silhouettes)
+        size, seen = np.array([crop.shape[1::-1] for crop in crops])[:, None], joints[..., 2] > 0
+        inside = ((joints[..., :2] >= 0) & (joints[..., :2] < size)).all(-1)[seen]
+        done = [normalise(crop) for crop in crops]
+        kept = [i for i, crop in enumerate(done) if crop is not None]
+        if not kept:
+            raise ValueError(f"{silhouettes}: all {len(crops)} silhouettes are empty")
+        crops, maps = (np.stack(part) for part in zip(*(done[i] for i in kept)))
+        joints = joints[kept]
+        if 2 * inside.sum() < inside.size:                      # px of another, larger image
+            joints = fit_joints(joints)
+        else:
+            joints[..., :2] = joints[..., :2] * maps[:, :1] + maps[:, 1:]
     joints = fill_missing(joints).reshape(len(crops), -1).astype("<f4").view(np.uint8)
     return np.concatenate([crops.reshape(len(crops), -1), joints], 1)
 
@@ -180,28 +167,29 @@ def read_gait3d(root: str, split: str) -> list[Sequence]:
     Raises: FileNotFoundError; ValueError. When loaded: ValueError for what is not as above, refused pickles.
     """
     need = functools.partial(datasets._missing, read_gait3d, root, drawn="walkers")
-    for name in ("Gait3D.json", "2D_Silhouettes", "2D_Poses"):
-        if not os.path.exists(os.path.join(root, name)):
-            raise need(f"no {os.path.join(root, name)}")
-    listed = os.path.join(root, "Gait3D.json")
+    listed, *bases = (os.path.join(root, name) for name in ("Gait3D.json", "2D_Silhouettes", "2D_Poses"))
+    for path in (listed, *bases):
+        if not os.path.exists(path):
+            raise need(f"no {path}")
     try:
         with open(listed, encoding="utf-8-sig") as file:
             sets = json.load(file)
-        people, probes = sorted(sets[f"{split.upper()}_SET"]), set(sets["PROBE_SET"] if split == "test" else ())
+        people, probes = (set(map(str, sets[name])) for name in (f"{split}_SET".upper(), "PROBE_SET"))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{listed}: {error!r}; wanted lists TRAIN_SET, TEST_SET and PROBE_SET") from None
     sequences = []
-    for place in (f"{i}/{camera}/{name}" for i in people for camera in _folders(root, i)
-                  for name in _folders(root, i, camera)):
-        parts = [os.path.join(root, kind, *place.split("/")) for kind in ("2D_Silhouettes", "2D_Poses")]
-        for folder, suffix in zip(parts, (".png", ".txt")):
-            if not os.path.isdir(folder) or not _files(folder, suffix):
+    for place in sorted(os.path.relpath(folder, bases[0]) for person in people
+                        for folder in glob.glob(os.path.join(bases[0], glob.escape(person), "*", "*", ""))):
+        folders = [os.path.join(base, place) for base in bases]
+        for folder, suffix in zip(folders, (".png", ".txt")):
+            if not _files(folder, suffix):
                 raise need(f"no *{suffix} and no {os.path.basename(folder)}.pkl in {folder}")
-        name = place.replace("/", "-")
-        sequences.append(Sequence(place.split("/")[0], name, functools.partial(_load, *parts), name in probes))
-    lost = (set(people) - {s.identity for s in sequences}) or probes - {s.name for s in sequences}
+        identity, name = place.split(os.sep)[0], place.replace(os.sep, "-")
+        sequences.append(Sequence(identity, name, functools.partial(_load, *folders), name in probes))
+    lost = people - {s.identity for s in sequences} or \
+        (probes - {s.name for s in sequences} if split == "test" else set())
     if lost or not sequences:
-        raise need(f"no sequence of {min(lost, default=split)}, one of {len(lost)} that {listed} lists")
+        raise need(f"no sequence of {min(lost, default=split)}, the first of {len(lost)} that {listed} names")
     return sequences
 
 
@@ -308,8 +296,8 @@ def walkers(split: str, people: int, seed: int = 0, sequences: int = 6, frames: 
     Args: split "train" or "test"; people, sequences of each, frames of each: 14 or so make a stride.
     Raises: ValueError for another split, or a number below 1."""
     if split not in ("train", "test") or min(people, sequences, frames) < 1:
-        raise ValueError(f"split {split!r}, {people} people, {sequences} sequences of {frames} frames; wanted "
-                         "train or test, and numbers of 1 or more")
+        raise ValueError(f"split {split!r}, {people} people, {sequences} sequences, {frames} frames; wanted "
+                         "train or test, and 1 or more of each")
     return [Sequence(f"{split}-{i:05d}", f"{split}-{i:05d}-seq{n}",
                      functools.partial(_walk, split, seed, i, n, frames), split == "test" and n == 0)
             for i in range(people) for n in range(sequences)]
@@ -351,8 +339,8 @@ class GaitDataset(torch.utils.data.Dataset):
 
     Args: sequences; frames of a clip, or None: the whole sequence, 720 frames at most, one in a batch;
         augment: half of the clips are mirrored, with left and right joints swapped.
-    A batch: image (B, T, 64, 44) uint8; points (B, T, 17, 2) float32, fractions (x + 0.5) / 44, (y + 0.5) / 64
-        of the crop, beyond [0, 1] outside it; index (B,).
+    A batch: image (B, T, 64, 44) uint8; points (B, T, 17, 2) float32, (x + 0.5) / 44 and (y + 0.5) / 64, so
+        that [0, 1] is the crop; index (B,).
     .labels (S,) int64, 0..C-1 in the order of .ids (C,)."""
 
     def __init__(self, sequences: list[Sequence], frames: int | None, seed: int = 0, augment: bool = False):
@@ -408,7 +396,7 @@ def identify(distance, labels, probe) -> dict[str, float]:
     distance, labels, probe = torch.as_tensor(distance), torch.as_tensor(labels), torch.as_tensor(probe)
     mated = torch.isin(labels[probe], labels[~probe])
     if not mated.any():
-        raise ValueError(f"none of {int(probe.sum())} probes has a mate in the gallery of {int((~probe).sum())}")
+        raise ValueError(f"none of {int(probe.sum())} probes has a mate among {int((~probe).sum())} others")
     distance, query, gallery = distance[mated.to(distance.device)], labels[probe][mated], labels[~probe]
     mate = (query[:, None] == gallery).to(distance.device)
     best = distance.masked_fill(~mate, torch.inf).amin(1, keepdim=True)

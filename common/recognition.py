@@ -492,7 +492,8 @@ class _DType:
 
     def read(self, raw, shape=(-1,), order="C"):
         if self.code not in self.kinds:
-            raise pickle.UnpicklingError(f"it holds an array of {self.code!r}, wanted {', '.join(self.kinds)}")
+            raise pickle.UnpicklingError(f"it holds an array of {self.code!r}, wanted "
+                                         f"{' or '.join(self.kinds)}")
         raw = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
         return np.frombuffer(raw, {">": ">"}.get(self.order, "<") + self.code).reshape(shape, order=order)
 
