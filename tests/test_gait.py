@@ -297,13 +297,13 @@ def test_spoiled_walkers_move_with_their_joints():
 
 
 def test_mean_silhouettes_tell_walkers_apart_but_not_well():
-    """The gait energy image: nearest neighbours are found far above chance, far from always."""
+    """The gait energy image: nearest neighbours are right far above chance (0.04), far from always."""
     sequences = gait.walkers("test", 25, sequences=4, frames=14)
     energy = torch.from_numpy(np.stack([s.load(everything)[0].mean(0).ravel() for s in sequences]))
     probe = np.array([s.probe for s in sequences])
     labels = gait.GaitDataset(sequences, None).labels
     scores = gait.identify(torch.cdist(energy[probe], energy[~probe]), labels, probe)
-    assert 0.12 < scores["rank1"] < 0.7 and scores["rank1"] < scores["rank5"] <= scores["rank10"]  # chance: 0.04
+    assert 0.12 < scores["rank1"] < 0.7 and scores["rank1"] < scores["rank5"] <= scores["rank10"]
 
 
 # ---- Training and scores -----------------------------------------------------------------------------------
