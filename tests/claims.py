@@ -179,7 +179,7 @@ SMALL = {"sdfl": "--backbone mobilenetv2 --size 96 --batch-size 16 --lr 0.01 --d
          "lddmm_face": "--backbone mobilenetv2 --size 96 --batch-size 16 --lr 0.001 --epochs 10",
          "stn_align": "--depth 10 --width 16 --size 48 --batch-size 32 --lr 0.1 --warmup 20 --loc-lr 0.03 "
                       "--epochs 20",
-         "kprpe": "--size 64 --dim 128 --depth 4 --heads 4 --epochs 12 --batch-size 32 --lr 0.0006 "
+         "kprpe": "--size 48 --dim 64 --depth 4 --heads 4 --epochs 16 --batch-size 32 --lr 0.0006 "
                   "--warmup 1 --loss softmax --scale 32 --rpe-lr 50"}
 
 
