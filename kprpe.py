@@ -16,6 +16,8 @@ Where each equation is:
   Eq. (8), (9), (10)  f(P), relative; split in two parts    KPRPE
   Eq. (11)            the bias of a pair of patches         Attention
   Eq. (12)            noise on keypoints                    disturb
+  Eq. (13), (14), (15)  face aligner (--task dfa)           DFA
+  Eq. (16), (17), (18)  fusion of a template's images       fuse
 
 Differs from the paper, or settles what it leaves open (code: CVLface, the authors'):
   - f(P) of Eq. (10) is linear in M - P, so it is the sum of a part of the keypoints that is the same for all
@@ -43,7 +45,10 @@ Differs from the paper, or settles what it leaves open (code: CVLface, the autho
   - TAR is read at a false accept rate of at most the target; code: at the nearest.
   - Digits: the paper gives no settings. Trained on MNIST moved by up to 6 px on a canvas of 40 px, tested on
     affNIST made by its published ranges; a normalised softmax of 10 classes.
-  - Not here: the landmark detector DFA, its fusion of frames (IJB-S) and gait.
+  - Of the face aligner's training, optimiser, learning rate, augmentation, the weight of its aggregation and
+    the test split of WIDER FACE are ours. Its warps have align_corners=False (code: True).
+  - With --dfa keypoints are found, in training before the augmentation, and in the mirror image anew.
+  - Not here: gait.
 
 Train on WebFace4M on four GPUs (the paper: TinyFace rank-1 75.80 %; not run here), its keypoints in a file
 like CVLface's, those of TinyFace in tinyface.landmarks.csv:
@@ -55,6 +60,9 @@ Digits; continue; evaluate with noise and between unaligned and aligned; use:
   python kprpe.py --data webface-base --gpus 8 --resume
   python kprpe.py --eval RUN/last.pt --keypoint-noise 0.02,0.05,0.1 --align-steps 5 --test lfw/
   python kprpe.py --predict photo.jpg --weights RUN/last.pt        # photo.pts beside it, or --detector
+The face aligner, on drawn faces, two minutes on two CPU cores; its keypoints instead of a file's:
+  python kprpe.py --task dfa
+  python kprpe.py --dfa runs/kprpe-dfa-faces/last.pt --fusion average,norm,landmark
 """
 import argparse
 import copy
@@ -66,7 +74,7 @@ import os
 import re
 import sys
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -104,10 +112,23 @@ PRESETS = {
     "faces": dict(SMALL, size=48, depth=4, dim=64, heads=4, limit=6000, epochs=16, batch_size=32,
                   also_rpe="none", align_steps=4, eval_every=8),
 }
+# The supplement gives the size, batch and epochs of "widerface"; the rest is ours.
+WIDER = dict(size=160, batch_size=320, epochs=750, lr=1e-3, weight_decay=0.05, warmup=3.0, augment="full",
+             clip=5.0, box="face", eval_every=10)
+SMALL_WIDER = dict(WIDER, batch_size=32, epochs=8, warmup=1.0, cache="device", eval_every=4)
+DFA_PRESETS = {
+    "widerface": dict(WIDER),
+    "folder": dict(SMALL_WIDER, box="landmarks"),
+    "youtube": dict(SMALL_WIDER, box="landmarks"),
+    "faces": dict(SMALL_WIDER),
+}
 # --task, and the presets of its --data; without --data it is the last one, which needs no files.
-TASKS = {"face": PRESETS}
+TASKS = {"face": PRESETS, "dfa": DFA_PRESETS}
 # Flags that a task other than "face" reads; the others are refused.
-READ = {}
+READ = {"dfa": {
+    "task", "data", "data_root", "output", "epochs", "batch_size", "lr", "weight_decay", "gpus", "device",
+    "workers", "seed", "amp", "compile", "limit", "resume", "eval", "predict", "weights", "box", "cache",
+    "size", "eval_every", "points", "detector", "augment", "warmup", "clip"}}
 RECORDS = ("ms1m-small", "webface-base")
 DRAWN = {"train": 1600, "test": 400}  # faces of --data faces
 BOXES = ("image", "landmarks", "face")
@@ -119,6 +140,7 @@ CANVAS = 40  # px, side of a canvas of digits: affNIST's
 STATIC = ("euclidean", "cross", "product")
 KEYPOINT = ("kp-absolute", "kp-relative", "kp-multihead")
 RPES = ("none", *STATIC, "irpe", *KEYPOINT)
+FUSIONS = ("average", "norm", "landmark")  # --fusion
 
 
 def parse_args(argv=None):
@@ -201,7 +223,11 @@ def own_flags(parser: argparse.ArgumentParser):
     add("--clip", type=float, default=5.0, help="largest norm of the gradient; 0: any")
     add("--landmarks", default="", metavar="PATH", help="landmarks of a set that has none of its own: a CSV "
         "of image,x0,y0,..., or a folder with the images' tree of .pts, as the landmark scripts write it")
+    add("--dfa", default="", metavar="CKPT", help="find the keypoints of crops, and of the images of "
+        "--predict, by this checkpoint of --task dfa")
     add = parser.add_argument_group("evaluation").add_argument
+    add("--fusion", default="", help="also identify templates of the test split, videos, by features that "
+        "are fused so (Eqs. 16 to 18): some of average,norm,landmark")
     add("--unaligned", action=switch, default=False, help="also verify on unaligned crops (Tables 1, 2)")
     add("--align-steps", type=int, default=0, help="at the end also verify in so many steps between (Fig. 5)")
     add("--keypoint-noise", default="", help="at the end also verify with noise on keypoints, shares of "
@@ -223,7 +249,7 @@ def check_flags(args, error: Callable[[str], None]):
     wanted += [(name, 0 < getattr(args, name) < math.inf, "more than 0") for name in (
         "lr", "margin", "mlp_ratio", "scale")]
     wanted += [(name, 0 <= getattr(args, name) < 1, "0 to 1, below 1") for name in ("drop_path", "repeat")]
-    side = 16 if args.model.startswith("iresnet") else args.patch
+    side = 32 if args.task == "dfa" else 16 if args.model.startswith("iresnet") else args.patch
     wanted += [("size", args.size % max(side, 1) == 0, f"a multiple of {side}"),
                ("dim", args.dim % max(args.heads, 1) == 0, f"a multiple of --heads {args.heads}"),
                ("num_keypoints", 0 <= args.num_keypoints <= 5, "0 to 5"),
@@ -231,7 +257,8 @@ def check_flags(args, error: Callable[[str], None]):
                ("points", args.points in datasets.SCHEMES, f"one of {list(datasets.SCHEMES)}"),
                ("keypoint_noise", all(0 < a <= 0.3 for a in numbers(args.keypoint_noise)),
                 "numbers above 0, at most 0.3, as 0.02,0.05"),
-               ("also_rpe", all(rpe in RPES for rpe in words(args.also_rpe)), f"some of {', '.join(RPES)}")]
+               ("also_rpe", all(rpe in RPES for rpe in words(args.also_rpe)), f"some of {', '.join(RPES)}"),
+               ("fusion", {*words(args.fusion)} <= {*FUSIONS}, f"some of {', '.join(FUSIONS)}")]
     for name, holds, what in wanted:
         if not holds:
             error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {what}")
@@ -265,7 +292,8 @@ def refuse_idle(args, error: Callable[[str], None]):
         error(f"{flag} does not belong to --task {args.task}")
     trains = not (args.eval or args.predict or args.resume)  # else the checkpoint says what the data are
     if args.data == "affnist":
-        for flag in typed("box", "margin", "landmarks", "test", "align_steps", "unaligned", "points"):
+        for flag in typed("box", "margin", "landmarks", "test", "align_steps", "unaligned", "points", "dfa",
+                          "fusion"):
             error(f"{flag} is for faces, not for --data affnist")
         if args.size != CANVAS or args.augment != "none":
             error(f"--data affnist: its canvas is its augmentation; expected --size {CANVAS} --augment none")
@@ -1350,6 +1378,13 @@ def template(size: int) -> np.ndarray:
     return (datasets.ARCFACE_5 + 0.5) * (size / 112) - 0.5
 
 
+def drawn_faces(args, split: str) -> list[datasets.Face]:
+    """A split of --data faces, the same whatever --seed is."""
+    count = args.limit or DRAWN["train"]
+    count = count if split == "train" else min(count, DRAWN["test"])
+    return synthetic.read_faces(split, count, args.size, args.points)
+
+
 def read_set(args, split: str) -> Split | None:
     """A split of args.data, None for a test split that is not there. What can be wrong with it is found here:
     Raises: FileNotFoundError; ValueError."""
@@ -1362,9 +1397,7 @@ def read_set(args, split: str) -> Split | None:
         points = recognition.read_landmarks(images.keys.astype(str), args.landmarks)
         return Split(images, five_points(points, args.landmarks))
     if args.data == "faces":
-        count = args.limit or DRAWN["train"]
-        count = count if split == "train" else min(count, DRAWN["test"])
-        faces = synthetic.read_faces(split, count, args.size, args.points)  # the same whatever --seed is
+        faces = drawn_faces(args, split)
     elif args.data == "youtube":
         faces = datasets.read("youtube", args.data_root, split)
     else:
@@ -1502,15 +1535,23 @@ def shares(count: int, batch: int, rank: int = 0, world: int = 1) -> list[list[t
     return [[(0, i) for i in mine[start:start + batch].tolist()] for start in range(0, len(mine), batch)]
 
 
+def wants_keypoints(args, *rpes: str) -> bool:
+    """Whether a network of one of these encodings looks at keypoints."""
+    return args.draw_keypoints or bool(args.num_keypoints and {*rpes} & {*KEYPOINT})
+
+
 def test_splits(args) -> list[tuple[Split, list, str]]:
     """The test split of --data, if there is one, and the sets of --test: images, what is asked of them, what
     ends the names of their scores.
     Raises: FileNotFoundError for landmarks that the network needs; ValueError for two sets of one name."""
     say = print if ranks()[0] == 0 else lambda *_: None
-    needy = args.draw_keypoints or args.num_keypoints and {args.rpe, *words(args.also_rpe)} & {*KEYPOINT}
+    needy = not args.dfa and wants_keypoints(args, args.rpe, *words(args.also_rpe))
     between, found, own = args.unaligned or args.align_steps, {}, read_set(args, "test")
+    if args.fusion and own is None:
+        raise ValueError(f"--fusion: --data {args.data} has no test split in {args.data_root}")
     if own is not None:
         found[""] = own, [recognition.own_pairs(own.faces), recognition.own_identification(own.faces)]
+        found[""][1].extend([own_templates(own.faces)] if args.fusion else [])
         if between and own.points is None:
             say(f"--data {args.data}: no landmarks; test images are aligned as they stand, none unaligned")
     for path in args.test:
@@ -1541,9 +1582,11 @@ def test_splits(args) -> list[tuple[Split, list, str]]:
 
 def test_arms(args, device: torch.device) -> list[Arm]:
     """All ways of looking at the test sets: aligned, and with --unaligned unaligned; `late`, the steps
-    between and the noise.
+    between and the noise. What is wrong with --dfa is found here.
     Names of scores end in @NAME for a set of --test; then, but for the aligned arm, @unaligned, ..."""
     arms, noises = [], numbers(args.keypoint_noise)
+    if args.dfa:
+        open_dfa(args.dfa, device)
 
     def add(data, protocols, suffix, late=False, noises=()):
         batches = shares(len(data), 64 if device.type == "cpu" else 256, *ranks())
@@ -1579,24 +1622,46 @@ def disturb(keypoints: torch.Tensor, index: torch.Tensor, alpha: float) -> torch
     return keypoints + alpha * torch.stack([draw(i) for i in index.tolist()]).to(keypoints)
 
 
+class Embedded(NamedTuple):
+    """What `embed` makes of N images, on the CPU of rank 0."""
+    features: torch.Tensor   # (N, D)
+    keypoints: torch.Tensor  # (N, 5, 2) in [0, 1], as the network had them
+    score: torch.Tensor      # (N,) face score of --dfa, else 1
+
+
 @torch.inference_mode()
-def embed(net: nn.Module, arm: Arm, args, device: torch.device) -> torch.Tensor:
-    """Embeddings (N, D) of a set, in order, on the CPU of rank 0; of faces the sum of an image's and its
-    mirror's. Each process makes its share."""
+def embed(net: nn.Module, arm: Arm, args, device: torch.device) -> Embedded:
+    """Embeddings of a set, in order; of faces the sum of an image's and its mirror's, whose keypoints --dfa
+    finds anew. Each process makes its share."""
     net.eval()
-    flip, found = torch.from_numpy(datasets.SCHEMES[5].flip).to(device), []
+    flip, rows = torch.from_numpy(datasets.SCHEMES[5].flip).to(device), []
     for batch in copy.copy(arm.loader):  # whose workers end here; the original's would stay for the whole run
-        image, points = inputs(*prepare(batch, device), args.draw_keypoints)
-        points = disturb(points, batch["index"], arm.noise)
+
+        def view(image, points):
+            image, points = inputs(image, points, args.draw_keypoints)
+            return image, disturb(points, batch["index"], arm.noise)
+
+        pixels, points = prepare(batch, device)
+        score = points.new_ones(len(points))
+        if args.dfa:
+            points, score = detect(args.dfa, pixels)
+        image, points = view(pixels, points)
         with precision(args, device):
             features = net(image, points)
             if args.data != "affnist":
-                mirrored = torch.stack([1 - points[..., 0], points[..., 1]], -1)[:, flip]
-                features = features + net(image.flip(3), mirrored)
-        found.append(features)
-    (rank, world), mine = ranks(), torch.cat(found)                           # (N / R, D)
-    whole = all_gather(mine).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:len(arm.data)]
-    return whole if rank else whole.cpu()
+                mirrored = image.flip(3), torch.stack([1 - points[..., 0], points[..., 1]], -1)[:, flip]
+                if args.dfa:
+                    mirrored = view(pixels.flip(3), detect(args.dfa, pixels.flip(3))[0])
+                features = features + net(*mirrored)
+        rows.append(torch.cat([features, points.flatten(1), score[:, None]], 1))
+    whole = gather_shares(torch.cat(rows), len(arm.data))
+    features, keypoints, score = (whole if ranks()[0] else whole.cpu()).split([whole.shape[1] - 11, 10, 1], 1)
+    return Embedded(features, keypoints.unflatten(1, (5, 2)), score[:, 0])
+
+
+def gather_shares(mine: torch.Tensor, count: int) -> torch.Tensor:
+    """Rows (count, ...) of a set in its order, of each process's rows of its `shares`."""
+    return all_gather(mine).unflatten(0, (ranks()[1], -1)).transpose(0, 1).flatten(0, 1)[:count]
 
 
 def share_statistics(net: nn.Module):
@@ -1612,10 +1677,16 @@ def evaluate(net: nn.Module, centres: torch.Tensor | None, arms: Sequence[Arm], 
     Args: centres (C, D), the class weights, to classify digits by, on rank 0."""
     scores = {}
     for arm in arms:
-        features = embed(net, arm, args, device)
+        features, keypoints, faceness = embed(net, arm, args, device)
         if ranks()[0]:
             continue
         for protocol in arm.protocols:
+            if isinstance(protocol, Templates):
+                for rule in words(args.fusion):
+                    pooled = fuse(features, protocol.template, rule, keypoints, faceness)
+                    scores |= {f"rank{k}{arm.suffix}@{rule}": share
+                               for k, share in identify_templates(pooled, protocol).items()}
+                continue
             if isinstance(protocol, np.ndarray):
                 cosines = features @ F.normalize(centres).T
                 right = cosines.argmax(1) == torch.from_numpy(protocol.astype(np.int64))
@@ -1695,20 +1766,21 @@ def examples(data, count: int) -> list[int]:
     return np.linspace(0, len(data) - 1, min(count, len(data))).astype(int).tolist()
 
 
-def picture(data, i: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image i of a set as RGB uint8 (side, side, 3), and its keypoints (5, 2) in [0, 1]."""
+def picture(data, i: int, side: int, dfa: str) -> tuple[np.ndarray, np.ndarray]:
+    """Image i of a set as RGB uint8 (side, side, 3), and its keypoints (5, 2) in [0, 1], those of --dfa."""
     image, points = prepare(data.__getitems__([(0, i)]), torch.device("cpu"))
+    points = detect(dfa, image)[0] if dfa else points
     pixels = image[0].permute(1, 2, 0).expand(-1, -1, 3).byte().numpy()
     pixels = cv2.resize(pixels, (side, side), interpolation=cv2.INTER_CUBIC)
     return np.ascontiguousarray(pixels), inputs(image, points)[1][0].numpy()
 
 
-def draw_arms(arms: Sequence[Arm], side: int = 160) -> np.ndarray:
+def draw_arms(arms: Sequence[Arm], dfa: str = "", side: int = 160) -> np.ndarray:
     """Images of the own test split with their keypoints: a row for each arm, as aligned and unaligned."""
     tiles = []
     for arm in arms:
         for i in examples(arm.data, 6):
-            image, points = picture(arm.data, i, side)
+            image, points = picture(arm.data, i, side, dfa)
             tiles.append(framed(draw_points(image, points * side - 0.5, GREEN, side / 50)))
     return tile(tiles, len(tiles) // len(arms))
 
@@ -1738,12 +1810,12 @@ def draw_offset(values: np.ndarray, query: tuple[int, int], keypoints: np.ndarra
     return framed(draw_points(image, keypoints * side - 0.5, (30, 150, 30), side / 50))
 
 
-def draw_offsets(net: ViT, data, side: int = 160) -> np.ndarray:
+def draw_offsets(net: ViT, data, dfa: str = "", side: int = 160) -> np.ndarray:
     """Fig. 12, then Fig. 13: an image, then maps of head 0. The first rows are one image, a row for each of
     three queries and a column for layers 0, 1, 3, 5, 7; the others three images, by the last of these."""
     height, width = (n // net.patch_embed.proj.stride[0] for n in net.wanted[1:])
     layers = [layer for layer in (0, 1, 3, 5, 7) if layer < len(net.blocks)]
-    chosen = [picture(data, i, side) for i in examples(data, 4)]
+    chosen = [picture(data, i, side, dfa) for i in examples(data, 4)]
     device = net.pos_embed.device
     keypoints = torch.from_numpy(np.stack([points for _, points in chosen])).to(device)
     maps = offsets(net, keypoints).float().cpu().numpy()                      # (depth, 4, N, N)
@@ -1781,13 +1853,13 @@ def draw_curves(curves: dict[str, list], width: int = 800, height: int = 480) ->
     return image
 
 
-def write_pictures(folder: Path, net: nn.Module, arms: Sequence[Arm]):
+def write_pictures(folder: Path, net: nn.Module, arms: Sequence[Arm], dfa: str):
     """What the paper's figures show, from this run: faces.png, and offsets.png of a ViT with a bias."""
     own = [arm for arm in arms if not arm.noise and arm.suffix in ("", "@unaligned", "@affine")]
     if own:
-        write_image(folder / "faces.png", draw_arms(own))
+        write_image(folder / "faces.png", draw_arms(own, dfa))
         if isinstance(net, ViT) and net.rpe_name not in ("none", "irpe"):
-            write_image(folder / "offsets.png", draw_offsets(net, own[0].data))
+            write_image(folder / "offsets.png", draw_offsets(net, own[0].data, dfa))
 
 
 # ---- Run-time: the same lines in all five scripts ------------------------------------------------
@@ -1950,7 +2022,9 @@ def run(main, args):
 # Flags of the machine or the command, not of the run whose checkpoint is opened; --eval also chooses DATA.
 MACHINE = {"output", "gpus", "device", "workers", "compile", "resume", "eval", "predict", "weights", "cache",
            "given", "detector", "align"}
-LOOK = {"test", "unaligned", "align_steps", "keypoint_noise", "also_rpe"}  # a resumed run's, unless typed
+LOOK = {"test", "unaligned", "align_steps", "keypoint_noise", "also_rpe",
+        "fusion"}  # a resumed run's, unless typed
+FILES = {"data_root", "landmarks", "dfa"}  # likewise: they may lie elsewhere now
 DATA = {"data", "data_root", "amp", "limit", "batch_size", "landmarks", "points"}
 
 
@@ -2012,7 +2086,8 @@ def open_checkpoint(args, path: str, free: set[str]) -> tuple[nn.Module, torch.T
     other = "data" in given and args.data != state["args"]["data"]
     if (other or args.predict) and "affnist" in (args.data, state["args"]["data"]):
         raise ValueError(f"--data {args.data}: {path} is of a run on {state['args']['data']}")
-    restore_args(args, state["args"], MACHINE | LOOK | free | (DATA if other else DATA & given))
+    restore_args(args, state["args"], MACHINE | LOOK | free | ({"dfa"} & given) |
+                 (DATA if other else DATA & given))
     net = build(args, device)
     load_weights(net, state["model"], path)
     return net.eval(), state["head"]["weight"], device
@@ -2031,7 +2106,7 @@ def evaluate_checkpoint(args) -> dict:
         print_table({args.rpe: scores}, args)
         if folder:
             folder = make_run(args, "kprpe", folder)
-            write_pictures(folder, net, arms)
+            write_pictures(folder, net, arms, args.dfa)
             draw_fig5(folder, {args.rpe: scores}, args)
     return scores
 
@@ -2044,9 +2119,9 @@ def open_detector(path: str):
         raise ValueError(f"--detector {path}: no YuNet model that OpenCV can read ({error.err})") from None
 
 
-def find_keypoints(args, path: str, image: np.ndarray, detector) -> list[tuple]:
+def find_keypoints(args, path: str, image: np.ndarray, detector, device: torch.device) -> list[tuple]:
     """The faces of an image: box (4,) x0 y0 x1 y1 px, or None for the whole image; keypoints (5, 2) px, or
-    None. By the detector; else one, of the landmarks in NAME.pts beside the image, and --box.
+    None. By the detector; else one, of --box, and of the landmarks in NAME.pts beside the image or by --dfa.
     Raises: ValueError for a --box outside the image, or landmarks of no known scheme."""
     height, width = image.shape[:2]
     if detector is not None:
@@ -2056,7 +2131,7 @@ def find_keypoints(args, path: str, image: np.ndarray, detector) -> list[tuple]:
         # Behind the box, YuNet has the person's right eye, that is the image-left one, first.
         return [(np.concatenate([row[:2], row[:2] + row[2:4]]), row[4:14].reshape(5, 2)) for row in found]
     beside, points, box = os.path.splitext(path)[0] + ".pts", None, None
-    if os.path.isfile(beside):
+    if args.task == "face" and os.path.isfile(beside):
         points = datasets.read_pts(beside)
         box = np.concatenate([points.min(0), points.max(0)]) if args.box == "landmarks" else None
         points = five_points(points[None], beside)[0]
@@ -2064,14 +2139,29 @@ def find_keypoints(args, path: str, image: np.ndarray, detector) -> list[tuple]:
         box = np.array(parse_box(args.box))
         if box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0:
             raise ValueError(f"--box {args.box} lies outside an image of {width} x {height}")
+    if points is None and args.dfa:
+        points = find_face(open_dfa(args.dfa, device)[0], image, box)[0]
     return [(box, points)]
+
+
+def prediction_folder(args, name: str, found: dict[str, str], endings: Sequence[str]) -> Path:
+    """Makes the folder for what --predict writes of images {name: path}.
+    Raises: ValueError for an image that cannot be read; FileExistsError before a file is written over."""
+    datasets.check_images([datasets.Face(path) for path in found.values()])
+    args.data = "predict"
+    folder = find_run(args, name)
+    for target in (folder / f"{stem}{end}" for stem in found for end in endings) if folder else ():
+        if target.exists():
+            raise FileExistsError(f"--output {folder}: {target} exists already; name another folder")
+    return make_run(args, name, folder)
 
 
 def predict(args) -> dict:
     """--predict: for each face writes the crop that the network saw as NAME.png, its unit embedding as
     NAME.npy, and its keypoints, if it has any, as NAME.pts in px of the image.
 
-    Keypoints come from --detector, or from NAME.pts beside the image, as the landmark scripts write it. Faces
+    Keypoints come from --detector, from NAME.pts beside the image, as the landmark scripts write it, or from
+    --dfa, by which the network also sees the crop's own, as in an evaluation. Faces
     are aligned by them, but with --no-align; one without is cropped by --box, or taken as it stands. A
     further face of an image is NAME.face2.png and so on. Pixels are taken as stored: turn a photo that has an
     orientation tag.
@@ -2082,27 +2172,20 @@ def predict(args) -> dict:
     net, _, device = open_checkpoint(args, args.weights, DATA | ({"box", "margin"} & set(args.given)))
     detector = open_detector(args.detector) if args.detector else None
     found = datasets.image_paths(args.predict)  # {name: path}
-    datasets.check_images([datasets.Face(path) for path in found.values()])
-    args.data = "predict"
-    folder, count = find_run(args, "kprpe"), 0
-    for target in (folder / f"{name}{end}" for name in found for end in (".png", ".pts", ".npy")) if folder \
-            else ():
-        if target.exists():
-            raise FileExistsError(f"--output {folder}: {target} exists already; name another folder")
-    folder = make_run(args, "kprpe", folder)
+    folder, count = prediction_folder(args, "kprpe", found, (".png", ".pts", ".npy")), 0
     for name, path in tqdm(found.items(), "predict"):
         image = datasets.load_image(path)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        for i, (box, points) in enumerate(find_keypoints(args, path, image, detector), 1):
+        for i, (box, points) in enumerate(find_keypoints(args, path, image, detector, device), 1):
             if points is None and getattr(net, "rpe", None) is not None:
                 raise ValueError(f"{path}: the network needs keypoints: put {name}.pts beside it, as the "
-                                 "landmark scripts' --predict writes it, or give --detector")
+                                 "landmark scripts' --predict writes it, or give --dfa or --detector")
             own = points if points is None else points[None].astype(np.float32)
             face = datasets.Face(image, None if own is None else own[0])
             split = Split([image], own, [face], None if box is None else box[None])
             data = make_dataset(args, split, float(args.align and own is not None))
             batch = data.__getitems__([(0, 0)])
-            feature = embed(net, Arm(data, [batch], []), args, device)[0]
+            feature = embed(net, Arm(data, [batch], []), args, device).features[0]
             target = str(folder / name) + (f".face{i}" if i > 1 else "")
             write_image(target + ".png", batch["image"][0].numpy())
             np.save(target + ".npy", F.normalize(feature, dim=0).numpy())
@@ -2167,6 +2250,28 @@ def clip_gradients(net: nn.Module, fc: PartialFC, limit: float):
     nn.utils.clip_grads_with_norm_([*net.parameters(), fc.weight], limit, norm)
 
 
+def wrap(net: nn.Module, args, device: torch.device) -> nn.Module:
+    """The network to step through: compiled, and in several processes with gradients that are means."""
+    model = torch.compile(net) if args.compile else net
+    if dist.is_initialized():  # buffers: see share_statistics
+        model = nn.parallel.DistributedDataParallel(
+            model, [device] if device.type == "cuda" else None, broadcast_buffers=False)
+    return model
+
+
+def begin_run(args, name: str, folder: Path | None, state: dict | None, what: str) -> Path | None:
+    """On rank 0: makes the run's folder and says so, and `what` is trained on; cuts a killed run's log."""
+    rank, world = ranks()
+    if rank:
+        return folder
+    folder, done = make_run(args, name, folder), state["epoch"] if state else 0
+    print(f"run: {folder}, {what}, processes: {world}, epochs done: {done} of {args.epochs}", flush=True)
+    if state and state["world"] != world:
+        print(f"the run had {state['world']} processes: batch norms now see other shares, numbers change")
+    cut_log(folder / "log.jsonl", done)
+    return folder
+
+
 def train(args) -> tuple[dict, Path]:
     """Trains by the flags; returns the numbers of the last evaluation, and the folder of the run."""
     # Set-up
@@ -2174,26 +2279,18 @@ def train(args) -> tuple[dict, Path]:
     folder = find_run(args, "kprpe")
     state = load_task(folder / "last.pt", args.task) if args.resume else None
     if state:
-        restore_args(args, state["args"], MACHINE | ((LOOK | {"data_root", "landmarks"}) & set(args.given)))
+        restore_args(args, state["args"], MACHINE | ((LOOK | FILES) & set(args.given)))
     # Data and network
     images, train_set = training_set(args)
     labels, strength = torch.from_numpy(images.labels), AUGMENTATIONS[args.augment]
     net, fc, optimizer = make_learner(args, images, state, device, rank)
-    model = torch.compile(net) if args.compile else net
-    if world > 1:  # the classes are sharded, and not wrapped
-        model = nn.parallel.DistributedDataParallel(  # buffers: see share_statistics
-            model, [device] if device.type == "cuda" else None, broadcast_buffers=False)
+    model = wrap(net, args, device)  # not fc: the classes are sharded
     batches = SubjectBatches(images.labels, args.batch_size, args.repeat, args.seed, rank, world)
     loader = crop_loader(args, train_set, batches, device)
     steps, start, scores, began = len(batches), state["epoch"] if state else 0, {}, time.time()
     arms, flip = test_arms(args, device), datasets.SCHEMES[5].flip  # before anything is written
-    if rank == 0:
-        folder = make_run(args, "kprpe", folder)
-        print(f"run: {folder}, {len(images):,} training images of {len(images.ids):,} identities, processes: "
-              f"{world}, epochs done: {start} of {args.epochs}", flush=True)
-        if state and state["world"] != world:
-            print(f"the run had {state['world']} processes: batch norms now see other shares, numbers change")
-        cut_log(folder / "log.jsonl", start)
+    folder = begin_run(args, "kprpe", folder, state,
+                       f"{len(images):,} training images of {len(images.ids):,} identities")
     del state
     bar = tqdm(total=args.epochs * steps, initial=start * steps, disable=rank > 0,
                mininterval=1 if sys.stderr.isatty() else 30)
@@ -2207,6 +2304,8 @@ def train(args) -> tuple[dict, Path]:
                 group["lr"] = group["scale"] * learning_rate(
                     epoch * steps + step, args.epochs * steps, args.warmup * steps, args.lr)
             image, points = prepare(batch, device)
+            if args.dfa and wants_keypoints(args, args.rpe):
+                points = detect(args.dfa, image, TRAIN_PADDING)[0]
             if strength is not None:
                 image, points = augment(image, points, strength, flip)
             with precision(args, device):
@@ -2244,7 +2343,7 @@ def train(args) -> tuple[dict, Path]:
     if start >= args.epochs:  # it was killed after its last checkpoint
         scores = evaluate(net, fc.whole(fc.weight), arms, args, device)
     if rank == 0:
-        write_pictures(folder, net, arms)
+        write_pictures(folder, net, arms, args.dfa)
         draw_fig5(folder, {args.rpe: scores}, args)
     return scores, folder
 
@@ -2256,12 +2355,615 @@ def draw_fig5(folder: Path, rows: dict[str, dict], args):
         write_image(folder / "alignment.png", draw_curves(curves))
 
 
+# ---- Face aligner: supplement, Eqs. 13 to 15 -----------------------------------------------------
+
+# Stride of each level in px, and the sides of its anchors.   Source: code; RetinaFace's own are 16 to 512.
+ANCHORS = ((8, (64, 80)), (16, (96, 112)), (32, (128, 144)))
+VARIANCE = (0.1, 0.2)  # units of encoded places and of encoded logarithms of sizes (SSD)
+AGGREGATION = 30.0  # weight of the aggregated box and landmarks in the loss; ours
+DFA_MARGIN = 1.2  # side of the crop over the longer side of the face's box: "padding of 0.1" (supp. 3)
+TRAIN_PADDING = 0.215  # about aligned crops, of their side, before --dfa looks at them; code: 0 when tested
+leaky = functools.partial(nn.LeakyReLU, 0.1)
+
+
+def prior_boxes(size: int = 160) -> torch.Tensor:
+    """Anchors cx, cy, w, h in units of the image's side, (N, 4), 1,050 of them at 160 px. Order: level, row,
+    column, side.   Args: size of the image in px, a multiple of 32.   Raises: ValueError."""
+    if size < 32 or size % 32:
+        raise ValueError(f"anchors of an image of {size} px: expected a multiple of 32, as 160")
+    priors = []
+    for stride, sides in ANCHORS:
+        centres = (torch.arange(size // stride) + 0.5) * stride
+        y, x, side = torch.meshgrid(centres, centres, torch.tensor(sides, dtype=torch.float32), indexing="ij")
+        priors.append(torch.stack([x, y, side, side], -1).view(-1, 4) / size)
+    return torch.cat(priors)
+
+
+def encode_boxes(boxes: torch.Tensor, priors: torch.Tensor) -> torch.Tensor:
+    """Boxes (..., 4) x0 y0 x1 y1 as anchors' offsets; boxes and priors (..., 4) broadcast."""
+    low, high = boxes.split(2, -1)
+    place = ((low + high) / 2 - priors[..., :2]) / (VARIANCE[0] * priors[..., 2:])
+    return torch.cat([place, ((high - low) / priors[..., 2:]).log() / VARIANCE[1]], -1)
+
+
+def decode_boxes(encoded: torch.Tensor, priors: torch.Tensor) -> torch.Tensor:
+    """The inverse of `encode_boxes`."""
+    centre = priors[..., :2] + VARIANCE[0] * encoded[..., :2] * priors[..., 2:]
+    half = priors[..., 2:] * (VARIANCE[1] * encoded[..., 2:]).exp() / 2
+    return torch.cat([centre - half, centre + half], -1)
+
+
+def encode_points(points: torch.Tensor, priors: torch.Tensor) -> torch.Tensor:
+    """Points (..., P, 2) as anchors' offsets (..., 2P), x y x y; points and priors (..., 4) broadcast."""
+    return ((points - priors[..., None, :2]) / (VARIANCE[0] * priors[..., None, 2:])).flatten(-2)
+
+
+def decode_points(encoded: torch.Tensor, priors: torch.Tensor) -> torch.Tensor:
+    """The inverse of `encode_points`."""
+    offset = VARIANCE[0] * encoded.unflatten(-1, (-1, 2)) * priors[..., None, 2:]
+    return priors[..., None, :2] + offset
+
+
+def separable(cin: int, cout: int, stride: int = 1) -> nn.Sequential:
+    """Depthwise 3x3, then 1x1: (B, cin, H, W) -> (B, cout, H/stride, W/stride). Source: MobileNet (2017)."""
+    return nn.Sequential(*conv_bn(cin, cin, 3, stride, cin, leaky), *conv_bn(cin, cout, 1, act=leaky))
+
+
+class MobileNet(nn.Module):
+    """MobileNetV1, a quarter wide: images (B, 3, H, W) -> features of strides 8, 16, 32, 64 to 256 channels.
+    paper: MobileNetV2, code: V1; we follow the code, whose size Table 9 has."""
+
+    def __init__(self):
+        super().__init__()
+        self.stage1 = nn.Sequential(conv_bn(3, 8, 3, 2, act=leaky), separable(8, 16), separable(16, 32, 2),
+                                    separable(32, 32), separable(32, 64, 2), separable(64, 64))
+        self.stage2 = nn.Sequential(separable(64, 128, 2), *(separable(128, 128) for _ in range(5)))
+        self.stage3 = nn.Sequential(separable(128, 256, 2), separable(256, 256))
+
+    def forward(self, image):
+        fine = self.stage1(image)
+        middle = self.stage2(fine)
+        return fine, middle, self.stage3(middle)
+
+
+class FPN(nn.Module):
+    """Feature pyramid: three levels of any channels -> three of 64, coarse ones added to the finer.
+    Source: Lin et al., CVPR 2017, with RetinaFace's names."""
+
+    def __init__(self, channels: Sequence[int] = (64, 128, 256)):
+        super().__init__()
+        self.output1, self.output2, self.output3 = (conv_bn(c, 64, 1, act=leaky) for c in channels)
+        self.merge1, self.merge2 = (conv_bn(64, 64, 3, act=leaky) for _ in range(2))
+
+    def forward(self, fine, middle, coarse):
+        coarse = self.output3(coarse)
+        middle = self.merge2(self.output2(middle) + F.interpolate(coarse, scale_factor=2.0))
+        fine = self.merge1(self.output1(fine) + F.interpolate(middle, scale_factor=2.0))
+        return fine, middle, coarse
+
+
+class SSH(nn.Module):
+    """Context of 3, 5 and 7 px by stacked 3x3 convolutions: (B, 64, H, W) -> same shape.
+    Source: Najibi et al., ICCV 2017, with RetinaFace's names."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv3X3 = conv_bn(64, 32, 3)
+        self.conv5X5_1, self.conv5X5_2 = conv_bn(64, 16, 3, act=leaky), conv_bn(16, 16, 3)
+        self.conv7X7_2, self.conv7x7_3 = conv_bn(16, 16, 3, act=leaky), conv_bn(16, 16, 3)
+
+    def forward(self, x):
+        wide = self.conv5X5_1(x)
+        return F.relu(torch.cat([self.conv3X3(x), self.conv5X5_2(wide),
+                                 self.conv7x7_3(self.conv7X7_2(wide))], 1))
+
+
+class MixerBlock(nn.Module):
+    """Mixes anchors, then channels: (B, N, channels) -> same shape. Source: Tolstikhin et al., 2021."""
+
+    def __init__(self, anchors: int, channels: int = 16, token_dim: int = 8, channel_dim: int = 64):
+        super().__init__()
+        mlp = lambda dim, hidden: nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.norm1, self.tokens = nn.LayerNorm(channels, eps=1e-6), mlp(anchors, token_dim)
+        self.norm2, self.channels = nn.LayerNorm(channels, eps=1e-6), mlp(channels, channel_dim)
+
+    def forward(self, x):
+        x = x + self.tokens(self.norm1(x).mT).mT
+        return x + self.channels(self.norm2(x))
+
+
+class Found(NamedTuple):
+    """What the aligner sees in images. Places are in [0, 1], (x + 0.5) / W; the fields from `fused` on, which
+    the loss takes, in units of the black square about the image."""
+    landmarks: torch.Tensor  # (B, 5, 2) L of Eq. (15): eyes, nose tip, mouth corners, image-left first
+    score: torch.Tensor      # (B,) face score of the same weights, 0 to 1
+    best: torch.Tensor       # (B, 5, 2) landmarks of the one anchor of the highest face score
+    weights: torch.Tensor    # (B, N) w of Eq. (14)
+    fused: torch.Tensor      # (B, 16) w^T O: box x0 y0 x1 y1, logits of "no face" and "face", 10 coordinates
+    boxes: torch.Tensor      # (B, N, 4) of each anchor, encoded
+    logits: torch.Tensor     # (B, N, 2)
+    points: torch.Tensor     # (B, N, 10), encoded
+
+
+def to_square(image: torch.Tensor, size: int, padding: float = 0.0):
+    """Images (B, C, H, W) in [-1, 1] in the middle of a black square, as (B, C, size, size), not aliased.
+    Args: padding on each side, in units of the longer side.
+    Returns: images; what `from_square` takes. Pixel centres go to pixel centres (align_corners=False); code:
+    corners to corners, up to half a pixel off.   Source: code."""
+    height, width = image.shape[-2:]
+    side = max(height, width) + 2 * round(padding * max(height, width))
+    left, top = (side - width) // 2, (side - height) // 2
+    if side > min(height, width):
+        image = F.pad(image, (left, side - width - left, top, side - height - top), value=-1.0)
+    if side != size:
+        image = F.interpolate(image, (size, size), mode="bilinear", align_corners=False, antialias=True)
+    return image, (side / width, side / height, left / width, top / height)
+
+
+def from_square(points: torch.Tensor, place: tuple[float, float, float, float]) -> torch.Tensor:
+    """Points (..., 2) in [0, 1] of a square of `to_square`, in [0, 1] of the image in it."""
+    (x, y), (scale_x, scale_y, shift_x, shift_y) = points.unbind(-1), place
+    return torch.stack([x * scale_x - shift_x, y * scale_y - shift_y], -1)
+
+
+class DFA(nn.Module):
+    """Differentiable face aligner: the five landmarks of the one face in each image.
+
+    Takes images (B, 3, H, W), RGB in [-1, 1] (code: BGR), of any size; others than size x size are padded to
+    a square and resized, see `to_square`. Returns: `Found`.
+    Args: size in px of what the network sees, a multiple of 32.   Raises: ValueError.
+    Source: supp. 3; names of weights as in RetinaFace, but for the aggregation."""
+
+    def __init__(self, size: int = 160):
+        super().__init__()
+        self.size = size
+        self.register_buffer("priors", prior_boxes(size), persistent=False)
+        self.body, self.fpn = MobileNet(), FPN()
+        self.ssh1, self.ssh2, self.ssh3 = SSH(), SSH(), SSH()
+        self.ClassHead, self.BboxHead, self.LandmarkHead = (nn.ModuleList(
+            nn.Sequential(OrderedDict(conv1x1=nn.Conv2d(64, 2 * width, 1))) for _ in ANCHORS)
+            for width in (2, 4, 10))                                          # two anchors a cell
+        self.aggregation = nn.Sequential(*(MixerBlock(len(self.priors)) for _ in range(3)), nn.Linear(16, 1))
+
+    def heads(self, image: torch.Tensor):
+        """Logits (B, N, 2), encoded boxes (B, N, 4) and landmarks (B, N, 10) of images of the size."""
+        if image.device.type == "cpu":  # a quarter faster there
+            image = image.contiguous(memory_format=torch.channels_last)
+        levels = self.fpn(*self.body(image))
+        levels = [ssh(level) for ssh, level in zip((self.ssh1, self.ssh2, self.ssh3), levels)]
+        for heads, width in ((self.ClassHead, 2), (self.BboxHead, 4), (self.LandmarkHead, 10)):
+            maps = [head(level).permute(0, 2, 3, 1) for head, level in zip(heads, levels)]
+            yield at_least_float32(torch.cat([m.reshape(len(image), -1, width) for m in maps], 1))
+
+    def forward(self, image: torch.Tensor, padding: float = 0.0) -> Found:
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f"images have the shape {tuple(image.shape)}: expected (B, 3, H, W)")
+        square, place = to_square(image, self.size, padding)
+        logits, boxes, points = self.heads(square)
+        landmarks = decode_points(points, self.priors)                        # (B, N, 5, 2)
+        # Eq. (13): O = Concat(F_bbox, F_score, F_ldmk).   paper: 4 + 1 + 10 channels, code: 4 + 2 + 10, which
+        # the number of parameters has; we follow the code.
+        O = torch.cat([decode_boxes(boxes, self.priors), logits, landmarks.flatten(2)], -1)  # (B, N, 16)
+        # Eq. (14): w = Softmax(MixerMLP(O))
+        weights = at_least_float32(self.aggregation(O)[..., 0]).softmax(-1)   # (B, N)
+        # Eq. (15): L = w^T F_ldmk, and the same of the box and the score. No matrix product: bfloat16 would
+        # round coordinates under autocast.
+        fused = (weights[..., None] * O).sum(1)                               # (B, 16)
+        top = (logits[..., 1] - logits[..., 0]).argmax(1)
+        best = landmarks[torch.arange(len(image), device=image.device), top]
+        return Found(from_square(fused[:, 6:].unflatten(-1, (5, 2)), place), fused[:, 4:6].softmax(-1)[:, 1],
+                     from_square(best, place), weights, fused, boxes, logits, points)
+
+
+class Target(NamedTuple):
+    """The face in each image, in [0, 1] of a square image."""
+    box: torch.Tensor        # (B, 4) x0 y0 x1 y1
+    landmarks: torch.Tensor  # (B, 5, 2)
+    label: torch.Tensor      # (B,) 1: a face with landmarks; -1: one without; 0: no face
+
+
+def match(boxes: torch.Tensor, priors: torch.Tensor) -> torch.Tensor:
+    """Which anchors stand for each box: an overlap (IoU) of at least 0.35, and the best one if 0.2 or more.
+    Args: boxes (B, 4) x0 y0 x1 y1; priors (N, 4) cx cy w h.   Returns: (B, N) bool.
+    Source: SSD; the thresholds are those of RetinaFace's usual code."""
+    low, high = priors[:, :2] - priors[:, 2:] / 2, priors[:, :2] + priors[:, 2:] / 2
+    first, last = boxes[:, None, :2], boxes[:, None, 2:]
+    both = (last.minimum(high) - first.maximum(low)).clamp(min=0).prod(-1)                       # (B, N)
+    overlap = both / ((last - first).prod(-1) + priors[:, 2:].prod(-1) - both)
+    top = overlap.argmax(1, keepdim=True)
+    return (overlap >= 0.35).scatter(1, top, overlap.gather(1, top) >= 0.2)
+
+
+def smooth_l1(pred: torch.Tensor, target: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Sum of smooth L1 over the rows of (..., C) that `where` (...) marks, over their number (1 at least).
+    The others may hold anything in `target`."""
+    target = torch.where(where[..., None], target, pred.detach())
+    return F.smooth_l1_loss(pred, target, reduction="sum") / where.sum().clamp(min=1)
+
+
+def multibox_loss(found: Found, target: Target, priors: torch.Tensor) -> torch.Tensor:
+    """Loss of each anchor for itself: (3,), of the class, the box and the landmarks, over the number of
+    positive anchors. Of the negative ones the worst count in the class, 7 for each positive of an image.
+    Source: RetinaFace's usual code; the authors' training script is not published."""
+    positive = match(target.box, priors) & (target.label != 0)[:, None]                          # (B, N)
+    marked = positive & (target.label > 0)[:, None]
+    entropy = F.cross_entropy(found.logits.mT, positive.long(), reduction="none")
+    rank = entropy.detach().masked_fill(positive, 0).argsort(dim=1, descending=True, stable=True).argsort(1)
+    counted = positive | (rank < 7 * positive.sum(1, keepdim=True))
+    return torch.stack([(entropy * counted).sum() / positive.sum().clamp(min=1),
+                        smooth_l1(found.boxes, encode_boxes(target.box[:, None], priors), positive),
+                        smooth_l1(found.points, encode_points(target.landmarks[:, None], priors), marked)])
+
+
+def aggregation_loss(found: Found, target: Target) -> torch.Tensor:
+    """Loss of the weighted sum of all anchors, with places in [0, 1]: (3,), of the class, the box and the
+    landmarks, a face's mean.   paper: "smooth L2", code: smooth L1; we follow the code."""
+    box, logits, points = found.fused.split((4, 2, 10), -1)
+    return torch.stack([F.cross_entropy(logits, (target.label != 0).long()),
+                        smooth_l1(box, target.box, target.label != 0),
+                        smooth_l1(points, target.landmarks.flatten(1), target.label > 0)])
+
+
+def dfa_loss(found: Found, target: Target, priors: torch.Tensor) -> torch.Tensor:
+    """What `--task dfa` minimises, for square images without padding. Boxes count twice (RetinaFace). The
+    weights of the aggregation are not published. With 1 for its places, errors of some hundredths, the class
+    alone decides, and within some steps one anchor has all the weight; with 30 some share it."""
+    face, box, points = multibox_loss(found, target, priors)
+    fused_face, fused_box, fused_points = aggregation_loss(found, target)
+    return face + 2 * box + points + fused_face + AGGREGATION * (2 * fused_box + fused_points)
+
+
+def nme(landmarks: torch.Tensor, target: Target) -> torch.Tensor:
+    """Error of landmarks (B, 5, 2), over the root of the area of the true box: (B,), float64."""
+    return metrics.nme(landmarks, target.landmarks, (target.box[:, 2:] - target.box[:, :2]).prod(-1).sqrt())
+
+
+# The five points and the corners of the box, in one array so that crops and augmentation move both alike.
+FLIP_9 = np.array([1, 0, 2, 4, 3, 6, 5, 8, 7])
+
+
+def with_corners(faces: Sequence[datasets.Face], boxes: np.ndarray) -> list[datasets.Face]:
+    """Faces whose points are (9, 2): their five, then the corners of their box (M, 4), for `targets`.
+    Raises: ValueError for a face of no known landmark scheme."""
+    done = []
+    for i, (face, (x0, y0, x1, y1)) in enumerate(zip(faces, boxes)):
+        scheme = None if face.points is None else datasets.SCHEMES.get(len(face.points))
+        if scheme is None:
+            raise ValueError(f"{face.where or f'face {i}'}: landmarks {np.shape(face.points)}, the aligner "
+                             f"learns from {list(datasets.SCHEMES)}")
+        corners = np.array([[x0, y0], [x1, y0], [x0, y1], [x1, y1]])
+        points = np.concatenate([datasets.group_means(face.points, scheme.five), corners])
+        done.append(replace(face, points=points.astype(np.float32)))
+    return done
+
+
+def dfa_dataset(faces: Sequence[datasets.Face], size: int = 160, box: str = "face") -> datasets.CropDataset:
+    """Faces as the aligner sees them: the square about the box of each, padded by 0.1 of its side (supp. 3).
+    The points of a batch are (B, 9, 2) px, see `targets`.   Raises: ValueError."""
+    boxes = datasets.face_boxes(faces, box)
+    frames = datasets.square_frames(boxes, size, DFA_MARGIN)
+    return datasets.CropDataset(with_corners(faces, boxes), frames, size)
+
+
+def targets(points: torch.Tensor, size: int) -> Target:
+    """Of points (B, 9, 2) px as `with_corners` makes them, moved by an augmentation or not. A face whose
+    landmarks are nan has a box alone."""
+    points = (points + 0.5) / size
+    landmarks, corners = points[:, :5], points[:, 5:]
+    marked = landmarks.isfinite().all(-1).all(-1)
+    return Target(torch.cat([corners.amin(1), corners.amax(1)], -1), landmarks.nan_to_num(0.0),
+                  torch.where(marked, 1, -1))
+
+
+def align_112(image: torch.Tensor, landmarks: torch.Tensor, border: float = -1.0) -> torch.Tensor:
+    """Faces with their five points at ArcFace's, by least-squares similarities: one warp, whose gradient
+    reaches the landmarks (code: NumPy there, hence none).
+    Args: image (B, C, H, W); landmarks (B, 5, 2) in [0, 1] of it, as `DFA` finds them; border, the number
+        outside the image. An image of more than twice the resolution should be shrunk before.
+    Returns: (B, C, 112, 112), float32 at least.
+    Raises: ValueError if landmarks are not (B, 5, 2); on the CPU also if they determine no map."""
+    if landmarks.shape != (len(image), 5, 2):
+        raise ValueError(f"landmarks have the shape {tuple(landmarks.shape)} for {len(image)} images: "
+                         "expected (B, 5, 2)")
+    if landmarks.device.type == "cpu":  # elsewhere it would wait for the device
+        warp.check_points(landmarks, "similarity")
+    points = warp.to_px(2 * at_least_float32(landmarks) - 1, image.shape[-2:])
+    matrix = warp.fit_similarity(points, points.new_tensor(datasets.ARCFACE_5))
+    return warp.warp_affine(image, matrix, (112, 112), border)
+
+
+def aligner_set(args, split: str) -> datasets.CropDataset:
+    """A split of --data of --task dfa.   Raises: FileNotFoundError; ValueError."""
+    if args.data == "faces":
+        faces = drawn_faces(args, split)
+    else:
+        faces = datasets.read(args.data, args.data_root, split)[:args.limit or None]
+        datasets.check_images(faces)
+    return dfa_dataset(faces, args.size, args.box)
+
+
+def mean_face(data: datasets.CropDataset) -> torch.Tensor:
+    """The mean landmarks of a set in its crops, (5, 2) in [0, 1]."""
+    target = targets(data.crop_points(), data.size)
+    return target.landmarks[target.label > 0].mean(0)
+
+
+ERRORS = ("nme", "nme@best", "nme@mean")  # of the aggregation, the best anchor, the mean training face
+
+
+@torch.inference_mode()
+def evaluate_dfa(net: DFA, mean: torch.Tensor, data, loader, args, device: torch.device) -> torch.Tensor:
+    """Errors of each face, (3, N) float64, as ERRORS names them. Each process looks at its share."""
+    net.eval()
+    rows, mean = [], mean.to(device)
+    for batch in copy.copy(loader):  # whose workers end here
+        image, points = prepare(batch, device)
+        target = targets(points, args.size)
+        with precision(args, device):
+            found = net(image / 127.5 - 1)
+        rows.append(torch.stack([nme(landmarks, target) for landmarks in (
+            found.landmarks, found.best, mean.expand_as(found.best))], 1))
+    return gather_shares(torch.cat(rows), len(data)).T.cpu()
+
+
+@torch.inference_mode()
+def draw_aligned(net: DFA, data: datasets.CropDataset, device: torch.device) -> np.ndarray:
+    """Faces with true (green) and found (red) landmarks; below them aligned, 112 px."""
+    net.eval()
+    batch = data.__getitems__([(0, i) for i in examples(data, 8)])
+    image, points = prepare(batch, device)
+    found = net(image / 127.5 - 1).landmarks
+    rows, marks = [], (batch["points"][:, :5].numpy(), found.cpu().numpy() * data.size - 0.5)
+    for pixels, *fives in zip(batch["image"].numpy(), *marks):
+        pixels = cv2.resize(pixels, (160, 160), interpolation=cv2.INTER_CUBIC)
+        for colour, five in zip((GREEN, RED), fives):
+            draw_points(pixels, (five + 0.5) * (160 / data.size) - 0.5, colour, 2.5)
+        rows.append(framed(pixels))
+    aligned = align_112(image, found, 0.0).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return tile(rows + [cv2.copyMakeBorder(face, 4, 52, 28, 28, cv2.BORDER_CONSTANT, value=(255,) * 3)
+                        for face in aligned], len(rows))
+
+
+def report_dfa(folder: Path | None, net: DFA, data, errors: torch.Tensor, args, device):
+    """Prints the errors; writes aligned.png and ced.png (Fig. 8), if there is a folder."""
+    scores = dict(zip(ERRORS, errors.mean(1).tolist()))
+    print(f"{args.data}: {len(data):,} faces, NME by the box: {scores['nme']:.4f}, best anchor "
+          f"{scores['nme@best']:.4f}, mean face {scores['nme@mean']:.4f}")
+    if folder:
+        write_image(folder / "aligned.png", draw_aligned(net, data, device))
+        names = ("aggregation", "best anchor", "mean face")
+        write_image(folder / "ced.png", metrics.ced_plot(dict(zip(names, errors)), 0.2))
+
+
+@functools.cache
+def open_dfa(path: str, device: torch.device) -> tuple[DFA, dict]:
+    """The network of a checkpoint of --task dfa, to be used as it is, and the rest of the checkpoint; read
+    once.   Raises: FileNotFoundError; ValueError."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no checkpoint {path} of a face aligner: give --dfa, or with --task dfa "
+                                "--eval or --weights, the last.pt of a run of --task dfa")
+    state = load_task(path, "dfa")
+    net = DFA(state["args"]["size"]).to(device)
+    load_weights(net, state.pop("model"), path)
+    return net.eval().requires_grad_(False), state
+
+
+@torch.no_grad()
+def detect(path: str, image: torch.Tensor, padding: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keypoints (B, 5, 2) px and face scores (B,) that --dfa finds in images (B, 3, H, W) in 0..255."""
+    found = open_dfa(path, image.device)[0](image / 127.5 - 1, padding)
+    return found.landmarks * found.landmarks.new_tensor(image.shape[:1:-1]) - 0.5, found.score
+
+
+@torch.inference_mode()
+def find_face(net: DFA, image: np.ndarray, box: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """The face in a box (4,) x0 y0 x1 y1 px of an image, RGB uint8 (H, W, 3); without one in the whole image,
+    then in the box that is found there.
+    Returns: landmarks (5, 2) px of the image; the face aligned, RGB uint8 (112, 112, 3)."""
+    margins = (DFA_MARGIN,) if box is not None else (1.0, DFA_MARGIN)
+    box = np.array([-0.5, -0.5, image.shape[1] - 0.5, image.shape[0] - 0.5]) if box is None else box
+    half = net.size // 2
+    for margin in margins:
+        # Twice as wide as what the network sees, since an aligned face shows more than its box.
+        frame = datasets.square_frames(box[None], 2 * net.size, 2 * margin)
+        batch = datasets.CropDataset([datasets.Face(image)], frame, 2 * net.size).__getitems__([(0, 0)])
+        wide = batch["image"].permute(0, 3, 1, 2).float().to(net.priors.device)
+        found = net(wide[..., half:-half, half:-half] / 127.5 - 1)
+        places = torch.cat([found.landmarks[0], found.fused[0, :4].view(2, 2)]) * net.size - 0.5 + half
+        places = warp.apply_affine(warp.invert(torch.from_numpy(frame[0])), places.double().cpu()).numpy()
+        box = places[5:].flatten()
+    aligned = align_112(wide, 0.5 * found.landmarks + 0.25, 127.0)[0]
+    return places[:5], aligned.round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def predict_dfa(args) -> dict:
+    """--task dfa --predict: writes each face's landmarks as NAME.pts, px of the image, for --landmarks, and
+    the face aligned as NAME.png. Boxes are those of --detector or --box; else one is found in the image. A
+    further face of an image is NAME.face2.pts and so on.   Raises: as `predict`."""
+    args.gpus = 1
+    device = setup(args)[2]
+    net, state = open_dfa(args.weights, device)
+    restore_args(args, state["args"], MACHINE | DATA | ({"box"} & set(args.given)))
+    detector = open_detector(args.detector) if args.detector else None
+    found = datasets.image_paths(args.predict)
+    folder, count = prediction_folder(args, "kprpe-dfa", found, (".png", ".pts")), 0
+    for name, path in tqdm(found.items(), "predict"):
+        image = datasets.load_image(path)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        for i, (box, _) in enumerate(find_keypoints(args, path, image, detector, device), 1):
+            points, aligned = find_face(net, image, box)
+            target = str(folder / name) + (f".face{i}" if i > 1 else "")
+            datasets.write_pts(target + ".pts", points)
+            write_image(target + ".png", aligned)
+            count += 1
+    print(f"{count} faces of {len(found)} images in {folder}")
+    return {}
+
+
+def evaluate_aligner(args) -> dict:
+    """--task dfa --eval: the errors of a checkpoint on the test split; with --output, the pictures too."""
+    device, given = setup(args)[2], set(args.given)
+    net, state = open_dfa(args.eval, device)
+    other = "data" in given and args.data != state["args"]["data"]
+    restore_args(args, state["args"], MACHINE | ({"box"} & given) | (DATA if other else DATA & given))
+    folder, data = find_run(args, "kprpe-dfa"), aligner_set(args, "test")
+    loader = make_loader(args, data, shares(len(data), 64, *ranks()), device, True)
+    errors = evaluate_dfa(net, state["mean"], data, loader, args, device)
+    if ranks()[0] == 0:
+        report_dfa(folder and make_run(args, "kprpe-dfa", folder), net, data, errors, args, device)
+    return dict(zip(ERRORS, errors.mean(1).tolist()))
+
+
+def step_dfa(net: DFA, model, optimizer, rate: float, batch: dict, strength, args, device) -> torch.Tensor:
+    """One step on a batch at a learning rate; its loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    image, points = prepare(batch, device)
+    if strength is not None:
+        image, points = augment(image, points, strength, FLIP_9)
+    with precision(args, device):
+        found = model(image / 127.5 - 1)
+    loss = dfa_loss(found, targets(points, args.size), net.priors)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if args.clip:
+        nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+    optimizer.step()
+    return loss.detach()
+
+
+def train_dfa(args) -> dict:
+    """--task dfa: trains by the flags; returns the errors of the last evaluation."""
+    # Set-up, data and network
+    rank, world, device = setup(args)
+    folder = find_run(args, "kprpe-dfa")
+    state = load_task(folder / "last.pt", "dfa") if args.resume else None
+    if state:
+        restore_args(args, state["args"], MACHINE | ({"data_root"} & set(args.given)))
+    data, test = aligner_set(args, "train"), aligner_set(args, "test")
+    seed_all(args.seed)
+    net = DFA(args.size).to(device)
+    optimizer = torch.optim.AdamW(parameter_groups(net, args.weight_decay), args.lr, fused=True)
+    if state:
+        if state["count"] != len(data):
+            raise ValueError(f"--resume: {len(data)} training faces, the run was started on {state['count']}")
+        load_weights(net, state["model"], folder / "last.pt")
+        optimizer.load_state_dict(state["optimizer"])
+    model, mean, strength = wrap(net, args, device), mean_face(data), AUGMENTATIONS[args.augment]
+    batches = datasets.EpochBatches(len(data), args.batch_size, args.seed, rank, world)
+    loader = make_loader(args, data, batches, device, True)
+    looked_at = make_loader(args, test, shares(len(test), 64, rank, world), device, True)
+    steps, start, began, errors = len(batches), state["epoch"] if state else 0, time.time(), None
+    folder = begin_run(args, "kprpe-dfa", folder, state, f"{len(data):,} training faces")
+    bar = tqdm(total=args.epochs * steps, initial=start * steps, disable=rank > 0,
+               mininterval=1 if sys.stderr.isatty() else 30)
+    for epoch in range(start, args.epochs):
+        seed_all(args.seed, epoch + 1, rank)
+        batches.epoch, losses = epoch, torch.zeros(steps, device=device)
+        net.train()
+        for step, batch in enumerate(loader):
+            rate = learning_rate(epoch * steps + step, args.epochs * steps, args.warmup * steps, args.lr)
+            losses[step] = step_dfa(net, model, optimizer, rate, batch, strength, args, device)
+            if step % 20 == 0:  # the only reading of the loss: it waits for the GPU
+                check_losses(losses, epoch + 1)
+                bar.set_postfix(epoch=epoch + 1, loss=f"{losses[step].item():.3f}", refresh=False)
+            bar.update()
+        check_losses(losses, epoch + 1)
+        check_weights(net, epoch + 1)
+        share_statistics(net)
+        row = dict(epoch=epoch + 1, loss=losses.mean().item(), lr=rate)
+        if epoch + 1 == args.epochs or (epoch + 1) % args.eval_every == 0:
+            errors = evaluate_dfa(net, mean, test, looked_at, args, device)
+            row |= zip(ERRORS, errors.mean(1).tolist())
+        if rank == 0:
+            row["minutes"] = (time.time() - began) / 60
+            bar.write(summary(row))
+            write_log(folder / "log.jsonl", **row)
+            save(folder / "last.pt", script="kprpe", model=net.state_dict(), epoch=epoch + 1, args=vars(args),
+                 optimizer=optimizer.state_dict(), world=world, mean=mean, count=len(data))
+    bar.close()
+    errors = evaluate_dfa(net, mean, test, looked_at, args, device) if errors is None else errors
+    if rank == 0:
+        report_dfa(folder, net, test, errors, args, device)
+    return dict(zip(ERRORS, errors.mean(1).tolist()))
+
+
+# ---- Template fusion: Eqs. 16 to 18 --------------------------------------------------------------
+
+def fuse(features: torch.Tensor, template, rule: str = "average", landmarks=None, score=None) -> torch.Tensor:
+    """Unit features (T, D) of templates, as videos, of the features (N, D) of their images, norms kept.
+    Args: template (N,) 0..T-1; rule, one of FUSIONS: "average" of unit features, "norm" weighted by their
+        norms, "landmark" by what `DFA` finds in these images, landmarks (N, 5, 2) in [0, 1] and score (N,).
+    Raises: ValueError for an unknown rule, or without landmarks and scores where it takes them."""
+    features, template = at_least_float32(features), torch.as_tensor(template)
+    if rule not in FUSIONS or (rule == "landmark" and (landmarks is None or score is None)):
+        raise ValueError(f"fusion {rule!r}: expected one of {', '.join(FUSIONS)}, and landmarks and scores "
+                         "for the last")
+    unit, weight = F.normalize(features), torch.ones_like(features[:, 0])
+    if rule == "norm":
+        # Eq. (16): f = 1/N sum_i ||f_i||_2 fbar_i
+        weight = features.norm(dim=1)
+    if rule == "landmark":
+        # Eq. (17): d_i = (h - min(||L_i - L^||_2, h)) / h, h = 0.2.   paper: a norm, code: the mean over the
+        # five points of their distances; we follow the code, as h is of the size of such a mean.
+        canonical = torch.as_tensor((datasets.ARCFACE_5 + 0.5) / 112).to(features)
+        distance = (landmarks.to(features) - canonical).norm(dim=-1).mean(-1)
+        d = (0.2 - distance.clamp(max=0.2)) / 0.2
+        # Eq. (18): f = 1/N sum_i (d_i F_score^i) fbar_i; at least 1e-6 (code), so that a template of bad
+        # images alone is their average.
+        weight = (d * score.to(features)).clamp(min=1e-6)
+    # Over the number of images, all of one medium, then L2: a factor of a template changes no cosine.
+    return recognition.template_features(unit * weight[:, None], template, torch.zeros_like(template))
+
+
+class Templates(NamedTuple):
+    """Which template each image is of, (N,) 0..T-1; whose each template is, (T,); whether enrolled, (T,)."""
+    template: np.ndarray
+    identity: np.ndarray
+    gallery: np.ndarray
+
+
+def own_templates(faces: Sequence[datasets.Face], frames: int = 5) -> Templates:
+    """Videos as templates: PERSON/VIDEO/*.jpg by their folders; images straight in a person's folder, or
+    named after the person, by their names less the last character, as 20.jpg, 21.jpg and NAME_20.jpg,
+    NAME_21.jpg; drawn faces by `frames`. The first of each person is enrolled, the others are looked for.
+    Raises: ValueError unless there are two people, and two templates of one."""
+    keys, seen = [], Counter()
+    for face in faces:
+        folder, stem = "", str(seen[face.identity] // frames)
+        if isinstance(face.image, (str, os.PathLike)):
+            folder, stem = os.path.split(os.path.splitext(face.image)[0])
+            flat = os.path.basename(folder) == face.identity or stem.startswith(face.identity)
+            stem = stem[:-1] if flat else ""
+        seen[face.identity] += 1
+        keys.append((face.identity, folder, stem))
+    names = sorted(set(keys), key=lambda key: tuple(map(recognition.natural, key)))
+    people, identity = np.unique([person for person, _, _ in names], return_inverse=True)
+    if len(people) < 2 or len(people) == len(names):
+        raise ValueError(f"found {len(names)} templates of {len(people)} people: expected two people or more"
+                         ", and two templates of one; PERSON/VIDEO/NAME.jpg, or PERSON/20.jpg of video 2")
+    place = {key: i for i, key in enumerate(names)}
+    first = np.zeros(len(names), bool)
+    first[np.unique(identity, return_index=True)[1]] = True
+    return Templates(np.array([place[key] for key in keys]), identity, first)
+
+
+def identify_templates(pooled: torch.Tensor, templates: Templates, ks=(1, 5)) -> dict[int, float]:
+    """Closed-set identification of features (T, D) of templates: {k: share found among the first k}."""
+    identity, gallery = torch.from_numpy(templates.identity), torch.from_numpy(templates.gallery)
+    return metrics.rank_k(pooled[~gallery], identity[~gallery], pooled[gallery], identity[gallery], ks)
+
+
+# ---- Main ------------------------------------------------------------------------------------
+
 def main(args) -> dict:
     """Trains, evaluates or predicts, as the flags say; returns the numbers of the last evaluation.
     The encodings of --also-rpe are trained after the first, in folders inside its own."""
     if args.predict:
-        return predict(args)
-    if args.eval:
+        return predict_dfa(args) if args.task == "dfa" else predict(args)
+    if args.task == "dfa":
+        scores = evaluate_aligner(args) if args.eval else train_dfa(args)
+    elif args.eval:
         scores = evaluate_checkpoint(args)
     else:
         scores, folder = train(args)
@@ -2273,7 +2975,7 @@ def main(args) -> dict:
                 dist.broadcast_object_list(shared)
             other = argparse.Namespace(**vars(args) | dict(
                 rpe=rpe, also_rpe="", output=str(Path(shared[0], rpe)),
-                given=sorted((LOOK | {"data_root", "landmarks"}) & set(args.given))))
+                given=sorted((LOOK | FILES) & set(args.given))))
             other.resume = Path(other.output, "last.pt").exists()
             rows[rpe] = train(other)[0]
             scores = scores | {f"{key}@{rpe}": value for key, value in rows[rpe].items()}

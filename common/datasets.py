@@ -6,7 +6,8 @@ from, and is part of its error message. Nothing is downloaded: the sets have own
 
 Points are (P, 2) float32 x y in pixels of the stored image. Pixel centres are whole numbers from 0, so files
 that count from 1 (`.pts`, MATLAB arrays) lose 1 here, once. "left" is image-left, the smaller x. Points
-outside the image are legal. None is missing: hidden ones stand where the annotators put them, unmarked.
+outside the image are legal. None is missing: hidden ones stand where the annotators put them, unmarked; but
+WIDER FACE has faces without any, whose points are nan.
 """
 
 import functools
@@ -712,10 +713,39 @@ def read_folder(root: str, split: str) -> list[Face]:
     return _counted(read_folder, root, split, faces)
 
 
+def read_widerface(root: str, split: str) -> list[Face]:
+    """WIDER FACE with RetinaFace's 5 points, 0-based; box: the face's. Faces without points have points nan.
+    The label file of val has boxes only, so the test split is a tenth of the training images, by hash of
+    name, of which only faces with points. A row is x y w h, 5 times x y v (v -1: no point), blur.
+
+    Tree: train/label.txt: lines "# 0--Parade/NAME.jpg", each followed by one row for each face
+          train/images/0--Parade/*.jpg, ...
+    Source: http://shuoyang1213.me/WIDERFACE; label.txt: insightface, detection/retinaface.
+    """
+    table, faces, name = _below(read_widerface, root, "train", "label.txt"), [], ""
+    images = _below(read_widerface, root, "train", "images")
+    for where, line in _lines(table):
+        if line.startswith("#"):
+            name = line[1:].strip()
+            continue
+        if not name:
+            raise ValueError(f"{where}: found {line[:40]!r}, wanted a line '# IMAGE' before the first face")
+        if (zlib.crc32(name.encode()) % 10 == 0) != (split == "test"):
+            continue
+        values = _numbers(line.split(), 20, where)
+        (x, y, w, h), points = values[:4], values[4:19].reshape(5, 3)
+        if (points[:, 2] < 0).any():
+            points = np.full((5, 3), np.nan)
+        if w > 0 and h > 0 and not (split == "test" and np.isnan(points).any()):
+            faces.append(Face(os.path.join(images, name), points[:, :2].astype(np.float32),
+                              (x.item(), y.item(), (x + w).item(), (y + h).item()), where=where))
+    return _counted(read_widerface, root, split, faces)
+
+
 READERS: dict[str, Callable[[str, str], list[Face]]] = {
     "wflw": read_wflw, "300w": read_300w, "cofw": read_cofw, "cofw68": read_cofw68, "helen": read_helen,
     "aflw": read_aflw, "jd106": read_jd106, "lapa": read_jd106, "csv": read_csv, "youtube": read_youtube,
-    "folder": read_folder}
+    "widerface": read_widerface, "folder": read_folder}
 
 
 def read(data: str, root: str, split: str, points: int | None = None) -> list[Face]:
@@ -735,8 +765,9 @@ def read(data: str, root: str, split: str, points: int | None = None) -> list[Fa
     found = len(faces[0].points)
     if found != (points or found):
         raise ValueError(f"--data {data} has {found} points in {root}, wanted {points}")
-    if found in SCHEMES and len(faces) >= 50:                        # fewer may all look to one side
-        shapes = np.stack([face.points for face in faces])
+    shapes = [face.points for face in faces if np.isfinite(face.points).all()]
+    if found in SCHEMES and len(shapes) >= 50:                       # fewer may all look to one side
+        shapes = np.stack(shapes)
         residual = flip_residual(shapes, SCHEMES[found].flip)
         left, right = group_means(shapes.mean(0), SCHEMES[found].pupils)[:, 0]
         if residual > 0.2 or left > right:

@@ -702,6 +702,37 @@ def test_youtube_is_split_by_person(tmp_path):
         datasets.read_youtube(str(tmp_path), "train")
 
 
+def test_widerface(tmp_path):
+    points = np.round(RNG.uniform(0, 60, (5, 2)), 3)
+    row = lambda box, points, v=0.0: " ".join(str(number) for number in (
+        *box, *(c for x, y in points for c in (x, y, v)), 0.4))
+    lost = np.full((5, 2), -1.0)
+    text, label = "", tmp_path / "train" / "label.txt"
+    for i in range(40):
+        rows = row((3, 4, 50.5, 60), points + i, 1.0), row((1, 2, 9, 9), lost, -1.0)
+        text += "\n".join([f"# 0--Parade/0 {i}.jpg", *rows, ""])
+    text += f"# 1--Riot/none.jpg\n{row((5, 5, 0, 9), points)}\n"
+    put_text(label, text)
+    with pytest.raises(FileNotFoundError, match="no .*images"):
+        read("widerface", str(tmp_path), "train")
+    (tmp_path / "train" / "images").mkdir()
+    train, test = (read("widerface", str(tmp_path), split, points=5) for split in ("train", "test"))
+    names = [{face.image.partition("images/")[2] for face in faces} for faces in (train, test)]
+    assert names[0] | names[1] == {f"0--Parade/0 {i}.jpg" for i in range(40)} and not names[0] & names[1]
+    assert len(train) == 2 * len(names[0]) and len(test) == len(names[1]) > 0   # test: only faces with points
+    for face in test + train[::2]:
+        i = int(face.image.rpartition(" ")[2][:-4])
+        np.testing.assert_allclose(face.points, points + i, atol=1e-4)
+        assert face.box == (3, 4, 53.5, 64) and face.where == f"{label}:{3 * i + 2}"
+    assert all(np.isnan(face.points).all() and face.points.dtype == np.float32 for face in train[1::2])
+    put_text(label, row((3, 4, 50, 60), points))
+    with pytest.raises(ValueError, match="label.txt:1: found .*, wanted a line '# IMAGE' before the first"):
+        datasets.read_widerface(str(tmp_path), "train")
+    put_text(label, "# 0--Parade/a.jpg\n3 4 50 60\n")
+    with pytest.raises(ValueError, match="label.txt:2: found 4 numbers, wanted 20"):
+        datasets.read_widerface(str(tmp_path), "train" if zlib.crc32(b"0--Parade/a.jpg") % 10 else "test")
+
+
 def test_folder(tmp_path):
     wanted = {}
     for name in ("Ann Lee/1.jpg", "Ann Lee/2.JPEG", "b/c/3.png", "4.jpg", "../test/Z/5.png"):

@@ -1,0 +1,420 @@
+"""Face aligner and template fusion of kprpe.py against slow loops, closed forms and finite differences."""
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kprpe
+from common import datasets, metrics, synthetic
+
+torch.set_num_threads(1)
+cv2.setNumThreads(1)
+
+CANONICAL = (torch.as_tensor(datasets.ARCFACE_5) + 0.5) / 112
+
+
+# ---- Face aligner --------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return kprpe.DFA().eval()
+
+
+def slow_priors(size):
+    rows = []
+    for stride, sides in ((8, (64, 80)), (16, (96, 112)), (32, (128, 144))):
+        for row in range(size // stride):
+            for column in range(size // stride):
+                for side in sides:
+                    rows.append([(column + 0.5) * stride, (row + 0.5) * stride, side, side])
+    return torch.tensor(rows) / size
+
+
+def test_anchors_are_their_formula():
+    assert kprpe.prior_boxes(160).shape == (1050, 4)
+    for size in (32, 96, 160):
+        torch.testing.assert_close(kprpe.prior_boxes(size), slow_priors(size))
+    for size in (0, 100):
+        with pytest.raises(ValueError, match=f"anchors of an image of {size} px: expected a multiple of 32"):
+            kprpe.DFA(size)
+
+
+def test_the_code_of_boxes_and_points_is_its_formula_and_goes_back():
+    torch.manual_seed(0)
+    priors = kprpe.prior_boxes()[::97]
+    boxes = torch.cat([torch.rand(len(priors), 2) * 0.4, 0.5 + torch.rand(len(priors), 2) * 0.6], 1)
+    points = torch.rand(len(priors), 5, 2) * 1.4 - 0.2
+    encoded_boxes, encoded_points = kprpe.encode_boxes(boxes, priors), kprpe.encode_points(points, priors)
+    for i, (cx, cy, w, h) in enumerate(priors.tolist()):
+        x0, y0, x1, y1 = boxes[i].tolist()
+        row = [((x0 + x1) / 2 - cx) / (0.1 * w), ((y0 + y1) / 2 - cy) / (0.1 * h),
+               math.log((x1 - x0) / w) / 0.2, math.log((y1 - y0) / h) / 0.2]
+        torch.testing.assert_close(encoded_boxes[i], torch.tensor(row), rtol=1e-4, atol=1e-5)
+        row = [v for x, y in points[i].tolist() for v in ((x - cx) / (0.1 * w), (y - cy) / (0.1 * h))]
+        torch.testing.assert_close(encoded_points[i], torch.tensor(row), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kprpe.decode_boxes(encoded_boxes, priors), boxes)
+    torch.testing.assert_close(kprpe.decode_points(encoded_points, priors), points)
+
+
+def test_size_and_operations_are_those_of_table_9(net):
+    """0.49 M parameters and 0.14 GFLOP: two for each product, two for each output of a batch norm, five of a
+    layer norm, one of an activation and of a convolution's bias."""
+    assert sum(p.numel() for p in net.parameters()) == 486_775
+    for name, size in dict(body=213_072, fpn=103_040, ssh1=34_752, aggregation=60_167).items():
+        assert sum(p.numel() for p in getattr(net, name).parameters()) == size
+    each, total = {nn.BatchNorm2d: 2, nn.LayerNorm: 5, nn.LeakyReLU: 1, nn.GELU: 1}, [0]
+
+    def count(module, _, out):
+        if isinstance(module, nn.Conv2d):
+            total[0] += out.numel() * (2 * module.weight[0].numel() + (module.bias is not None))
+        elif isinstance(module, nn.Linear):
+            total[0] += out.numel() * 2 * module.in_features
+        elif type(module) in each or isinstance(module, kprpe.SSH):           # SSH ends in a ReLU
+            total[0] += out.numel() * each.get(type(module), 1)
+
+    hooks = [module.register_forward_hook(count) for module in net.modules()]
+    with torch.inference_mode():
+        net(torch.zeros(1, 3, 160, 160))
+    for hook in hooks:
+        hook.remove()
+    assert total[0] / 1e9 == pytest.approx(0.1402, abs=5e-5)
+
+
+def gelu(x):
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def slow_mixer(blocks, last, x):
+    """Mixer blocks on the anchors x (N, 16) of one image, a row or column at a time."""
+    def mlp(layers, v):
+        return layers[2].weight @ gelu(layers[0].weight @ v + layers[0].bias) + layers[2].bias
+
+    def norm(layer, x):
+        centred = x - x.mean(1, keepdim=True)
+        return centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt() * layer.weight + layer.bias
+
+    for block in blocks:
+        mixed = norm(block.norm1, x)
+        x = x + torch.stack([mlp(block.tokens, mixed[:, c]) for c in range(16)], 1)
+        mixed = norm(block.norm2, x)
+        x = x + torch.stack([mlp(block.channels, row) for row in mixed])
+    return torch.stack([last.weight[0] @ row + last.bias[0] for row in x])
+
+
+@torch.no_grad()
+def test_the_aggregation_is_its_formulas(net):
+    torch.manual_seed(1)
+    found, priors = net(torch.rand(2, 3, 160, 160) * 2 - 1), slow_priors(160)
+    for b in range(2):
+        rows = []
+        for n, (cx, cy, w, h) in enumerate(priors.tolist()):
+            tx, ty, tw, th = found.boxes[b, n].tolist()
+            x, y = cx + 0.1 * tx * w, cy + 0.1 * ty * h
+            w2, h2 = w * math.exp(0.2 * tw) / 2, h * math.exp(0.2 * th) / 2
+            ldmk = [(cx, cy)[i % 2] + 0.1 * t * w for i, t in enumerate(found.points[b, n].tolist())]
+            rows.append([x - w2, y - h2, x + w2, y + h2, *found.logits[b, n].tolist(), *ldmk])
+        O = torch.tensor(rows)
+        weights = slow_mixer(net.aggregation[:3], net.aggregation[3], O).softmax(0)
+        torch.testing.assert_close(found.weights[b], weights, rtol=1e-3, atol=1e-6)
+        fused = sum(w * row for w, row in zip(weights, O))
+        torch.testing.assert_close(found.fused[b], fused, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.landmarks[b], fused[6:].view(5, 2), rtol=1e-4, atol=1e-4)
+        assert found.score[b] == pytest.approx(1 / (1 + math.exp(fused[4] - fused[5])), abs=1e-5)
+        top = max(range(1050), key=lambda n: (found.logits[b, n, 1] - found.logits[b, n, 0]).item())
+        torch.testing.assert_close(found.best[b].flatten(), O[top, 6:])
+
+
+@torch.no_grad()
+def test_rows_of_the_heads_belong_to_their_anchors(net):
+    maps = {}
+    lists = dict(logits=net.ClassHead, boxes=net.BboxHead, points=net.LandmarkHead)
+    hooks = [head.register_forward_hook(lambda m, i, out, key=(kind, level): maps.update({key: out}))
+             for kind, heads in lists.items() for level, head in enumerate(heads)]
+    found = net(torch.rand(1, 3, 160, 160))
+    for hook in hooks:
+        hook.remove()
+    for kind, width in (("logits", 2), ("boxes", 4), ("points", 10)):
+        for level, start, cells in ((0, 0, 20), (1, 800, 10), (2, 1000, 5)):
+            for y, x, a in ((0, 1, 0), (3, 2, 1), (4, 4, 0)):
+                row = getattr(found, kind)[0, start + 2 * (y * cells + x) + a]
+                torch.testing.assert_close(row, maps[kind, level][0, a * width:(a + 1) * width, y, x])
+
+
+@torch.no_grad()
+def test_images_of_other_shapes_are_padded_and_resized(net):
+    torch.manual_seed(2)
+    image = torch.rand(1, 3, 160, 117) * 2 - 1
+    square = torch.full((1, 3, 160, 160), -1.0)
+    square[..., 21:138] = image
+    whole, part = net(square), net(image)
+    for name in ("landmarks", "best"):
+        there, here = (getattr(f, name) * torch.tensor([w, 160.0]) for f, w in ((whole, 160), (part, 117)))
+        torch.testing.assert_close(here + torch.tensor([21.0, 0]), there, rtol=1e-4, atol=1e-3)
+    # A blob stays at its place, in units of the image, through every padding and size.
+    for height, width, padding in ((320, 240, 0.0), (90, 130, 0.215), (112, 112, 0.215)):
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        dot = torch.exp(-((x - 0.3 * width) ** 2 + (y - 0.6 * height) ** 2) / (0.05 * height) ** 2)
+        out, place = kprpe.to_square(2 * dot.expand(1, 3, -1, -1) - 1, 160, padding)
+        mass = (out[0, 0] + 1) / (out[0, 0] + 1).sum()
+        centre = torch.stack([(mass.sum(0) * (torch.arange(160) + 0.5)).sum(),
+                              (mass.sum(1) * (torch.arange(160) + 0.5)).sum()]) / 160
+        expected = torch.tensor([(0.3 * width + 0.5) / width, (0.6 * height + 0.5) / height])
+        torch.testing.assert_close(kprpe.from_square(centre, place), expected, rtol=0, atol=1e-4)
+    assert kprpe.to_square(image, 160, 0.1)[0].shape == (1, 3, 160, 160)
+    with pytest.raises(ValueError, match=r"shape \(1, 1, 160, 160\): expected \(B, 3, H, W\)"):
+        net(torch.zeros(1, 1, 160, 160))
+
+
+def test_under_autocast_places_stay_float32(net):
+    image = torch.rand(2, 3, 160, 160) * 2 - 1
+    with torch.inference_mode():
+        plain = net(image)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = net(image)
+    assert {field.dtype for field in found} == {torch.float32}
+    torch.testing.assert_close(found.landmarks, plain.landmarks, rtol=0, atol=0.02)
+
+
+# ---- Its loss ------------------------------------------------------------------------------------
+
+def slow_overlap(box, prior):
+    cx, cy, w, h = prior
+    ends = [(cx - w / 2, cx + w / 2), (cy - h / 2, cy + h / 2)]
+    both = math.prod(max(0, min(box[i + 2], ends[i][1]) - max(box[i], ends[i][0])) for i in (0, 1))
+    return both / ((box[2] - box[0]) * (box[3] - box[1]) + w * h - both)
+
+
+def slow_match(box, priors):
+    overlaps = [slow_overlap(box, prior) for prior in priors]
+    top = max(range(len(priors)), key=overlaps.__getitem__)
+    return [o >= 0.35 or (i == top and o >= 0.2) for i, o in enumerate(overlaps)]
+
+
+def draw_case():
+    """Five faces: two with landmarks, one without, one that only a single anchor meets, no face at all."""
+    torch.manual_seed(3)
+    priors = kprpe.prior_boxes()
+    box = torch.tensor([[0.1, 0.08, 0.93, 0.9], [0.3, 0.2, 0.8, 0.75], [0.2, 0.25, 0.7, 0.8],
+                        [0.4, 0.4, 0.6, 0.63], [0.0, 0, 0, 0]])
+    target = kprpe.Target(box, torch.rand(5, 5, 2), torch.tensor([1, 1, -1, 1, 0]))
+    target.landmarks[2] = torch.nan
+    raw = [torch.randn(5, 1050, width).requires_grad_() for width in (4, 2, 10)]
+    fused = torch.randn(5, 16).requires_grad_()
+    return priors, target, kprpe.Found(None, None, None, None, fused, *raw)
+
+
+def test_anchors_are_matched_by_the_rule():
+    priors, target, _ = draw_case()
+    found = kprpe.match(target.box[:4], priors)
+    for row, box in zip(found.tolist(), target.box.tolist()):
+        assert row == slow_match(box, priors.tolist())
+    assert found[3].sum() == 1 and found[0].sum() > 10                        # the small one's best anchor
+    tiny = torch.tensor([[0.5, 0.5, 0.51, 0.51]])
+    assert not kprpe.match(tiny, priors).any()
+
+
+def slow_smooth_l1(a, b):
+    return sum(0.5 * (x - y) ** 2 if abs(x - y) < 1 else abs(x - y) - 0.5 for x, y in zip(a, b))
+
+
+def slow_multibox(found, target, priors):
+    sums, counts = [0.0, 0.0, 0.0], [0, 0, 0]
+    for b, label in enumerate(target.label.tolist()):
+        positive = slow_match(target.box[b].tolist(), priors.tolist()) if label else [False] * len(priors)
+        entropy = [math.log(math.exp(x) + math.exp(y)) - (y if p else x)
+                   for (x, y), p in zip(found.logits[b].tolist(), positive)]
+        worst = sorted((i for i, p in enumerate(positive) if not p), key=lambda i: -entropy[i])
+        worst = worst[:7 * sum(positive)]
+        sums[0] += sum(e for e, p in zip(entropy, positive) if p) + sum(entropy[i] for i in worst)
+        for i in (i for i, p in enumerate(positive) if p):
+            box = kprpe.encode_boxes(target.box[b], priors[i])
+            sums[1] += slow_smooth_l1(found.boxes[b, i].tolist(), box.tolist())
+            if label > 0:
+                points = kprpe.encode_points(target.landmarks[b], priors[i])
+                sums[2] += slow_smooth_l1(found.points[b, i].tolist(), points.tolist())
+        counts = [n + m for n, m in zip(counts, (sum(positive), sum(positive), sum(positive) * (label > 0)))]
+    return [s / n for s, n in zip(sums, counts)]
+
+
+def test_losses_are_their_formulas():
+    priors, target, found = draw_case()
+    multibox = kprpe.multibox_loss(found, target, priors)
+    expected = slow_multibox(found, target, priors)
+    torch.testing.assert_close(multibox, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+    box, logits, points = (part.tolist() for part in found.fused.split((4, 2, 10), 1))
+    expected = [sum(math.log(math.exp(x) + math.exp(y)) - (y if label else x)
+                    for (x, y), label in zip(logits, target.label.tolist())) / 5,
+                sum(slow_smooth_l1(box[b], target.box[b].tolist()) for b in range(4)) / 4,
+                sum(slow_smooth_l1(points[b], target.landmarks[b].flatten().tolist()) for b in (0, 1, 3)) / 3]
+    fused = kprpe.aggregation_loss(found, target)
+    torch.testing.assert_close(fused, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+    total = kprpe.dfa_loss(found, target, priors)
+    expected = multibox @ torch.tensor([1.0, 2, 1]) + fused @ torch.tensor([1.0, 60, 30])
+    torch.testing.assert_close(total, expected)
+    total.backward()                                        # empty box, nan landmarks: no nan comes through
+    for tensor in (found.fused, found.boxes, found.logits, found.points):
+        assert tensor.grad.isfinite().all() and tensor.grad.abs().sum() > 0
+    assert not found.points.grad[[2, 4]].any() and not found.boxes.grad[4].any()
+
+
+def test_targets_follow_crop_and_mirror():
+    faces = [datasets.Face(np.zeros((90, 100, 3), np.uint8), 20 + 40 * np.random.default_rng(i).random(
+        (5, 2)).astype(np.float32), (10.0, 15.0, 60.0, 75.0)) for i in range(2)]
+    faces[1].points[:] = np.nan
+    plain = kprpe.dfa_dataset(faces)
+    mirror = kprpe.dfa_dataset(faces, augment=lambda rng, size: (np.eye(2, 3), True, {}))
+    keys = [(0, 0), (0, 1)]
+    first, second = (kprpe.targets(data.__getitems__(keys)["points"], 160) for data in (plain, mirror))
+    # The square about the box is 1.2 times its longer side.
+    scale = 160 / (1.2 * 60)
+    torch.testing.assert_close((first.box[0, 2:] - first.box[0, :2]) * 160, torch.tensor([50.0, 60]) * scale)
+    expected = torch.tensor((faces[0].points - [35, 45]) * scale + 80) / 160
+    torch.testing.assert_close(first.landmarks[0], expected.float(), rtol=0, atol=1e-5)
+    mirrored = (first.landmarks[0] * torch.tensor([-1, 1]) + torch.tensor([1, 0]))[[1, 0, 2, 4, 3]]
+    torch.testing.assert_close(second.landmarks[0], mirrored, rtol=0, atol=1e-5)
+    torch.testing.assert_close(second.box[0], first.box[0], rtol=0, atol=1e-5)  # in the middle of its crop
+    assert first.label.tolist() == [1, -1] and first.landmarks.isfinite().all()
+    for bad in (dict(box=None), dict(points=None), dict(points=np.zeros((7, 2), np.float32))):
+        face = datasets.Face(**dict(image="", points=faces[0].points, box=(0, 0, 9, 9)) | bad)
+        with pytest.raises(ValueError, match="the aligner learns from a box and"):
+            kprpe.with_corners([face])
+
+
+def test_it_learns_a_few_drawn_faces():
+    torch.manual_seed(0)
+    data = kprpe.dfa_dataset(synthetic.read_faces("train", 4, 160, 5))
+    batch = data.__getitems__(datasets.in_order(4, 4)[0])
+    image, target = batch["image"].permute(0, 3, 1, 2) / 127.5 - 1, kprpe.targets(batch["points"], 160)
+    net = kprpe.DFA()
+    optimizer, losses = torch.optim.AdamW(net.parameters()), []
+    for step in range(40):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 40)
+        losses.append(kprpe.dfa_loss(found := net(image), target, net.priors))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] / 10
+    assert kprpe.nme(found.landmarks, target).max() < 0.08 and kprpe.nme(found.best, target).max() < 0.08
+    assert found.score.min() > 0.9
+    # NME: mean distance over sqrt(w h) of the box
+    box, five = target.box[0].tolist(), zip(found.landmarks[0].tolist(), target.landmarks[0].tolist())
+    expected = sum(math.dist(p, q) for p, q in five) / 5 / math.sqrt((box[2] - box[0]) * (box[3] - box[1]))
+    assert kprpe.nme(found.landmarks, target)[0].item() == pytest.approx(expected, rel=1e-5)
+
+
+# ---- Alignment -----------------------------------------------------------------------------------
+
+def slow_similarity(src, dst):
+    """[a -b; b a] p + t = q by least squares over all coordinates."""
+    rows, right = [], []
+    for (x, y), (u, v) in zip(src, dst):
+        rows += [[x, -y, 1, 0], [y, x, 0, 1]]
+        right += [u, v]
+    a, b, tx, ty = np.linalg.lstsq(np.array(rows), np.array(right), rcond=None)[0]
+    return np.array([[a, -b, tx], [b, a, ty]])
+
+
+def test_alignment_is_the_least_squares_similarity_and_one_warp():
+    rng = np.random.default_rng(0)
+    image = cv2.GaussianBlur(rng.uniform(-1, 1, (140, 160, 3)).astype(np.float32), (0, 0), 2)
+    points = (CANONICAL.numpy() * [100, 110] + 20 + rng.normal(0, 3, (5, 2)))
+    m = slow_similarity(points, datasets.ARCFACE_5)
+    expected = cv2.warpAffine(image, m, (112, 112), flags=cv2.INTER_LINEAR, borderValue=(-1, -1, -1))
+    batch = torch.from_numpy(image).permute(2, 0, 1)[None]
+    landmarks = torch.from_numpy((points + 0.5) / [160, 140])[None].float()
+    aligned = kprpe.align_112(batch, landmarks)
+    assert aligned.shape == (1, 3, 112, 112) and aligned.dtype == torch.float32
+    assert np.abs(aligned[0].permute(1, 2, 0).numpy() - expected).mean() < 2e-3   # cv2 rounds to 1/32 px
+
+
+def test_an_aligned_image_stays_as_it_is():
+    image = torch.rand(2, 3, 112, 112)
+    aligned = kprpe.align_112(image, CANONICAL.float().expand(2, 5, 2))
+    torch.testing.assert_close(aligned, image, rtol=0, atol=1e-4)
+    for bad, message in ((torch.rand(1, 5, 2), "shape .1, 5, 2. for 2 images"),
+                         (torch.ones(2, 5, 2), "5 points, 1 of them distinct")):
+        with pytest.raises(ValueError, match=message):
+            kprpe.align_112(image, bad)
+
+
+def test_the_aligned_image_has_a_gradient_to_the_landmarks_and_the_image(net):
+    generator = torch.Generator().manual_seed(4)
+    coarse = torch.rand(1, 3, 9, 9, generator=generator, dtype=torch.float64)
+    image = F.interpolate(coarse, (120, 130), mode="bicubic")
+    weight = torch.rand(1, 3, 112, 112, generator=generator, dtype=torch.float64)
+    landmarks = (CANONICAL * 0.8 + 0.1)[None].clone().requires_grad_()
+    loss = lambda points: (kprpe.align_112(image, points) * weight).sum()
+    loss(landmarks).backward()
+    assert landmarks.grad.isfinite().all() and (landmarks.grad.abs().amax(-1) > 1).all()
+    for point, axis in ((0, 0), (2, 1), (4, 0)):                              # finite differences
+        step = torch.zeros_like(landmarks)
+        step[0, point, axis] = 1e-5
+        slope = (loss(landmarks + step) - loss(landmarks - step)) / 2e-5
+        assert slope.item() == pytest.approx(landmarks.grad[0, point, axis].item(), rel=0.02, abs=2)
+    face = synthetic.read_faces("train", 1, 200, 5)[0].image()
+    image = (torch.from_numpy(face).permute(2, 0, 1)[None] / 127.5 - 1).requires_grad_()
+    kprpe.align_112(image.detach(), net(image).landmarks).sum().backward()    # through the aligner itself
+    assert image.grad.isfinite().all() and image.grad.abs().sum() > 0
+
+
+# ---- Template fusion -----------------------------------------------------------------------------
+
+def slow_fusion(features, template, rule, landmarks, score):
+    out = []
+    for t in range(max(template) + 1):
+        total, count = 0, 0
+        for i in (i for i, other in enumerate(template) if other == t):
+            norm = math.sqrt(sum(v * v for v in features[i]))
+            distance = sum(math.dist(p, q) for p, q in zip(landmarks[i], CANONICAL.tolist())) / 5
+            d = (0.2 - min(distance, 0.2)) / 0.2
+            weight = {"average": 1, "norm": norm, "landmark": max(d * score[i], 1e-6)}[rule]
+            total, count = total + weight * np.array(features[i]) / norm, count + 1
+        out.append(total / count)
+    return torch.tensor(np.array(out))
+
+
+@pytest.mark.parametrize("rule", kprpe.FUSIONS)
+def test_fusion_is_its_formula(rule):
+    generator = torch.Generator().manual_seed(5)
+    features = 5 * torch.randn(9, 6, generator=generator, dtype=torch.float64)
+    template, score = [0, 2, 1, 0, 0, 2, 1, 3, 3], torch.rand(9, generator=generator)
+    landmarks = CANONICAL + 0.1 * torch.randn(9, 5, 2, generator=generator)
+    landmarks[7:] += 0.5                                                      # a template of bad images alone
+    fused = kprpe.fuse(features, template, rule, landmarks, score)
+    expected = slow_fusion(features.tolist(), template, rule, landmarks.tolist(), score.tolist())
+    torch.testing.assert_close(fused, F.normalize(expected))
+    if rule == "landmark":
+        torch.testing.assert_close(fused[3], kprpe.fuse(features, template)[3])
+        with pytest.raises(ValueError, match="'landmark': expected one of average, norm, landmark, and"):
+            kprpe.fuse(features, template, rule)
+
+
+def test_own_templates_are_videos(tmp_path):
+    face = lambda path, person: datasets.Face(str(tmp_path / path), None, None, person)
+    flat = [face(f"{who}/{video}{frame}.jpg", who) for who, videos in dict(B="10", A="3", C="124").items()
+            for video in videos for frame in "01"]
+    found = kprpe.own_templates(flat)
+    assert found.template.tolist() == [2, 2, 1, 1, 0, 0, 3, 3, 4, 4, 5, 5]
+    assert found.identity.tolist() == [0, 1, 1, 2, 2, 2]
+    assert found.gallery.tolist() == [True, True, False, True, False, False]
+    deep = [face(f"{p}/v{v}/{f:03d}.jpg", p) for p in "AB" for v in (10, 2) for f in (8, 12)]
+    assert kprpe.own_templates(deep).template.tolist() == [1, 1, 0, 0, 3, 3, 2, 2]   # v2 before v10
+    named = [face(f"X_Y_{v}{f}.jpg", "X_Y") for v in "01" for f in "01"] + [face("Z_00.jpg", "Z")]
+    assert kprpe.own_templates(named).template.tolist() == [0, 0, 1, 1, 2]
+    drawn = synthetic.read_faces("test", 20, 64, 5)
+    assert kprpe.own_templates(drawn).template.tolist() == [i // 5 for i in range(20)]
+    with pytest.raises(ValueError, match="found 2 templates of 2 people: expected two people or more"):
+        kprpe.own_templates(flat[2:4] + flat[4:6])
+
+    pooled = torch.eye(6)[[0, 1, 1, 2, 1, 2]]                                # C's second video looks like B
+    ranks = kprpe.identify_templates(pooled, found, (1, 2, 3))
+    assert ranks == {k: pytest.approx(v) for k, v in metrics.rank_k(
+        pooled[[2, 4, 5]], [1, 2, 2], pooled[[0, 1, 3]], [0, 1, 2], (1, 2, 3)).items()}
+    assert ranks[1] == pytest.approx(2 / 3)
