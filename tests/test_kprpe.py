@@ -1333,7 +1333,7 @@ def test_embeddings_are_sums_over_the_image_and_its_mirror():
     data = kprpe.make_dataset(args, kprpe.read_set(args, "test"), 0.0)
     keys = [[(0, 0), (0, 1)], [(0, 2)]]
     found = kprpe.embed(Corner(), kprpe.Arm(range(3), [data.__getitems__(k) for k in keys], []), args,
-                        torch.device("cpu"))
+                        torch.device("cpu")).features
     image, points = kprpe.inputs(*kprpe.prepare(data.__getitems__(sum(keys, [])), torch.device("cpu")))
     same(found[:, 0], 2 * image.mean((1, 2, 3)), 1e-5)
     mirrored = points.clone()
@@ -1345,7 +1345,7 @@ def test_the_workers_of_an_evaluation_end_with_it():
     args = arguments("--workers", "1")
     arm = kprpe.test_arms(args, torch.device("cpu"))[0]
     found = kprpe.embed(Corner(), arm, args, torch.device("cpu"))
-    assert len(found) == len(arm.data) and arm.loader.persistent_workers
+    assert len(found.features) == len(arm.data) and arm.loader.persistent_workers
     assert not torch.multiprocessing.active_children()
 
 
@@ -1365,7 +1365,8 @@ def test_templates_are_of_unit_features_times_faceness(monkeypatch):
     test = recognition.TemplateSet("IJB-B", range(3), np.zeros((3, 5, 2)), np.array([0.5, 1, 1], np.float32),
                                    np.arange(3), np.arange(3), np.array([[0, 1]]), np.array([True]),
                                    np.arange(3).astype(str))
-    monkeypatch.setattr(kprpe, "embed", lambda *_: torch.tensor([[3.0, 4], [0, 2], [5, 0]]))
+    monkeypatch.setattr(kprpe, "embed", lambda *_: (torch.tensor([[3.0, 4], [0, 2], [5, 0]]), None,
+                                                    None))
     monkeypatch.setattr(recognition, "score", lambda test, features: {"seen": features})
     found = kprpe.evaluate(Corner(), None, [kprpe.Arm(None, [], [test], "@IJB-B")], None, None)
     same(found["seen@IJB-B"], [[0.6, 0.8], [0, 1], [1, 0]], 1e-6)

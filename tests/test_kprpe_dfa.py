@@ -1,5 +1,10 @@
 """Face aligner and template fusion of kprpe.py against slow loops, closed forms and finite differences."""
+import json
 import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -267,11 +272,12 @@ def test_losses_are_their_formulas():
 def test_targets_follow_crop_and_mirror():
     faces = [datasets.Face(np.zeros((90, 100, 3), np.uint8), 20 + 40 * np.random.default_rng(i).random(
         (5, 2)).astype(np.float32), (10.0, 15.0, 60.0, 75.0)) for i in range(2)]
-    faces[1].points[:] = np.nan
-    plain = kprpe.dfa_dataset(faces)
-    mirror = kprpe.dfa_dataset(faces, augment=lambda rng, size: (np.eye(2, 3), True, {}))
-    keys = [(0, 0), (0, 1)]
-    first, second = (kprpe.targets(data.__getitems__(keys)["points"], 160) for data in (plain, mirror))
+    faces[1].points[:] = np.nan  # as WIDER FACE has it
+    data = kprpe.dfa_dataset(faces)
+    points = data.__getitems__([(0, 0), (0, 1)])["points"]
+    mirror = replace(kprpe.AUGMENTATIONS["mirror"], flip=1.0)
+    _, moved = kprpe.augment(torch.zeros(2, 3, 160, 160), points, mirror, kprpe.FLIP_9)
+    first, second = kprpe.targets(points, 160), kprpe.targets(moved, 160)
     # The square about the box is 1.2 times its longer side.
     scale = 160 / (1.2 * 60)
     torch.testing.assert_close((first.box[0, 2:] - first.box[0, :2]) * 160, torch.tensor([50.0, 60]) * scale)
@@ -280,11 +286,16 @@ def test_targets_follow_crop_and_mirror():
     mirrored = (first.landmarks[0] * torch.tensor([-1, 1]) + torch.tensor([1, 0]))[[1, 0, 2, 4, 3]]
     torch.testing.assert_close(second.landmarks[0], mirrored, rtol=0, atol=1e-5)
     torch.testing.assert_close(second.box[0], first.box[0], rtol=0, atol=1e-5)  # in the middle of its crop
-    assert first.label.tolist() == [1, -1] and first.landmarks.isfinite().all()
-    for bad in (dict(box=None), dict(points=None), dict(points=np.zeros((7, 2), np.float32))):
-        face = datasets.Face(**dict(image="", points=faces[0].points, box=(0, 0, 9, 9)) | bad)
-        with pytest.raises(ValueError, match="the aligner learns from a box and"):
-            kprpe.with_corners([face])
+    assert first.label.tolist() == second.label.tolist() == [1, -1] and first.landmarks.isfinite().all()
+    _, moved = kprpe.augment(torch.zeros(2, 3, 160, 160), points, kprpe.AUGMENTATIONS["full"], kprpe.FLIP_9)
+    found = kprpe.targets(moved, 160)
+    assert found.label.tolist() == [1, -1] and found.box.isfinite().all()
+    torch.testing.assert_close(kprpe.mean_face(data), first.landmarks[0])
+    for points in (None, np.zeros((7, 2), np.float32)):
+        with pytest.raises(ValueError, match="the aligner learns from "):
+            kprpe.dfa_dataset([replace(faces[0], points=points)])
+    with pytest.raises(ValueError, match="--box face finds a box of 0 px"):
+        kprpe.dfa_dataset([replace(faces[0], box=None)])
 
 
 def test_it_learns_a_few_drawn_faces():
