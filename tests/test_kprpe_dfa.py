@@ -300,10 +300,10 @@ def test_targets_follow_crop_and_mirror():
 
 def test_it_learns_a_few_drawn_faces():
     torch.manual_seed(0)
-    data = kprpe.dfa_dataset(synthetic.read_faces("train", 4, 160, 5))
+    data = kprpe.dfa_dataset(synthetic.read_faces("train", 4, 96, 5), 96)
     batch = data.__getitems__(datasets.in_order(4, 4)[0])
-    image, target = batch["image"].permute(0, 3, 1, 2) / 127.5 - 1, kprpe.targets(batch["points"], 160)
-    net = kprpe.DFA()
+    image, target = batch["image"].permute(0, 3, 1, 2) / 127.5 - 1, kprpe.targets(batch["points"], 96)
+    net = kprpe.DFA(96)
     optimizer, losses = torch.optim.AdamW(net.parameters()), []
     for step in range(40):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 40)
@@ -429,3 +429,221 @@ def test_own_templates_are_videos(tmp_path):
     assert ranks == {k: pytest.approx(v) for k, v in metrics.rank_k(
         pooled[[2, 4, 5]], [1, 2, 2], pooled[[0, 1, 3]], [0, 1, 2], (1, 2, 3)).items()}
     assert ranks[1] == pytest.approx(2 / 3)
+
+
+# ---- Keypoints of crops and images ---------------------------------------------------------------
+
+class Still(torch.nn.Module):
+    """An aligner that finds the same places in every crop, and remembers what it was shown."""
+    size, priors = 64, torch.zeros(1)
+    five = CANONICAL.float() * 0.5 + 0.25
+    box = torch.tensor([0.3, 0.25, 0.7, 0.75])
+
+    def forward(self, image, padding=0.0):
+        self.seen = image, padding
+        fused = torch.cat([self.box, torch.zeros(2), self.five.flatten()]).expand(len(image), -1)
+        return kprpe.Found(self.five.expand(len(image), 5, 2), torch.full((len(image),), 0.7), None, None, fused,
+                           None, None, None)
+
+
+def test_a_face_is_found_in_its_box_and_in_a_whole_image():
+    y, x = np.mgrid[:180, :240]
+    image = np.stack([x, y, 0 * x], -1).astype(np.uint8)                     # red tells x, green y
+    net, five, centre = Still(), Still.five.numpy(), np.array([110, 90])
+    points, aligned = kprpe.find_face(net, image, np.array([70, 60, 150, 120.0]))
+    np.testing.assert_allclose(points, centre + (five - 0.5) * 1.2 * 80, atol=1e-3)
+    for (u, v), (x, y) in zip(datasets.ARCFACE_5.round().astype(int), points):
+        assert np.abs(aligned[v, u, :2] - np.array([x, y])).max() < 3
+    # The whole image is a square of its longer side; the box in it, then the five points about that.
+    points, _ = kprpe.find_face(net, image, None)
+    low, high = (Still.box.view(2, 2).numpy() - 0.5) * 240 + [119.5, 89.5]
+    np.testing.assert_allclose(points, (low + high) / 2 + (five - 0.5) * 1.2 * (high - low).max(), atol=1e-2)
+    assert net.seen[0].shape == (1, 3, 64, 64) and net.seen[0].abs().max() <= 1
+
+
+SMALL = ["--device", "cpu", "--workers", "0", "--limit", "40", "--size", "32", "--dim", "16", "--depth", "2",
+         "--heads", "2", "--epochs", "1", "--batch-size", "8", "--also-rpe", "", "--align-steps", "0"]
+
+
+class Seen(nn.Module):
+    """An "embedding" that is what the network is given."""
+
+    def forward(self, image, points):
+        return torch.cat([image.flatten(1), points.flatten(1)], 1)
+
+
+@pytest.mark.parametrize("draw", [False, True])
+def test_keypoints_of_a_crop_and_of_its_mirror_image_are_found(monkeypatch, draw):
+    args = kprpe.parse_args([*SMALL, "--dfa", "x", *["--draw-keypoints"] * draw])
+    shown, generator = [], torch.Generator().manual_seed(0)
+    found = [torch.rand(2, 5, 2, generator=generator) * 31 for _ in range(2)]
+
+    def detect(path, image, padding=0.0):
+        assert path == "x" and padding == 0
+        shown.append(image)
+        return found[len(shown) - 1], torch.tensor([0.25, 0.5])
+
+    monkeypatch.setattr(kprpe, "detect", detect)
+    batch = {"image": torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8), "index": torch.arange(2)}
+    for noise in (0.0, 0.1):
+        shown.clear()
+        out = kprpe.embed(Seen(), kprpe.Arm(range(2), [batch], [], noise=noise), args, torch.device("cpu"))
+        image = batch["image"].permute(0, 3, 1, 2).float()
+        assert torch.equal(shown[0], image) and torch.equal(shown[1], image.flip(3))   # before dots are drawn
+        views = [kprpe.inputs(pixels, points, draw) for pixels, points in zip(shown, found)]
+        views = [(pixels, kprpe.disturb(points, batch["index"], noise)) for pixels, points in views]
+        torch.testing.assert_close(out.features, sum(Seen()(*view) for view in views))
+        torch.testing.assert_close(out.keypoints, views[0][1])
+        assert out.score.tolist() == [0.25, 0.5]
+
+
+# ---- Whole runs ----------------------------------------------------------------------------------
+
+DFA = ["--task", "dfa", "--device", "cpu", "--workers", "0", "--limit", "10", "--size", "64", "--epochs", "2",
+       "--batch-size", "4", "--eval-every", "1"]
+
+
+def go(*flags):
+    return kprpe.main(kprpe.parse_args([str(flag) for flag in flags]))
+
+
+def state_of(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of the aligner: its folder and its scores."""
+    folder = tmp_path_factory.mktemp("dfa") / "run"
+    return folder, go(*DFA, "--output", folder)
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_of_the_aligner_is_evaluated_continued_and_used(run, tmp_path, monkeypatch, capsys):
+    folder, scores = run
+    assert {"aligned.png", "ced.png", "last.pt", "log.jsonl"} <= {path.name for path in folder.iterdir()}
+    assert scores.keys() == set(kprpe.ERRORS) and all(logged(folder)[-1][key] == scores[key] for key in scores)
+    assert go("--task", "dfa", "--device", "cpu", "--eval", folder / "last.pt", "--output", tmp_path / "eval") \
+        == scores and (tmp_path / "eval" / "aligned.png").exists()
+    assert f"NME by the box: {scores['nme']:.4f}" in capsys.readouterr().out
+
+    original = kprpe.save                                                    # killed, and taken up again
+
+    def dies(path, **state):
+        original(path, **state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kprpe, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        go(*DFA, "--output", tmp_path / "cut")
+    monkeypatch.setattr(kprpe, "save", original)
+    go("--task", "dfa", "--device", "cpu", "--resume", "--output", tmp_path / "cut")
+    whole, cut = state_of(folder), state_of(tmp_path / "cut")
+    assert all(torch.equal(value, cut["model"][name]) for name, value in whole["model"].items())
+    drop = lambda row: {key: value for key, value in row.items() if key != "minutes"}
+    assert list(map(drop, logged(folder))) == list(map(drop, logged(tmp_path / "cut")))
+
+    photo = synthetic.read_faces("test", 1, 90, 5)[0].image()
+    (tmp_path / "in").mkdir()
+    cv2.imwrite(str(tmp_path / "in" / "a.png"), photo[..., ::-1])
+    go("--task", "dfa", "--device", "cpu", "--weights", folder / "last.pt", "--predict", tmp_path / "in",
+       "--box", "20,20,70,80", "--output", tmp_path / "out")
+    points, aligned = kprpe.find_face(kprpe.open_dfa(str(folder / "last.pt"), torch.device("cpu"))[0], photo,
+                                      np.array([20, 20, 70, 80.0]))
+    np.testing.assert_allclose(datasets.read_pts(tmp_path / "out" / "a.pts"), points, atol=1e-3)
+    assert np.array_equal(cv2.imread(str(tmp_path / "out" / "a.png"))[..., ::-1], aligned)
+
+
+def test_faces_without_landmarks_are_trained_on(tmp_path):
+    """A tree of WIDER FACE, half of whose faces have none."""
+    (tmp_path / "train" / "images").mkdir(parents=True)
+    text = ""
+    for i, face in enumerate(synthetic.read_faces("train", 24, 48, 5)):
+        cv2.imwrite(str(tmp_path / "train" / "images" / f"{i}.jpg"), face.image()[..., ::-1])
+        x0, y0, x1, y1 = face.box
+        points = "".join(f" {x} {y} 0" for x, y in face.points.tolist()) if i % 3 else 5 * " -1 -1 -1"
+        text += f"# {i}.jpg\n{x0} {y0} {x1 - x0} {y1 - y0}{points} 0.5\n"
+    (tmp_path / "train" / "label.txt").write_text(text)
+    scores = go(*DFA, "--data", "widerface", "--data-root", tmp_path, "--epochs", "1", "--limit", "20",
+                "--output", tmp_path / "run")
+    assert all(np.isfinite(value) for value in scores.values())
+
+
+def test_the_aligner_learns_in_two_processes(tmp_path):
+    done = subprocess.run([sys.executable, kprpe.__file__, *DFA, "--gpus", "2", "--epochs", "1", "--output",
+                           str(tmp_path / "run")], capture_output=True, text=True, cwd=tmp_path,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert state_of(tmp_path / "run")["world"] == 2
+    row = logged(tmp_path / "run")[0]
+    scores = go("--task", "dfa", "--device", "cpu", "--eval", tmp_path / "run" / "last.pt")
+    assert scores == {key: pytest.approx(row[key], abs=1e-6) for key in kprpe.ERRORS}
+
+
+def test_a_network_learns_with_found_keypoints_and_templates_are_fused(run, tmp_path, monkeypatch):
+    path, original, paddings = str(run[0] / "last.pt"), kprpe.detect, []
+    monkeypatch.setattr(kprpe, "detect", lambda path, image, padding=0.0: (
+        paddings.append(padding), original(path, image, padding))[1])
+    scores = go(*SMALL, "--dfa", path, "--fusion", "average,norm,landmark", "--keypoint-noise", "0.1",
+                "--output", tmp_path / "run", "--align-steps", "2")
+    assert {f"rank{k}{arm}@{rule}" for k in (1, 5) for arm in ("", "@unaligned", "@noise0.1")
+            for rule in kprpe.FUSIONS} <= scores.keys()
+    assert paddings[:5] == 5 * [kprpe.TRAIN_PADDING] and set(paddings[5:]) == {0.0}
+    state = state_of(tmp_path / "run")
+    assert state["args"]["dfa"] == path and not any("priors" in name for name in state["model"])
+    # Annotated keypoints for the same network; a fusion that is not asked for is not made.
+    again = go("--device", "cpu", "--eval", tmp_path / "run" / "last.pt", "--align-steps", "2")
+    assert again == {key: scores[key] for key in again} and "rank1@average" not in again
+    count = len(paddings)
+    go("--device", "cpu", "--eval", tmp_path / "run" / "last.pt", "--dfa=", "--fusion", "landmark",
+       "--align-steps", "0")
+    assert len(paddings) == count
+
+    photo = synthetic.read_faces("test", 1, 64, 5)[0].image()
+    cv2.imwrite(str(tmp_path / "photo.png"), photo[..., ::-1])               # no .pts beside it
+    go("--device", "cpu", "--weights", tmp_path / "run" / "last.pt", "--predict", tmp_path / "photo.png",
+       "--output", tmp_path / "out")
+    points, _ = kprpe.find_face(kprpe.open_dfa(path, torch.device("cpu"))[0], photo, None)
+    np.testing.assert_allclose(datasets.read_pts(tmp_path / "out" / "photo.pts"), points, atol=1e-3)
+
+    for folder in ("train", "test"):                                         # people without landmarks
+        for i in range(8):
+            place = tmp_path / "set" / folder / f"p{i // 4}"
+            place.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(place / f"{i // 2}{i % 2}.png"), photo)
+    scores = go(*SMALL, "--data", "folder", "--data-root", tmp_path / "set", "--dfa", path, "--fusion",
+                "landmark", "--output", tmp_path / "bare")
+    assert "rank1@landmark" in scores
+
+
+def test_checkpoints_that_are_no_aligner(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint none.pt of a face aligner: give --dfa"):
+        go(*SMALL, "--dfa", "none.pt", "--output", tmp_path / "no")
+    go(*SMALL, "--output", tmp_path / "face")
+    with pytest.raises(ValueError, match="last.pt is a checkpoint of --task face, not dfa"):
+        go(*SMALL, "--dfa", tmp_path / "face" / "last.pt", "--output", tmp_path / "no")
+    with pytest.raises(ValueError, match="last.pt is a checkpoint of --task dfa, not face"):
+        go("--device", "cpu", "--eval", run[0] / "last.pt")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--task dfa --rpe none", "--rpe does not belong to --task dfa"),
+    ("--task dfa --dfa x", "--dfa does not belong to --task dfa"),
+    ("--task dfa --size 80", "--size 80: expected a multiple of 32"),
+    ("--task dfa --data affnist", "invalid choice: 'affnist'"),
+    ("--fusion average,best", "--fusion average,best: expected some of average, norm, landmark"),
+    ("--data affnist --data-root x --dfa x", "--dfa is for faces, not for --data affnist"),
+])
+def test_flags_that_cannot_be_meant(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        kprpe.parse_args(flags.split())
+    assert message in capsys.readouterr().err
+
+
+def test_presets_are_the_supplements():
+    args = kprpe.parse_args(["--task", "dfa", "--data", "widerface", "--data-root", "x"])
+    assert (args.size, args.batch_size, args.epochs, args.box) == (160, 320, 750, "face")
