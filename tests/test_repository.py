@@ -101,7 +101,7 @@ def test_claims_name_flags_that_exist():
     from tests import claims
 
     for script, listed in claims.CLAIMS.items():
-        module = __import__(script)
+        module = __import__(script.partition("-")[0])
         for claim in listed:
             for flags in claim.variants.values():
                 data = "faces" if "--also" in flags else "folder"
