@@ -16,8 +16,10 @@ Where each equation is:
   Eq. (8), (9), (10)  f(P), relative; split in two parts    KPRPE
   Eq. (11)            the bias of a pair of patches         Attention
   Eq. (12)            noise on keypoints                    disturb
-  Eq. (13), (14), (15)  face aligner (--task dfa)           DFA
-  Eq. (16), (17), (18)  fusion of a template's images       fuse
+  Eq. (13), (14)      face aligner: weights of its anchors  DFA
+  Eq. (15)            face aligner: landmarks               DFA
+  Eq. (16)            fusion weighted by norms              fuse
+  Eq. (17), (18)      fusion weighted by landmarks          fuse
 
 Differs from the paper, or settles what it leaves open (code: CVLface, the authors'):
   - f(P) of Eq. (10) is linear in M - P, so it is the sum of a part of the keypoints that is the same for all
@@ -115,7 +117,8 @@ PRESETS = {
 # The supplement gives the size, batch and epochs of "widerface"; the rest is ours.
 WIDER = dict(size=160, batch_size=320, epochs=750, lr=1e-3, weight_decay=0.05, warmup=3.0, augment="full",
              clip=5.0, box="face", eval_every=10)
-SMALL_WIDER = dict(WIDER, batch_size=32, epochs=8, warmup=1.0, cache="device", eval_every=4)
+SMALL_WIDER = dict(WIDER, batch_size=16, epochs=10, lr=2e-3, warmup=1.0, augment="move", cache="device",
+                   eval_every=5)
 DFA_PRESETS = {
     "widerface": dict(WIDER),
     "folder": dict(SMALL_WIDER, box="landmarks"),
@@ -216,8 +219,8 @@ def own_flags(parser: argparse.ArgumentParser):
     add("--rpe-lr", type=float, default=0.0, help="learning rate of relative encodings (all of --rpe but "
         "none) over --lr; 0: sqrt(d) for biases, as the code's form of Eq. 5 learns, and 1 for irpe")
     add("--augment", default="full", choices=list(AUGMENTATIONS), help="'full' (Table 6), 'wide' "
-        "(more shift and rotation), 'plain' (AdaFace's: crop, low resolution, colour, mirror), 'mirror' or "
-        "'none'")
+        "(more shift and rotation), 'move' (more shift, geometry alone), 'plain' (AdaFace's: crop, low "
+        "resolution, colour, mirror), 'mirror' or 'none'")
     add("--repeat", type=float, default=0.5, help="chance that the next image is one of the same person")
     add("--warmup", type=float, default=3.0, help="epochs over which the rate rises to --lr")
     add("--clip", type=float, default=5.0, help="largest norm of the gradient; 0: any")
@@ -1089,6 +1092,7 @@ class Augmentation:
 PLAIN = Augmentation(scale=0, shift=0, rotate=0, holes=0, blurs=(1, 0), ops=0, jitter=0.2)
 WIDE = Augmentation(shift=0.4, rotate=1.0)  # ours: aligned faces as far off as unaligned ones
 AUGMENTATIONS = {"full": Augmentation(), "wide": WIDE, "plain": PLAIN, "none": None,  # --augment
+                 "move": Augmentation(shift=0.4, cutout=0, blur=0, ops=0),  # ours, of the face aligner
                  "mirror": Augmentation(scale=0, shift=0, rotate=0, cutout=0, blur=0, ops=0)}
 
 
@@ -2752,7 +2756,7 @@ def open_dfa(path: str, device: torch.device) -> tuple[DFA, dict]:
 def detect(path: str, image: torch.Tensor, padding: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Keypoints (B, 5, 2) px and face scores (B,) that --dfa finds in images (B, 3, H, W) in 0..255."""
     found = open_dfa(path, image.device)[0](image / 127.5 - 1, padding)
-    return found.landmarks * found.landmarks.new_tensor(image.shape[:1:-1]) - 0.5, found.score
+    return found.landmarks * constant(tuple(map(float, image.shape[:1:-1])), image.device) - 0.5, found.score
 
 
 @torch.inference_mode()
