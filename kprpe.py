@@ -1568,7 +1568,7 @@ def test_splits(args) -> list[tuple[Split, list, str]]:
         if points is None and not path.endswith(".bin"):  # those are aligned
             if needy:
                 raise FileNotFoundError(f"--test {path}: the network needs the keypoints of its images: no "
-                                        f"{beside}, rows image,x0,y0,...")
+                                        f"{beside}, rows image,x0,y0,..., nor --dfa")
             say(f"--test {path}: no {beside}; images are taken as they stand")
         if points is None or args.box != "landmarks":
             split = Split(test.images, None if points is None else five_points(points, beside))
@@ -2809,7 +2809,8 @@ def evaluate_aligner(args) -> dict:
     device, given = setup(args)[2], set(args.given)
     net, state = open_dfa(args.eval, device)
     other = "data" in given and args.data != state["args"]["data"]
-    restore_args(args, state["args"], MACHINE | ({"box"} & given) | (DATA if other else DATA & given))
+    free = DATA | {"box"}
+    restore_args(args, state["args"], MACHINE | (free if other else free & given))
     folder, data = find_run(args, "kprpe-dfa"), aligner_set(args, "test")
     loader = make_loader(args, data, shares(len(data), 64, *ranks()), device, True)
     errors = evaluate_dfa(net, state["mean"], data, loader, args, device)
