@@ -160,17 +160,17 @@ def test_images_of_other_shapes_are_padded_and_resized(net):
     for name in ("landmarks", "best"):
         there, here = (getattr(f, name) * torch.tensor([w, 160.0]) for f, w in ((whole, 160), (part, 117)))
         torch.testing.assert_close(here + torch.tensor([21.0, 0]), there, rtol=1e-4, atol=1e-3)
-    # A blob stays at its place, in units of the image, through every padding and size.
-    for height, width, padding in ((320, 240, 0.0), (90, 130, 0.215), (112, 112, 0.215)):
+    # A blob stays at its place, in units of the image, through every shape and size.
+    for height, width in ((320, 240), (90, 130), (112, 112)):
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         dot = torch.exp(-((x - 0.3 * width) ** 2 + (y - 0.6 * height) ** 2) / (0.05 * height) ** 2)
-        out, place = kprpe.to_square(2 * dot.expand(1, 3, -1, -1) - 1, 160, padding)
+        out, place = kprpe.to_square(2 * dot.expand(1, 3, -1, -1) - 1, 160)
         mass = (out[0, 0] + 1) / (out[0, 0] + 1).sum()
         centre = torch.stack([(mass.sum(0) * (torch.arange(160) + 0.5)).sum(),
                               (mass.sum(1) * (torch.arange(160) + 0.5)).sum()]) / 160
         expected = torch.tensor([(0.3 * width + 0.5) / width, (0.6 * height + 0.5) / height])
         torch.testing.assert_close(kprpe.from_square(centre, place), expected, rtol=0, atol=1e-4)
-    assert kprpe.to_square(image, 160, 0.1)[0].shape == (1, 3, 160, 160)
+    assert kprpe.to_square(image, 96)[0].shape == (1, 3, 96, 96)
     with pytest.raises(ValueError, match=r"shape \(1, 1, 160, 160\): expected \(B, 3, H, W\)"):
         net(torch.zeros(1, 1, 160, 160))
 
@@ -439,8 +439,8 @@ class Still(torch.nn.Module):
     five = CANONICAL.float() * 0.5 + 0.25
     box = torch.tensor([0.3, 0.25, 0.7, 0.75])
 
-    def forward(self, image, padding=0.0):
-        self.seen = image, padding
+    def forward(self, image):
+        self.seen = image
         fused = torch.cat([self.box, torch.zeros(2), self.five.flatten()]).expand(len(image), -1)
         return kprpe.Found(self.five.expand(len(image), 5, 2), None, None, None, fused, None, None, None)
 
@@ -457,7 +457,7 @@ def test_a_face_is_found_in_its_box_and_in_a_whole_image():
     points, _ = kprpe.find_face(net, image, None)
     low, high = (Still.box.view(2, 2).numpy() - 0.5) * 240 + [119.5, 89.5]
     np.testing.assert_allclose(points, (low + high) / 2 + (five - 0.5) * 1.2 * (high - low).max(), atol=1e-2)
-    assert net.seen[0].shape == (1, 3, 64, 64) and net.seen[0].abs().max() <= 1
+    assert net.seen.shape == (1, 3, 64, 64) and net.seen.abs().max() <= 1
 
 
 SMALL = ["--device", "cpu", "--workers", "0", "--limit", "40", "--size", "32", "--dim", "16", "--depth", "2",
@@ -477,8 +477,8 @@ def test_keypoints_of_a_crop_and_of_its_mirror_image_are_found(monkeypatch, draw
     shown, generator = [], torch.Generator().manual_seed(0)
     found = [torch.rand(2, 5, 2, generator=generator) * 31 for _ in range(2)]
 
-    def detect(path, image, padding=0.0):
-        assert path == "x" and padding == 0
+    def detect(path, image):
+        assert path == "x"
         shown.append(image)
         return found[len(shown) - 1], torch.tensor([0.25, 0.5])
 
@@ -585,23 +585,23 @@ def test_the_aligner_learns_in_two_processes(tmp_path):
 
 
 def test_a_network_learns_with_found_keypoints_and_templates_are_fused(run, tmp_path, monkeypatch):
-    path, original, paddings = str(run[0] / "last.pt"), kprpe.detect, []
-    monkeypatch.setattr(kprpe, "detect", lambda path, image, padding=0.0: (
-        paddings.append(padding), original(path, image, padding))[1])
+    path, original, seen = str(run[0] / "last.pt"), kprpe.detect, []
+    monkeypatch.setattr(kprpe, "detect", lambda path, image: (seen.append(len(image)),
+                                                                original(path, image))[1])
     scores = go(*SMALL, "--dfa", path, "--fusion", "average,norm,landmark", "--keypoint-noise", "0.1",
                 "--output", tmp_path / "run", "--align-steps", "2")
     assert {f"rank{k}{arm}@{rule}" for k in (1, 5) for arm in ("", "@unaligned", "@noise0.1")
             for rule in kprpe.FUSIONS} <= scores.keys()
-    assert paddings[:5] == 5 * [kprpe.TRAIN_PADDING] and set(paddings[5:]) == {0.0}
+    assert seen[:5] == 5 * [8] and seen[5] == 40                             # five steps, then the test set
     state = state_of(tmp_path / "run")
     assert state["args"]["dfa"] == path and not any("priors" in name for name in state["model"])
     # Annotated keypoints for the same network; a fusion that is not asked for is not made.
     again = go("--device", "cpu", "--eval", tmp_path / "run" / "last.pt", "--align-steps", "2")
     assert again == {key: scores[key] for key in again} and "rank1@average" not in again
-    count = len(paddings)
+    count = len(seen)
     go("--device", "cpu", "--eval", tmp_path / "run" / "last.pt", "--dfa=", "--fusion", "landmark",
        "--align-steps", "0")
-    assert len(paddings) == count
+    assert len(seen) == count
 
     photo = synthetic.read_faces("test", 1, 64, 5)[0].image()
     cv2.imwrite(str(tmp_path / "photo.png"), photo[..., ::-1])               # no .pts beside it
