@@ -51,7 +51,9 @@ Differs from the paper, or settles what it leaves open (code: CVLface, the autho
     the test split of WIDER FACE are ours. Its warps have align_corners=False (code: True).
   - With --dfa keypoints are found, in training before the augmentation, and in the mirror image anew; on the
     crop as it is (code: in training with a border of 0.215).
-  - Not here: gait.
+  - Gait (Sec. 5): SwinGait-2D is not published; it is made of OpenGait's SwinGait-3D (class SwinGait). Here
+    all of it is trained from scratch, at one rate, by a cosine without steps; OpenGait begins with trained
+    convolutions. M is the grid of a window, in [0, 1], and serves all windows of a frame.
 
 Train on WebFace4M on four GPUs (the paper: TinyFace rank-1 75.80 %; not run here), its keypoints in a file
 like CVLface's, those of TinyFace in tinyface.landmarks.csv:
@@ -66,6 +68,9 @@ Digits; continue; evaluate with noise and between unaligned and aligned; use:
 The face aligner, on drawn faces, two to three minutes on a CPU; its keypoints instead of a file's:
   python kprpe.py --task dfa
   python kprpe.py --dfa runs/kprpe-dfa-faces/last.pt --fusion average,norm,landmark
+Gait, drawn walkers with and without KP-RPE; Gait3D (the paper: rank-1 68.2 %; not run here):
+  python kprpe.py --task gait
+  python kprpe.py --task gait --data gait3d --data-root GAIT3D --gpus 4 --amp --also-rpe swin
 """
 import argparse
 import copy
@@ -93,7 +98,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
-from common import datasets, digits, metrics, recognition, synthetic, warp
+from common import datasets, digits, gait, metrics, recognition, synthetic, warp
 
 # ---- Settings ------------------------------------------------------------------------------------
 
@@ -126,15 +131,26 @@ DFA_PRESETS = {
     "youtube": dict(SMALL_WIDER, box="landmarks"),
     "faces": dict(SMALL_WIDER),
 }
+# Sec. 5: 32 people x 4 sequences, 60,000 steps (93 an epoch). The rest is OpenGait's.
+GAIT3D = dict(model="own", rpe="kp-multihead", dim=256, heads=16, epochs=645, batch_size=128, frames=30,
+              lr=3e-4, weight_decay=0.02, warmup=0.0, clip=0.0, eval_every=65)
+WALKERS = dict(GAIT3D, dim=32, heads=2, epochs=20, batch_size=32, frames=4, lr=2e-3, warmup=1.0,
+               also_rpe="swin", unaligned=True, eval_every=10)
 # --task, and the presets of its --data; without --data it is the last one, which needs no files.
-TASKS = {"face": PRESETS, "dfa": DFA_PRESETS}
+TASKS = {"face": PRESETS, "dfa": DFA_PRESETS, "gait": {"gait3d": GAIT3D, "walkers": WALKERS}}
 # Flags that a task other than "face" reads; the others are refused.
 READ = {"dfa": {
     "task", "data", "data_root", "output", "epochs", "batch_size", "lr", "weight_decay", "gpus", "device",
     "workers", "seed", "amp", "compile", "limit", "resume", "eval", "predict", "weights", "box", "cache",
-    "size", "eval_every", "points", "detector", "augment", "warmup", "clip"}}
+    "size", "eval_every", "points", "detector", "augment", "warmup", "clip"}, "gait": {
+    "task", "data", "data_root", "output", "epochs", "batch_size", "lr", "weight_decay", "gpus", "device",
+    "workers", "seed", "amp", "compile", "limit", "resume", "eval", "eval_every", "dim", "heads", "drop_path",
+    "rpe", "also_rpe", "rpe_lr", "frames", "warmup", "clip", "unaligned"}}
 RECORDS = ("ms1m-small", "webface-base")
 DRAWN = {"train": 1600, "test": 400}  # faces of --data faces
+DRAWN_WALKERS = {"train": dict(people=100), "test": dict(people=60, sequences=4, frames=16)}
+SEQUENCES = 4  # of each person in a batch (gait)
+SPOIL = dict(shift=6.0, zoom=0.2)  # of crops of 64 x 44 px, --unaligned (gait)
 BOXES = ("image", "landmarks", "face")
 MODELS = ("small", "base", "own", "iresnet50", "iresnet101")
 CANVAS = 40  # px, side of a canvas of digits: affNIST's
@@ -144,6 +160,7 @@ CANVAS = 40  # px, side of a canvas of digits: affNIST's
 STATIC = ("euclidean", "cross", "product")
 KEYPOINT = ("kp-absolute", "kp-relative", "kp-multihead")
 RPES = ("none", *STATIC, "irpe", *KEYPOINT)
+SWIN = ("none", "swin", *KEYPOINT)  # of --task gait
 FUSIONS = ("average", "norm", "landmark")  # --fusion
 
 
@@ -172,7 +189,8 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="seed of weights, order and augmentation")
     add("--amp", action=switch, default=False, help="bfloat16 on a GPU; cosines and loss in float32")
     add("--compile", action=switch, default=False, help="torch.compile; minutes at first, then faster")
-    add("--limit", type=int, default=0, help="at most so many images a split, but of records; 0: all")
+    add("--limit", type=int, default=0, help="at most so many images a split, but of records; "
+        "of gait so many people; 0: all")
     add("--resume", action="store_true", help="continue the run in --output, or the newest run on this data")
     add("--eval", default="", metavar="CKPT", help="evaluate this checkpoint and stop")
     add("--predict", nargs="+", default=[], metavar="PATH", help="images or folders to embed")
@@ -209,7 +227,8 @@ def own_flags(parser: argparse.ArgumentParser):
     add("--mlp-ratio", type=float, default=3.0, help="hidden width over --dim of --model own")
     add("--patch", type=int, default=8, help="side of a patch in px")
     add("--drop-path", type=float, default=0.1, help="chance that an image skips the last block's branches")
-    add("--rpe", default="kp-multihead", choices=RPES, help="position encoding of ViTs (Tables 1 and 2)")
+    add("--rpe", default="kp-multihead", choices=(*RPES, "swin"), help="position encoding of ViTs (Tables 1 "
+        "and 2); 'swin': --task gait's own, of which it also has none and kp-*")
     add("--also-rpe", default="", help="encodings to train with after it, for comparison, as none,irpe")
     add("--num-keypoints", type=int, default=5, help="the first 0 to 5 of the keypoints (supp. 2.2)")
     add("--draw-keypoints", action=switch, default=False, help="mark them in the image (Fig. 1, Abs-PE*)")
@@ -224,6 +243,7 @@ def own_flags(parser: argparse.ArgumentParser):
         "resolution, colour, mirror), 'mirror' or 'none'")
     add("--repeat", type=float, default=0.5, help="chance that the next image is one of the same person")
     add("--warmup", type=float, default=3.0, help="epochs over which the rate rises to --lr")
+    add("--frames", type=int, default=30, help="frames of a sequence that a step sees (--task gait)")
     add("--clip", type=float, default=5.0, help="largest norm of the gradient; 0: any")
     add("--landmarks", default="", metavar="PATH", help="landmarks of a set that has none of its own: a CSV "
         "of image,x0,y0,..., or a folder with the images' tree of .pts, as the landmark scripts write it")
@@ -247,21 +267,25 @@ def check_flags(args, error: Callable[[str], None]):
     wanted = [(name, getattr(args, name) >= least, f"at least {least}") for name, least in [
         ("epochs", 1), ("batch_size", 2), ("gpus", 1), ("limit", 0), ("seed", 0), ("eval_every", 1),
         ("dim", 1), ("depth", 1), ("heads", 1), ("patch", 1), ("size", 1), ("workers", -1),
-        ("align_steps", 0)]]
+        ("align_steps", 0), ("frames", 1)]]
     wanted += [(name, 0 <= getattr(args, name) < math.inf, "at least 0") for name in (
         "weight_decay", "warmup", "clip", "rpe_lr")]
     wanted += [(name, 0 < getattr(args, name) < math.inf, "more than 0") for name in (
         "lr", "margin", "mlp_ratio", "scale")]
     wanted += [(name, 0 <= getattr(args, name) < 1, "0 to 1, below 1") for name in ("drop_path", "repeat")]
+    encodings = SWIN if args.task == "gait" else RPES
     side = 32 if args.task == "dfa" else 16 if args.model.startswith("iresnet") else args.patch
     wanted += [("size", args.size % max(side, 1) == 0, f"a multiple of {side}"),
                ("dim", args.dim % max(args.heads, 1) == 0, f"a multiple of --heads {args.heads}"),
+               ("batch_size", args.task != "gait" or args.batch_size % (SEQUENCES * args.gpus) == 0,
+                f"a multiple of {SEQUENCES} sequences of a person x --gpus {args.gpus}"),
                ("num_keypoints", 0 <= args.num_keypoints <= 5, "0 to 5"),
                ("sample_rate", 0 < args.sample_rate <= 1, "above 0, at most 1"),
                ("points", args.points in datasets.SCHEMES, f"one of {list(datasets.SCHEMES)}"),
                ("keypoint_noise", all(0 < a <= 0.3 for a in numbers(args.keypoint_noise)),
                 "numbers above 0, at most 0.3, as 0.02,0.05"),
-               ("also_rpe", all(rpe in RPES for rpe in words(args.also_rpe)), f"some of {', '.join(RPES)}"),
+               ("rpe", args.rpe in encodings, f"one of {', '.join(encodings)} for --task {args.task}"),
+               ("also_rpe", {*words(args.also_rpe)} <= {*encodings}, f"some of {', '.join(encodings)}"),
                ("fusion", {*words(args.fusion)} <= {*FUSIONS}, f"some of {', '.join(FUSIONS)}")]
     for name, holds, what in wanted:
         if not holds:
@@ -1332,20 +1356,22 @@ def repeated(order: np.ndarray, labels: np.ndarray, p: float, rng: np.random.Gen
 
 # ---- Optimisation: supplement, Table 6 -----------------------------------------------------------
 
-def parameter_groups(net: nn.Module, weight_decay: float, scale: float = 1.0) -> list[dict]:
+def parameter_groups(net: nn.Module, weight_decay: float, scale: float = 1.0,
+                     free: str = "(?<!patch_)emb|token|bias$") -> list[dict]:
     """Parameters for AdamW, with and without weight decay; "scale" is what a group's rate is multiplied by.
 
-    Vectors, biases, the position embedding and tokens do not decay; tables and projections of the relative
-    encodings do, as do class weights (source: code). Those encodings have the rate times `scale`: a bias that
-    is divided by c (Eq. 5: sqrt(d)) learns at c times the rate, its decay over c, as an undivided one would.
+    Vectors and names that match `free`, by default biases, the position embedding and tokens, do not decay;
+    tables and projections of the relative encodings do, as do class weights (source: code). Those encodings
+    have the rate times `scale`: a bias that is divided by c (Eq. 5: sqrt(d)) learns at c times the rate, its
+    decay over c, as an undivided one would.
     """
     groups = [dict(params=[], weight_decay=weight_decay * decays / own, scale=own)
               for own in (1.0, scale) for decays in (1, 0)]
     for name, weight in net.named_parameters():
         if weight.requires_grad:
-            free = "emb" in name.replace("patch_embed", "") or "token" in name or name.endswith("bias")
             encoding = name.startswith("rpe.") or ".table" in name or ".contextual." in name
-            groups[2 * encoding + (free or weight.ndim < 2)]["params"].append(weight)
+            stays = weight.ndim < 2 or re.search(free, name) is not None
+            groups[2 * encoding + stays]["params"].append(weight)
     return groups
 
 
@@ -2210,7 +2236,7 @@ def summary(row: dict) -> str:
         kind, _, part = key.split("@")[0].partition("/")
         if "@step" in key or part and kind != "tar":
             continue
-        percent = kind in ("accuracy", "rank1", "rank5", "tar")
+        percent = kind in ("accuracy", "rank1", "rank5", "rank10", "map", "minp", "tar")
         words.append(f"{key} {100 * value:.2f} %" if percent else f"{key} {value:.4g}")
     return ", ".join(words)
 
@@ -2960,6 +2986,424 @@ def identify_templates(pooled: torch.Tensor, templates: Templates, ks=(1, 5)) ->
     return metrics.rank_k(pooled[~gallery], identity[~gallery], pooled[gallery], identity[gallery], ks)
 
 
+# ---- Gait: Sec. 5 --------------------------------------------------------------------------------
+
+FRAME, TOKENS, WINDOW = gait.SIDES, (15, 10), (3, 5)  # height and width, in px and in tokens
+STAGES = (4, 2)  # blocks; the second stage has twice the width and the heads of the first
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: (B, cin, H, W) -> (B, planes, H/stride, W/stride).
+    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, Fig. 5 left."""
+    expansion = 1
+
+    def __init__(self, cin: int, planes: int, stride: int = 1):
+        super().__init__()
+        self.conv1, self.bn1 = conv(cin, planes, 3, stride), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = conv(planes, planes, 3), nn.BatchNorm2d(planes)
+        reshape = stride > 1 or cin != planes  # the shortcut is the identity wherever the shapes allow it
+        self.downsample = conv_bn(cin, planes, 1, stride) if reshape else nn.Identity()
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.downsample(x), inplace=True)
+
+
+def to_windows(x: torch.Tensor, shift: tuple[int, int]) -> torch.Tensor:
+    """Tokens (F, 150, C), row by row, moved up and left by `shift`, in a circle -> those of each window,
+    row by row: (F, 10, 15, C)."""
+    x = x.unflatten(1, TOKENS).roll((-shift[0], -shift[1]), (1, 2))           # (F, 15, 10, C)
+    x = x.unflatten(2, (-1, WINDOW[1])).unflatten(1, (-1, WINDOW[0]))         # (F, 5, 3, 2, 5, C)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def from_windows(x: torch.Tensor, shift: tuple[int, int]) -> torch.Tensor:
+    """The inverse of `to_windows`."""
+    x = x.unflatten(2, WINDOW).unflatten(1, (-1, TOKENS[1] // WINDOW[1])).transpose(2, 3)
+    return x.flatten(3, 4).flatten(1, 2).roll(shift, (1, 2)).flatten(1, 2)
+
+
+class WindowAttention(Attention):
+    """`Attention` within the windows of each frame: tokens (F, 150, dim) -> the same.
+
+    Args: rpe, "swin" for Swin's own table over all 5 x 9 offsets within a window, else none; shifted, whether
+        windows lie half a window further down and right. What they lose at one side of the frame comes in at
+        the other, where the two parts do not see each other. Of kp-* `forward` takes PairBias and parts, of
+        each frame: the bias (F, H, 15, 15) is the same in all its windows.
+    Source: Liu et al., "Swin Transformer", ICCV 2021: its table is not divided by sqrt(d), and W_Q, W_K, W_V
+        have biases, without which SwinGait has not the parameters that it has.
+    """
+
+    def __init__(self, dim: int, heads: int, rpe: str, shifted: bool):
+        super().__init__(dim, heads, "none", 0)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        height, width = WINDOW
+        self.shift = (height // 2, width // 2) if shifted else (0, 0)
+        offsets = (2 * height - 1) * (2 * width - 1)
+        # At 0, where Swin draws it with 0.02: so all encodings start as one network.
+        self.table = nn.Parameter(torch.zeros(heads, offsets)) if rpe == "swin" else None
+        places = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+        rows, columns = (places[:, None] - places).unbind(-1)                 # (N, N) each, query - key
+        ids = (2 * width - 1) * (rows + height - 1) + columns + width - 1
+        self.register_buffer("ids", ids, persistent=False)
+        moved = [torch.arange(side) >= side - own for side, own in zip(TOKENS, self.shift)]
+        side = to_windows(torch.cartesian_prod(*moved).view(1, -1, 2), (0, 0))[0]               # (W, N, 2)
+        apart = (side[:, :, None] != side[:, None]).any(-1)[:, None]          # (W, 1, N, N)
+        mask = torch.zeros(apart.shape).masked_fill(apart, -torch.inf)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x, pairs=None, parts=None):
+        x = to_windows(x, self.shift)                                         # (F, W, N, dim)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # (F, W, H, N, d)
+        bias = None
+        if self.table is not None:
+            bias = self.table[:, self.ids].to(q.dtype)                        # (H, N, N)
+        elif parts is not None:
+            # Eq. (5), Eq. (11), as in `Attention`
+            bias = pairs(*(part * self.scale for part in parts), q.dtype)[:, None]          # (F, 1, H, N, N)
+        if any(self.shift):
+            bias = self.mask.to(q.dtype) + (0 if bias is None else bias)      # (1 or F, W, 1 or H, N, N)
+        y = F.scaled_dot_product_attention(q, k, v, bias)
+        return from_windows(self.proj(y.transpose(2, 3).flatten(3)), self.shift)
+
+
+class SwinBlock(Block):
+    """`Block` with attention in windows and a hidden layer of 4 dim by GELU; a sample is a frame."""
+
+    def __init__(self, dim: int, heads: int, drop: float, rpe: str, shifted: bool):
+        super().__init__(dim, heads, 4 * dim, drop, "none", 0)
+        self.attn, self.mlp.act = WindowAttention(dim, heads, rpe, shifted), nn.GELU()
+
+
+class SwinGait(nn.Module):
+    """SwinGait-2D: silhouettes (B, T, 64, 44) in [0, 1] [, joints (B, T, joints, 2) in [0, 1]] -> parts of
+    the body (B, 15, dim), from the head down, not normalised.
+
+    Each frame goes through convolutions and a Swin transformer by itself. Of the maximum over the frames each
+    row of tokens is a part, with a projection of its own.
+    KP-RPE: M is the grid of one window, 3 x 5, in [0, 1], P the joints of the frame, so that all windows of a
+    frame have one bias. It takes the place of Swin's table. Each stage has its own W_L, as its heads differ.
+    Args: dim, of the first stage, a multiple of 4 and of heads; rpe, one of SWIN; drop_path, of
+        the last block, rising evenly from 0.
+    Raises: ValueError.
+    Source: Sec. 5; Fan et al., "Exploring Deep Models for Practical Gait Recognition", arXiv 2303.03301.
+        OpenGait's code has SwinGait-3D alone: here its convolutions are 2-D, and windows of 3 x 3 x 5 are
+        3 x 5. Its 16th projection is a copy of the 15th strip's, left out of all outputs: not here.
+    """
+
+    def __init__(self, dim: int = 256, heads: int = 16, rpe: str = "swin", joints: int = gait.JOINTS,
+                 drop_path: float = 0.1):
+        super().__init__()
+        if rpe not in SWIN or dim % 4 or dim % heads:
+            raise ValueError(f"SwinGait of dim {dim}, {heads} heads, rpe {rpe!r}: expected a multiple of 4 "
+                             f"and of the heads, and one of {', '.join(SWIN)}")
+        self.joints, low, high = joints, dim // 4, dim // 2
+        self.stem = nn.Sequential(
+            conv_bn(1, low, 3, act=nn.ReLU), BasicBlock(low, low), BasicBlock(low, high, 2),
+            *(BasicBlock(high, high) for _ in range(3)))
+        self.patch_embed, self.patch_norm = nn.Conv2d(high, dim, 2, 2), nn.LayerNorm(dim)
+        self.blocks = nn.ModuleList(
+            SwinBlock(dim * wide, heads * wide, drop_path * i / (sum(STAGES) - 1), rpe, i % 2 == 1)
+            for i, wide in enumerate([1] * STAGES[0] + [2] * STAGES[1]))
+        self.widen = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim, bias=False))
+        self.norm = nn.LayerNorm(2 * dim)
+        for module in self.modules():  # as Swin
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self.project = nn.Parameter(torch.stack(
+            [nn.init.xavier_uniform_(torch.empty(2 * dim, dim)) for _ in range(TOKENS[0])]))
+        # After the weights are drawn: its own start is 0.
+        self.rpe = nn.ModuleList(KPRPE(joints, WINDOW, depth, heads * 2**i, rpe)
+                                 for i, depth in enumerate(STAGES)) if rpe in KEYPOINT else None
+        self.pairs = PairBias(WINDOW, "product") if rpe in KEYPOINT else None
+
+    def parts(self, joints: torch.Tensor | None):
+        """`KPRPE.split` of joints (F, joints, 2), block by block, or None for each.   Raises: ValueError."""
+        if self.rpe is None:
+            return [None] * len(self.blocks)
+        if joints is None:
+            raise ValueError(f"--rpe kp-{self.rpe[0].variant} needs joints (B, T, {self.joints}, 2) in "
+                             "[0, 1] beside the silhouettes")
+        return [parts for stage in self.rpe for parts in zip(*stage.split(joints))]
+
+    def forward(self, image: torch.Tensor, joints: torch.Tensor | None = None) -> torch.Tensor:
+        if image.ndim != 4 or image.shape[2:] != FRAME:
+            raise ValueError(f"silhouettes have the shape {tuple(image.shape)}: expected (B, T, 64, 44)")
+        x = self.stem(image.flatten(0, 1)[:, None])                           # (F, dim / 2, 32, 22), F = B T
+        x = F.interpolate(x, (2 * TOKENS[0], 2 * TOKENS[1]), mode="bilinear", align_corners=True)  # code's
+        x = self.patch_norm(self.patch_embed(x).flatten(2).mT)                # (F, 150, dim)
+        for i, (block, parts) in enumerate(zip(self.blocks, self.parts(
+                None if joints is None else joints.flatten(0, 1)))):
+            if i == STAGES[0]:
+                x = self.widen(x)                                             # (F, 150, 2 dim)
+            x = block(x, self.pairs, parts)
+        x = self.norm(x).unflatten(0, image.shape[:2]).amax(1)                # (B, 150, 2 dim)
+        x = x.unflatten(1, TOKENS)
+        x = x.mean(2) + x.amax(2)                                             # (B, 15, 2 dim)
+        return at_least_float32(torch.einsum("bpc,pcd->bpd", x, self.project))
+
+
+def triplet_loss(parts: torch.Tensor, labels: torch.Tensor, margin: float = 0.2) -> torch.Tensor:
+    """Mean of max(0, margin + d(a, p) - d(a, n)) over all triplets of a part in which it is not 0, then over
+    the parts: parts (B, P, D), labels (B,) -> scalar; d is the Euclidean distance.
+    Source: Hermans et al., arXiv 1703.07737. OpenGait counts an anchor as its own positive, too; not here."""
+    x = parts.transpose(0, 1)                                                 # (P, B, D)
+    # The product's form of it would lose the small distances, and have no gradient at 0.
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")              # (P, B, B)
+    same = (labels[:, None] == labels).fill_diagonal_(False)
+    anchor, positive = same.nonzero(as_tuple=True)                            # (Q,) each
+    near, far = distance[:, anchor, positive], distance[:, anchor]            # (P, Q), (P, Q, B)
+    loss = (margin + near[..., None] - far).clamp(min=0) * (labels[anchor, None] != labels)
+    return (loss.sum((1, 2)) / (loss > 0).sum((1, 2)).clamp(min=1)).mean()
+
+
+class GaitLoss(nn.Module):
+    """Triplet loss plus cross entropy, over the batches of all processes, which have the same size: parts
+    (B, P, D), labels (B,) long -> scalar, whole and the same in each process.
+
+    BNNeck (Luo et al., CVPR workshops 2019): distances are taken of the parts as they are, cosines with the
+    centres of the people behind a batch norm. Label smoothing spreads a share over all people.
+    """
+
+    def __init__(self, dim: int, people: int, strips: int = TOKENS[0], margin: float = 0.2,
+                 scale: float = 16.0, smoothing: float = 0.1):
+        super().__init__()
+        self.margin, self.scale, self.smoothing = margin, scale, smoothing
+        self.norm = nn.BatchNorm1d(strips * dim)
+        self.centres = nn.Parameter(torch.stack(
+            [nn.init.xavier_uniform_(torch.empty(people, dim)) for _ in range(strips)]))
+
+    def cosines(self, parts: torch.Tensor) -> torch.Tensor:
+        """Of each part with all people's: (B, P, D) -> (B, P, people)."""
+        unit = F.normalize(self.norm(parts.flatten(1)).view_as(parts), dim=-1)
+        return torch.einsum("bpd,pcd->bpc", unit, F.normalize(self.centres, dim=-1))
+
+    def forward(self, parts: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        parts, labels = Gather.apply(parts), all_gather(labels)
+        if parts.requires_grad:  # Gather adds up the gradients of all processes: a share each of a whole loss
+            parts.register_hook(lambda grad: grad / ranks()[1])
+        logits = self.scale * self.cosines(parts)
+        labels = labels[:, None].expand(logits.shape[:2])
+        return triplet_loss(parts, labels[:, 0], self.margin) + F.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), label_smoothing=self.smoothing)
+
+
+def gait_set(args, split: str) -> gait.GaitDataset:
+    """A split of --data: of "train" clips of --frames, half of them mirrored; else whole sequences.
+    Raises: FileNotFoundError; ValueError."""
+    if args.data == "walkers":  # the same whatever --seed is
+        found = gait.walkers(split, **DRAWN_WALKERS[split])
+    else:
+        found = gait.read_gait3d(args.data_root, split)
+    people = {*list(dict.fromkeys(own.identity for own in found))[:args.limit or None]}
+    return gait.GaitDataset([own for own in found if own.identity in people],
+                            args.frames if split == "train" else None, args.seed, split == "train")
+
+
+def gait_arms(args, device: torch.device) -> list[Arm]:
+    """The test split, and with --unaligned once more with every sequence scaled and moved at random. A
+    sequence at a time, of which each process has its share."""
+    data = gait_set(args, "test")
+    sets = [("", data)]
+    if args.unaligned:
+        sets.append(("@unaligned", gait.GaitDataset(gait.spoil(data.sequences, **SPOIL), None)))
+    return [Arm(own, crop_loader(args, own, shares(len(own), 1, *ranks()), device), [], suffix)
+            for suffix, own in sets]
+
+
+def gait_inputs(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What SwinGait takes, of a batch: silhouettes (B, T, 64, 44) and joints (B, T, 17, 2)."""
+    image, joints = (batch[key].to(device, non_blocking=True) for key in ("image", "points"))
+    return image.float() / 255, joints
+
+
+@torch.inference_mode()
+def evaluate_gait(net: SwinGait, arms: Sequence[Arm], args, device: torch.device) -> dict:
+    """Scores by name, as rank1, map, minp@unaligned, on rank 0, {} on others; rank1@gei is what the mean
+    silhouette alone tells (gait energy image). The distance of two sequences is the Euclidean distance of a
+    part, averaged over the parts (source: OpenGait)."""
+    net.eval()
+    scores, (rank, world) = {}, ranks()
+    for arm in arms:
+        found, means = [], []
+        for batch in copy.copy(arm.loader):  # as in `embed`
+            image, joints = gait_inputs(batch, device)
+            with precision(args, device):
+                found.append(net(image, joints))                              # (1, 15, dim)
+            means.append(image.mean(1).flatten(1)[:, None])                   # (1, 1, 64 * 44)
+        labels = torch.from_numpy(arm.data.labels)
+        probe = torch.tensor([own.probe for own in arm.data.sequences])
+        for features, name in ((found, ""), (means, "@gei")):
+            x = all_gather(torch.cat(features)).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)
+            if rank == 0:
+                x = x[:len(arm.data)].transpose(0, 1).cpu()                   # (P, S, D)
+                own = gait.identify(torch.cdist(x[:, probe], x[:, ~probe]).mean(0), labels, probe)
+                scores |= {f"{key}{arm.suffix}{name}": own[key] for key in own if not name or key == "rank1"}
+    return scores
+
+
+def print_gait(rows: dict[str, dict], args):
+    """Table 5: a row for each network {title: scores}, and one for gait energy images."""
+    shown = {"rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10", "map": "mAP", "minp": "mINP"}
+    first = next(iter(rows.values()))
+    print(f"{args.data} (%)".ljust(30) + "".join(f"{title:>9}" for title in shown.values()))
+    for arm in [arm for arm in ("", "@unaligned") if f"rank1{arm}" in first]:
+        energy = {f"rank1{arm}": first[f"rank1{arm}@gei"]}
+        for title, found in (rows | {"gait energy image": energy}).items():
+            cells = [f"{100 * found[key + arm]:>9.2f}" for key in shown if key + arm in found]
+            print(f"{title}{arm.replace('@', ', ')}".ljust(30) + "".join(cells))
+
+
+def draw_walk(data: gait.GaitDataset, i: int, side: int = 160) -> tuple[np.ndarray, torch.Tensor]:
+    """The middle frame of sequence i with its joints, RGB uint8, white beside it; the joints (17, 2)."""
+    batch = data.__getitems__([(0, i)])
+    image, joints = (batch[key][0, batch["image"].shape[1] // 2] for key in ("image", "points"))
+    width, left = side * FRAME[1] // FRAME[0], (side - side * FRAME[1] // FRAME[0]) // 2
+    pixels = cv2.resize(image.numpy()[..., None].repeat(3, -1), (width, side), interpolation=cv2.INTER_CUBIC)
+    draw_points(pixels, joints.numpy() * (width, side) - 0.5, GREEN, side / 60)
+    return framed(cv2.copyMakeBorder(pixels, 0, 0, left, side - width - left, cv2.BORDER_CONSTANT,
+                                     value=(255, 255, 255))), joints
+
+
+def write_gait_pictures(folder: Path, net: SwinGait, arms: Sequence[Arm]):
+    """gait.png, silhouettes with their joints, a row for each arm; of kp-* offsets.png, Fig. 13 for gait:
+    three frames, and what each block adds to the logits of the middle of a window, over the window."""
+    tiles = [draw_walk(arm.data, i)[0] for arm in arms for i in examples(arm.data, 8)]
+    write_image(folder / "gait.png", tile(tiles, len(tiles) // len(arms)))
+    if net.rpe is not None:
+        images, joints = zip(*(draw_walk(arms[0].data, i) for i in examples(arms[0].data, 3)))
+        maps = offsets(net, torch.stack(joints).to(net.project.device)).float().cpu().numpy()
+        query, tiles = (WINDOW[0] // 2, WINDOW[1] // 2), []
+        for i, image in enumerate(images):
+            values = maps[:, i, query[0] * WINDOW[1] + query[1]].reshape(-1, *WINDOW)       # (depth, 3, 5)
+            tiles += [image, *(draw_offset(own, query, np.empty((0, 2)), 160) for own in values)]
+        write_image(folder / "offsets.png", tile(tiles, len(net.blocks) + 1))
+
+
+def gait_groups(args, net: SwinGait, loss_of: GaitLoss) -> list[dict]:
+    """`parameter_groups` for AdamW. As in OpenGait, norms, tables and the patch embedding do not decay. It
+    gives convolutions, projections and heads, which it takes from a trained network, a tenth of the rate."""
+    # W_L is divided by sqrt(d) as in the ViT; Swin's table is not.
+    divisor = 1 / net.blocks[0].attn.scale if args.rpe in KEYPOINT else 1.0
+    groups = parameter_groups(net, args.weight_decay, args.rpe_lr or divisor, r"patch_embed|\.table|bias$")
+    groups[0]["params"].append(loss_of.centres)
+    groups[1]["params"] += loss_of.norm.parameters()
+    return groups
+
+
+def make_gait_learner(args, data: gait.GaitDataset, state: dict | None, device: torch.device):
+    """Network, loss and their optimizer: new, or as a checkpoint's `state` has them."""
+    seed_all(args.seed)
+    size = [len(data.ids), len(data)]
+    if state and state["classes"] != size:
+        raise ValueError(f"--resume: {size[1]} sequences of {size[0]} people, the run was started on "
+                         f"{state['classes'][1]} of {state['classes'][0]}; see --data-root")
+    net = SwinGait(args.dim, args.heads, args.rpe, drop_path=args.drop_path).to(device)
+    loss_of = GaitLoss(args.dim, len(data.ids)).to(device)
+    optimizer = torch.optim.AdamW(gait_groups(args, net, loss_of), args.lr, fused=True)
+    if state:
+        path = Path(args.output, "last.pt")
+        load_weights(net, state["model"], path)
+        load_weights(loss_of, state["head"], path)
+        optimizer.load_state_dict(state["optimizer"])
+    return net, loss_of, optimizer
+
+
+def gait_epoch(args, epoch: int, model, loss_of, optimizer, loader, labels, device, bar) -> torch.Tensor:
+    """One pass over the people; returns the losses (steps,)."""
+    steps = len(loader)
+    losses = torch.zeros(steps, device=device)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    model.train(), loss_of.train()
+    for step, batch in enumerate(loader):
+        for group in optimizer.param_groups:  # OpenGait: in steps of 1,000 iterations, and down to 1e-6
+            group["lr"] = group["scale"] * learning_rate(
+                epoch * steps + step, args.epochs * steps, args.warmup * steps, args.lr)
+        with precision(args, device):
+            parts = model(*gait_inputs(batch, device))
+        loss = loss_of(parts, labels[batch["index"]].to(device))  # over all processes
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if args.clip:
+            nn.utils.clip_grad_norm_(weights, args.clip)
+        optimizer.step()
+        losses[step] = loss.detach()
+        if step % 20 == 0:
+            check_losses(losses, epoch + 1)
+            bar.set_postfix(epoch=epoch + 1, loss=f"{losses[step].item():.3f}", refresh=False)
+        bar.update()
+    check_losses(losses, epoch + 1)
+    return losses
+
+
+def train_gait(args) -> tuple[dict, Path]:
+    """Trains by the flags; returns the numbers of the last evaluation, and the folder of the run."""
+    # Set-up
+    rank, world, device = setup(args)
+    folder = find_run(args, "kprpe-gait")
+    state = load_task(folder / "last.pt", args.task) if args.resume else None
+    if state:
+        restore_args(args, state["args"], MACHINE | ((LOOK | {"data_root"}) & set(args.given)))
+    # Data and network
+    data, arms = gait_set(args, "train"), gait_arms(args, device)
+    net, loss_of, optimizer = make_gait_learner(args, data, state, device)
+    model = wrap(net, args, device)
+    whole = wrap(loss_of, argparse.Namespace(compile=False), device)  # its number of triplets changes
+    batches = gait.PeopleBatches(data.labels, args.batch_size // SEQUENCES, SEQUENCES, args.seed, rank, world)
+    loader, labels = crop_loader(args, data, batches, device), torch.from_numpy(data.labels)
+    steps, start, scores, began = len(batches), state["epoch"] if state else 0, {}, time.time()
+    folder = begin_run(args, "kprpe-gait", folder, state, f"{args.rpe}, {device.type}, {len(data):,} "
+                       f"sequences of {len(data.ids):,} people")
+    bar = tqdm(total=args.epochs * steps, initial=start * steps, disable=rank > 0,
+               mininterval=1 if sys.stderr.isatty() else 30)
+    for epoch in range(start, args.epochs):
+        seed_all(args.seed, epoch + 1, rank)
+        batches.epoch, epoch_began = epoch, time.time()
+        losses = gait_epoch(args, epoch, model, whole, optimizer, loader, labels, device, bar)
+        for part in (net, loss_of):
+            check_weights(part, epoch + 1)
+        # Evaluation by all processes, log and checkpoint by the first
+        share_statistics(net)
+        row = dict(epoch=epoch + 1, loss=losses.mean().item(), lr=optimizer.param_groups[0]["lr"],
+                   sequences_per_second=steps * args.batch_size / (time.time() - epoch_began))
+        if epoch + 1 == args.epochs or (epoch + 1) % args.eval_every == 0:
+            scores = evaluate_gait(net, arms, args, device)
+            row |= scores
+        if rank == 0:
+            row["minutes"] = (time.time() - began) / 60
+            bar.write(summary(row))
+            write_log(folder / "log.jsonl", **row)
+            save(folder / "last.pt", script="kprpe", model=net.state_dict(), head=loss_of.state_dict(),
+                 optimizer=optimizer.state_dict(), epoch=epoch + 1, args=vars(args), world=world,
+                 classes=[len(data.ids), len(data)])
+    bar.close()
+    if start >= args.epochs:  # it was killed after its last checkpoint
+        scores = evaluate_gait(net, arms, args, device)
+    if rank == 0:
+        write_gait_pictures(folder, net, arms)
+    return scores, folder
+
+
+def evaluate_gait_checkpoint(args) -> dict:
+    """--eval: the numbers of a checkpoint on the test split of --data; with --output, the pictures too."""
+    device, given = setup(args)[2], set(args.given)
+    state = load_task(args.eval, args.task)
+    other = "data" in given and args.data != state["args"]["data"]
+    restore_args(args, state["args"], MACHINE | LOOK | (DATA if other else DATA & given))
+    net = SwinGait(args.dim, args.heads, args.rpe).to(device)
+    load_weights(net, state["model"], args.eval)
+    folder, arms = find_run(args, "kprpe-gait"), gait_arms(args, device)
+    scores = evaluate_gait(net, arms, args, device)
+    if scores:
+        print_gait({args.rpe: scores}, args)
+        if folder:
+            write_gait_pictures(make_run(args, "kprpe-gait", folder), net, arms)
+    return scores
+
+
 # ---- Main ------------------------------------------------------------------------------------
 
 def main(args) -> dict:
@@ -2970,9 +3414,10 @@ def main(args) -> dict:
     if args.task == "dfa":
         scores = evaluate_aligner(args) if args.eval else train_dfa(args)
     elif args.eval:
-        scores = evaluate_checkpoint(args)
+        scores = (evaluate_gait_checkpoint if args.task == "gait" else evaluate_checkpoint)(args)
     else:
-        scores, folder = train(args)
+        learn, show = (train_gait, print_gait) if args.task == "gait" else (train, print_table)
+        scores, folder = learn(args)
         rows = {args.rpe: scores}
         for rpe in [rpe for rpe in dict.fromkeys(words(args.also_rpe)) if rpe != args.rpe]:
             torch.cuda.empty_cache()  # of the last network and its crops; nothing without a GPU
@@ -2983,11 +3428,11 @@ def main(args) -> dict:
                 rpe=rpe, also_rpe="", output=str(Path(shared[0], rpe)),
                 given=sorted((LOOK | FILES) & set(args.given))))
             other.resume = Path(other.output, "last.pt").exists()
-            rows[rpe] = train(other)[0]
+            rows[rpe] = learn(other)[0]
             scores = scores | {f"{key}@{rpe}": value for key, value in rows[rpe].items()}
         if ranks()[0] == 0:
             if next(iter(rows.values())):
-                print_table(rows, args)
+                show(rows, args)
             draw_fig5(folder, rows, args)
     if dist.is_initialized():
         dist.barrier()
