@@ -83,7 +83,7 @@ import re
 import sys
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -1677,12 +1677,13 @@ def embed(net: nn.Module, arm: Arm, args, device: torch.device) -> Embedded:
         if args.dfa:
             points, score = detect(args.dfa, pixels)
         image, points = view(pixels, points)
+        if args.dfa:  # in float32, so not under autocast
+            mirrored = view(pixels.flip(3), detect(args.dfa, pixels.flip(3))[0])
+        else:
+            mirrored = image.flip(3), torch.stack([1 - points[..., 0], points[..., 1]], -1)[:, flip]
         with precision(args, device):
             features = net(image, points)
             if args.data != "affnist":
-                mirrored = image.flip(3), torch.stack([1 - points[..., 0], points[..., 1]], -1)[:, flip]
-                if args.dfa:
-                    mirrored = view(pixels.flip(3), detect(args.dfa, pixels.flip(3))[0])
                 features = features + net(*mirrored)
         rows.append(torch.cat([features, points.flatten(1), score[:, None]], 1))
     whole = gather_shares(torch.cat(rows), len(arm.data))
@@ -2053,8 +2054,7 @@ def run(main, args):
 # Flags of the machine or the command, not of the run whose checkpoint is opened; --eval also chooses DATA.
 MACHINE = {"output", "gpus", "device", "workers", "compile", "resume", "eval", "predict", "weights", "cache",
            "given", "detector", "align"}
-LOOK = {"test", "unaligned", "align_steps", "keypoint_noise", "also_rpe",
-        "fusion"}  # a resumed run's, unless typed
+LOOK = {"test", "unaligned", "align_steps", "keypoint_noise", "also_rpe", "fusion"}  # the run's, unless typed
 FILES = {"data_root", "landmarks", "dfa"}  # likewise: they may lie elsewhere now
 DATA = {"data", "data_root", "amp", "limit", "batch_size", "landmarks", "points"}
 
@@ -2171,20 +2171,30 @@ def find_keypoints(args, path: str, image: np.ndarray, detector, device: torch.d
         if box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0:
             raise ValueError(f"--box {args.box} lies outside an image of {width} x {height}")
     if points is None and args.dfa:
-        points = find_face(open_dfa(args.dfa, device)[0], image, box)[0]
+        points = find_face(open_dfa(args.dfa, device)[0], image, box)
     return [(box, points)]
 
 
-def prediction_folder(args, name: str, found: dict[str, str], endings: Sequence[str]) -> Path:
-    """Makes the folder for what --predict writes of images {name: path}.
+def each_face(args, name: str, endings: Sequence[str], device: torch.device) -> Iterator[tuple]:
+    """The faces of --predict: path of its image, image, box and keypoints by `find_keypoints`, and the path
+    that its files have but for their `endings`, in a folder that is made, or of a run called `name`.
     Raises: ValueError for an image that cannot be read; FileExistsError before a file is written over."""
+    detector = open_detector(args.detector) if args.detector else None
+    found = datasets.image_paths(args.predict)  # {name: path}
     datasets.check_images([datasets.Face(path) for path in found.values()])
     args.data = "predict"
-    folder = find_run(args, name)
+    folder, count = find_run(args, name), 0
     for target in (folder / f"{stem}{end}" for stem in found for end in endings) if folder else ():
         if target.exists():
             raise FileExistsError(f"--output {folder}: {target} exists already; name another folder")
-    return make_run(args, name, folder)
+    folder = make_run(args, name, folder)
+    for stem, path in tqdm(found.items(), "predict"):
+        image = datasets.load_image(path)
+        (folder / stem).parent.mkdir(parents=True, exist_ok=True)
+        for i, (box, points) in enumerate(find_keypoints(args, path, image, detector, device), 1):
+            yield path, image, box, points, str(folder / stem) + (f".face{i}" if i > 1 else "")
+            count += 1
+    print(f"{count} faces of {len(found)} images in {folder}")
 
 
 def predict(args) -> dict:
@@ -2192,38 +2202,30 @@ def predict(args) -> dict:
     NAME.npy, and its keypoints, if it has any, as NAME.pts in px of the image.
 
     Keypoints come from --detector, from NAME.pts beside the image, as the landmark scripts write it, or from
-    --dfa, by which the network also sees the crop's own, as in an evaluation. Faces
-    are aligned by them, but with --no-align; one without is cropped by --box, or taken as it stands. A
-    further face of an image is NAME.face2.png and so on. Pixels are taken as stored: turn a photo that has an
-    orientation tag.
+    --dfa, by which the network also sees the crop's own, as in an evaluation. Faces are aligned by them, but
+    with --no-align; one without is cropped by --box, or taken as it stands. A further face of an image is
+    NAME.face2.png and so on. Pixels are taken as stored: turn a photo that has an orientation tag.
     Raises: FileNotFoundError for a path without images; ValueError for two images of one name, one that
-        cannot be read, or one without keypoints if the network needs them; FileExistsError
-        before a file is written over."""
+        cannot be read, or one without keypoints if the network needs them; FileExistsError before a file is
+        written over."""
     args.gpus = 1
     net, _, device = open_checkpoint(args, args.weights, DATA | ({"box", "margin"} & set(args.given)))
-    detector = open_detector(args.detector) if args.detector else None
-    found = datasets.image_paths(args.predict)  # {name: path}
-    folder, count = prediction_folder(args, "kprpe", found, (".png", ".pts", ".npy")), 0
-    for name, path in tqdm(found.items(), "predict"):
-        image = datasets.load_image(path)
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        for i, (box, points) in enumerate(find_keypoints(args, path, image, detector, device), 1):
-            if points is None and getattr(net, "rpe", None) is not None:
-                raise ValueError(f"{path}: the network needs keypoints: put {name}.pts beside it, as the "
-                                 "landmark scripts' --predict writes it, or give --dfa or --detector")
-            own = points if points is None else points[None].astype(np.float32)
-            face = datasets.Face(image, None if own is None else own[0])
-            split = Split([image], own, [face], None if box is None else box[None])
-            data = make_dataset(args, split, float(args.align and own is not None))
-            batch = data.__getitems__([(0, 0)])
-            feature = embed(net, Arm(data, [batch], []), args, device).features[0]
-            target = str(folder / name) + (f".face{i}" if i > 1 else "")
-            write_image(target + ".png", batch["image"][0].numpy())
-            np.save(target + ".npy", F.normalize(feature, dim=0).numpy())
-            if points is not None:
-                datasets.write_pts(target + ".pts", points)
-            count += 1
-    print(f"{count} faces of {len(found)} images in {folder}")
+    if args.dfa:
+        open_dfa(args.dfa, device)  # or an error, before anything is written
+    for path, image, box, points, target in each_face(args, "kprpe", (".png", ".pts", ".npy"), device):
+        if points is None and getattr(net, "rpe", None) is not None:
+            raise ValueError(f"{path}: the network needs keypoints: put {Path(path).stem}.pts beside it, as "
+                             "the landmark scripts' --predict writes it, or give --dfa or --detector")
+        own = points if points is None else points[None].astype(np.float32)
+        face = datasets.Face(image, None if own is None else own[0])
+        split = Split([image], own, [face], None if box is None else box[None])
+        data = make_dataset(args, split, float(args.align and own is not None))
+        batch = data.__getitems__([(0, 0)])
+        feature = embed(net, Arm(data, [batch], []), args, device).features[0]
+        write_image(target + ".png", batch["image"][0].numpy())
+        np.save(target + ".npy", F.normalize(feature, dim=0).numpy())
+        if points is not None:
+            datasets.write_pts(target + ".pts", points)
     return {}
 
 
@@ -2303,6 +2305,36 @@ def begin_run(args, name: str, folder: Path | None, state: dict | None, what: st
     return folder
 
 
+def progress(args, start: int, steps: int, rank: int) -> tqdm:
+    """The bar of a run of epochs of `steps`, on rank 0."""
+    return tqdm(total=args.epochs * steps, initial=start * steps, disable=rank > 0,
+                mininterval=1 if sys.stderr.isatty() else 30)
+
+
+def one_pass(args, epoch: int, steps: int, loader, loss_of: Callable, optimizer, bar: tqdm,
+             device: torch.device, clip: Callable) -> torch.Tensor:
+    """Training over one epoch's batches, each a step down `loss_of(batch)`; the losses (steps,).
+    Args: clip(--clip), which scales the gradients.   Raises: FloatingPointError."""
+    losses = torch.zeros(steps, device=device)
+    for step, batch in enumerate(loader):
+        for group in optimizer.param_groups:
+            group["lr"] = group["scale"] * learning_rate(
+                epoch * steps + step, args.epochs * steps, args.warmup * steps, args.lr)
+        loss = loss_of(batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if args.clip:
+            clip(args.clip)
+        optimizer.step()
+        losses[step] = loss.detach()
+        if step % 20 == 0:  # the only reading of the loss: it waits for the GPU
+            check_losses(losses, epoch + 1)
+            bar.set_postfix(epoch=epoch + 1, loss=f"{losses[step].item():.3f}", refresh=False)
+        bar.update()
+    check_losses(losses, epoch + 1)
+    return losses
+
+
 def train(args) -> tuple[dict, Path]:
     """Trains by the flags; returns the numbers of the last evaluation, and the folder of the run."""
     # Set-up
@@ -2323,36 +2355,24 @@ def train(args) -> tuple[dict, Path]:
     folder = begin_run(args, "kprpe", folder, state,
                        f"{len(images):,} training images of {len(images.ids):,} identities")
     del state
-    bar = tqdm(total=args.epochs * steps, initial=start * steps, disable=rank > 0,
-               mininterval=1 if sys.stderr.isatty() else 30)
+
+    def loss_of(batch):
+        image, points = prepare(batch, device)
+        if args.dfa and wants_keypoints(args, args.rpe):
+            points = detect(args.dfa, image)[0]
+        if strength is not None:
+            image, points = augment(image, points, strength, flip)
+        with precision(args, device):
+            embeddings = model(*inputs(image, points, args.draw_keypoints))
+        return fc(embeddings, labels[batch["index"]])  # over all processes
+
+    bar = progress(args, start, steps, rank)
     for epoch in range(start, args.epochs):
-        # One pass over the training set
         seed_all(args.seed, epoch + 1, rank)
-        batches.epoch, epoch_began, losses = epoch, time.time(), torch.zeros(steps, device=device)
+        batches.epoch, epoch_began = epoch, time.time()
         net.train(), fc.train()
-        for step, batch in enumerate(loader):
-            for group in optimizer.param_groups:
-                group["lr"] = group["scale"] * learning_rate(
-                    epoch * steps + step, args.epochs * steps, args.warmup * steps, args.lr)
-            image, points = prepare(batch, device)
-            if args.dfa and wants_keypoints(args, args.rpe):
-                points = detect(args.dfa, image)[0]
-            if strength is not None:
-                image, points = augment(image, points, strength, flip)
-            with precision(args, device):
-                embeddings = model(*inputs(image, points, args.draw_keypoints))
-            loss = fc(embeddings, labels[batch["index"]])  # over all processes
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if args.clip:
-                clip_gradients(net, fc, args.clip)
-            optimizer.step()
-            losses[step] = loss.detach()
-            if step % 20 == 0:  # the only reading of the loss: it waits for the GPU
-                check_losses(losses, epoch + 1)
-                bar.set_postfix(epoch=epoch + 1, loss=f"{losses[step].item():.3f}", refresh=False)
-            bar.update()
-        check_losses(losses, epoch + 1)
+        losses = one_pass(args, epoch, steps, loader, loss_of, optimizer, bar, device,
+                          functools.partial(clip_gradients, net, fc))
         for part in (net, fc):
             check_weights(part, epoch + 1)
         # Evaluation by all processes, log and checkpoint by the first
@@ -2457,12 +2477,12 @@ class MobileNet(nn.Module):
 
 
 class FPN(nn.Module):
-    """Feature pyramid: three levels of any channels -> three of 64, coarse ones added to the finer.
+    """Feature pyramid: levels of 64, 128, 256 channels -> three of 64, coarse ones added to the finer.
     Source: Lin et al., CVPR 2017, with RetinaFace's names."""
 
-    def __init__(self, channels: Sequence[int] = (64, 128, 256)):
+    def __init__(self):
         super().__init__()
-        self.output1, self.output2, self.output3 = (conv_bn(c, 64, 1, act=leaky) for c in channels)
+        self.output1, self.output2, self.output3 = (conv_bn(c, 64, 1, act=leaky) for c in (64, 128, 256))
         self.merge1, self.merge2 = (conv_bn(64, 64, 3, act=leaky) for _ in range(2))
 
     def forward(self, fine, middle, coarse):
@@ -2494,17 +2514,16 @@ class MixerBlock(nn.Module):
     def __init__(self, anchors: int, channels: int = 16, token_dim: int = 8, channel_dim: int = 64):
         super().__init__()
         mlp = lambda dim, hidden: nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-        self.norm1, self.tokens = nn.LayerNorm(channels, eps=1e-6), mlp(anchors, token_dim)
-        self.norm2, self.channels = nn.LayerNorm(channels, eps=1e-6), mlp(channels, channel_dim)
+        self.norm1, self.across = nn.LayerNorm(channels, eps=1e-6), mlp(anchors, token_dim)
+        self.norm2, self.within = nn.LayerNorm(channels, eps=1e-6), mlp(channels, channel_dim)
 
     def forward(self, x):
-        x = x + self.tokens(self.norm1(x).mT).mT
-        return x + self.channels(self.norm2(x))
+        x = x + self.across(self.norm1(x).mT).mT
+        return x + self.within(self.norm2(x))
 
 
 class Found(NamedTuple):
-    """What the aligner sees in images. Places are in [0, 1], (x + 0.5) / W; the fields from `fused` on, which
-    the loss takes, in units of the black square about the image."""
+    """What the aligner sees in images; places are in [0, 1], (x + 0.5) / W."""
     landmarks: torch.Tensor  # (B, 5, 2) L of Eq. (15): eyes, nose tip, mouth corners, image-left first
     score: torch.Tensor      # (B,) face score of the same weights, 0 to 1
     best: torch.Tensor       # (B, 5, 2) landmarks of the one anchor of the highest face score
@@ -2515,32 +2534,12 @@ class Found(NamedTuple):
     points: torch.Tensor     # (B, N, 10), encoded
 
 
-def to_square(image: torch.Tensor, size: int):
-    """Images (B, C, H, W) in [-1, 1] in the middle of a black square, as (B, C, size, size), not aliased.
-    Returns: images; what `from_square` takes. Pixel centres go to pixel centres (align_corners=False); code:
-    corners to corners, up to half a pixel off.   Source: code."""
-    height, width = image.shape[-2:]
-    side = max(height, width)
-    left, top = (side - width) // 2, (side - height) // 2
-    if side > min(height, width):
-        image = F.pad(image, (left, side - width - left, top, side - height - top), value=-1.0)
-    if side != size:
-        image = F.interpolate(image, (size, size), mode="bilinear", align_corners=False, antialias=True)
-    return image, (side / width, side / height, left / width, top / height)
-
-
-def from_square(points: torch.Tensor, place: tuple[float, float, float, float]) -> torch.Tensor:
-    """Points (..., 2) in [0, 1] of a square of `to_square`, in [0, 1] of the image in it."""
-    (x, y), (scale_x, scale_y, shift_x, shift_y) = points.unbind(-1), place
-    return torch.stack([x * scale_x - shift_x, y * scale_y - shift_y], -1)
-
-
 class DFA(nn.Module):
     """Differentiable face aligner: the five landmarks of the one face in each image.
 
-    Takes images (B, 3, H, W), RGB in [-1, 1] (code: BGR), of any size; others than size x size are padded to
-    a square and resized, see `to_square`. Returns: `Found`.
-    Args: size in px of what the network sees, a multiple of 32.   Raises: ValueError.
+    Takes square images (B, 3, S, S), RGB in [-1, 1] (code: BGR), and resizes those of another side than
+    `size`; pixel centres go to pixel centres (code: corners to corners, up to half a pixel off).
+    Returns: `Found`.   Args: size in px of what the network sees, a multiple of 32.   Raises: ValueError.
     Source: supp. 3; names of weights as in RetinaFace, but for the aggregation."""
 
     def __init__(self, size: int = 160):
@@ -2554,21 +2553,22 @@ class DFA(nn.Module):
             for width in (2, 4, 10))                                          # two anchors a cell
         self.aggregation = nn.Sequential(*(MixerBlock(len(self.priors)) for _ in range(3)), nn.Linear(16, 1))
 
-    def heads(self, image: torch.Tensor):
+    def heads(self, image: torch.Tensor) -> list[torch.Tensor]:
         """Logits (B, N, 2), encoded boxes (B, N, 4) and landmarks (B, N, 10) of images of the size."""
-        if image.device.type == "cpu":  # a quarter faster there
-            image = image.contiguous(memory_format=torch.channels_last)
-        levels = self.fpn(*self.body(image))
-        levels = [ssh(level) for ssh, level in zip((self.ssh1, self.ssh2, self.ssh3), levels)]
-        for heads, width in ((self.ClassHead, 2), (self.BboxHead, 4), (self.LandmarkHead, 10)):
-            maps = [head(level).permute(0, 2, 3, 1) for head, level in zip(heads, levels)]
-            yield at_least_float32(torch.cat([m.reshape(len(image), -1, width) for m in maps], 1))
+        fine, middle, coarse = self.fpn(*self.body(image))
+        levels = self.ssh1(fine), self.ssh2(middle), self.ssh3(coarse)
+        rows = lambda x, width: x.permute(0, 2, 3, 1).reshape(len(x), -1, width)
+        return [at_least_float32(torch.cat([rows(head(x), width) for head, x in zip(heads, levels)], 1))
+                for heads, width in ((self.ClassHead, 2), (self.BboxHead, 4), (self.LandmarkHead, 10))]
 
     def forward(self, image: torch.Tensor) -> Found:
-        if image.ndim != 4 or image.shape[1] != 3:
-            raise ValueError(f"images have the shape {tuple(image.shape)}: expected (B, 3, H, W)")
-        square, place = to_square(image, self.size)
-        logits, boxes, points = self.heads(square)
+        if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] != image.shape[3]:
+            raise ValueError(f"images have the shape {tuple(image.shape)}: expected (B, 3, S, S)")
+        if image.shape[2] != self.size:  # places in [0, 1] stay
+            image = F.interpolate(image, (self.size,) * 2, mode="bilinear", antialias=True)
+        if image.device.type == "cpu":  # a quarter faster there
+            image = image.contiguous(memory_format=torch.channels_last)
+        logits, boxes, points = self.heads(image)
         landmarks = decode_points(points, self.priors)                        # (B, N, 5, 2)
         # Eq. (13): O = Concat(F_bbox, F_score, F_ldmk).   paper: 4 + 1 + 10 channels, code: 4 + 2 + 10, which
         # the number of parameters has; we follow the code.
@@ -2580,15 +2580,15 @@ class DFA(nn.Module):
         fused = (weights[..., None] * O).sum(1)                               # (B, 16)
         top = (logits[..., 1] - logits[..., 0]).argmax(1)
         best = landmarks[torch.arange(len(image), device=image.device), top]
-        return Found(from_square(fused[:, 6:].unflatten(-1, (5, 2)), place), fused[:, 4:6].softmax(-1)[:, 1],
-                     from_square(best, place), weights, fused, boxes, logits, points)
+        return Found(fused[:, 6:].unflatten(-1, (5, 2)), fused[:, 4:6].softmax(-1)[:, 1], best, weights,
+                     fused, boxes, logits, points)
 
 
 class Target(NamedTuple):
-    """The face in each image, in [0, 1] of a square image."""
+    """The face in each image, in [0, 1] of it."""
     box: torch.Tensor        # (B, 4) x0 y0 x1 y1
-    landmarks: torch.Tensor  # (B, 5, 2)
-    label: torch.Tensor      # (B,) 1: a face with landmarks; -1: one without; 0: no face
+    landmarks: torch.Tensor  # (B, 5, 2), anything where not marked
+    marked: torch.Tensor     # (B,) bool: whether the landmarks are known, as not of all faces of WIDER FACE
 
 
 def match(boxes: torch.Tensor, priors: torch.Tensor) -> torch.Tensor:
@@ -2612,31 +2612,32 @@ def smooth_l1(pred: torch.Tensor, target: torch.Tensor, where: torch.Tensor) -> 
 
 def multibox_loss(found: Found, target: Target, priors: torch.Tensor) -> torch.Tensor:
     """Loss of each anchor for itself: (3,), of the class, the box and the landmarks, over the number of
-    positive anchors. Of the negative ones the worst count in the class, 7 for each positive of an image.
-    Source: RetinaFace's usual code; the authors' training script is not published."""
-    positive = match(target.box, priors) & (target.label != 0)[:, None]                          # (B, N)
-    marked = positive & (target.label > 0)[:, None]
+    positive anchors (of this process). Of the negative ones the worst count in the class, 7 for each positive
+    of an image.   Source: RetinaFace's usual code; the authors' training script is not published."""
+    positive = match(target.box, priors)                                                         # (B, N)
     entropy = F.cross_entropy(found.logits.mT, positive.long(), reduction="none")
     rank = entropy.detach().masked_fill(positive, 0).argsort(dim=1, descending=True, stable=True).argsort(1)
     counted = positive | (rank < 7 * positive.sum(1, keepdim=True))
     return torch.stack([(entropy * counted).sum() / positive.sum().clamp(min=1),
                         smooth_l1(found.boxes, encode_boxes(target.box[:, None], priors), positive),
-                        smooth_l1(found.points, encode_points(target.landmarks[:, None], priors), marked)])
+                        smooth_l1(found.points, encode_points(target.landmarks[:, None], priors),
+                                  positive & target.marked[:, None])])
 
 
 def aggregation_loss(found: Found, target: Target) -> torch.Tensor:
-    """Loss of the weighted sum of all anchors, with places in [0, 1]: (3,), of the class, the box and the
-    landmarks, a face's mean.   paper: "smooth L2", code: smooth L1; we follow the code."""
+    """Loss of the weighted sum of all anchors, with places in [0, 1]: (3,), of the class, which is "face" in
+    every crop, the box and the landmarks, a face's mean.   paper: "smooth L2", code: smooth L1; we follow
+    the code. Errors below 1, as all are here, it halves and squares."""
     box, logits, points = found.fused.split((4, 2, 10), -1)
-    return torch.stack([F.cross_entropy(logits, (target.label != 0).long()),
-                        smooth_l1(box, target.box, target.label != 0),
-                        smooth_l1(points, target.landmarks.flatten(1), target.label > 0)])
+    return torch.stack([F.softplus(logits[:, 0] - logits[:, 1]).mean(),  # cross-entropy
+                        F.smooth_l1_loss(box, target.box, reduction="sum") / len(box),
+                        smooth_l1(points, target.landmarks.flatten(1), target.marked)])
 
 
 def dfa_loss(found: Found, target: Target, priors: torch.Tensor) -> torch.Tensor:
-    """What `--task dfa` minimises, for square images. Boxes count twice (RetinaFace). The
-    weights of the aggregation are not published. With 1 for its places, errors of some hundredths, the class
-    alone decides, and within some steps one anchor has all the weight; with 30 some share it."""
+    """What `--task dfa` minimises. Boxes count twice (RetinaFace). The weights of the aggregation are not
+    published. With 1 for its places, errors of some hundredths, the class alone decides, and within some
+    steps one anchor has all the weight; with 30 some share it."""
     face, box, points = multibox_loss(found, target, priors)
     fused_face, fused_box, fused_points = aggregation_loss(found, target)
     return face + 2 * box + points + fused_face + AGGREGATION * (2 * fused_box + fused_points)
@@ -2651,37 +2652,25 @@ def nme(landmarks: torch.Tensor, target: Target) -> torch.Tensor:
 FLIP_9 = np.array([1, 0, 2, 4, 3, 6, 5, 8, 7])
 
 
-def with_corners(faces: Sequence[datasets.Face], boxes: np.ndarray) -> list[datasets.Face]:
-    """Faces whose points are (9, 2): their five, then the corners of their box (M, 4), for `targets`.
-    Raises: ValueError for a face of no known landmark scheme."""
-    done = []
+def dfa_dataset(faces: Sequence[datasets.Face], size: int = 160, box: str = "face") -> datasets.CropDataset:
+    """Faces as the aligner sees them: the square about the box of each, padded by 0.1 of its side (supp. 3).
+    The points of a batch are (B, 9, 2) px, see `targets`.   Raises: ValueError."""
+    boxes, nine = datasets.face_boxes(faces, box), []
     for i, (face, (x0, y0, x1, y1)) in enumerate(zip(faces, boxes)):
         scheme = None if face.points is None else datasets.SCHEMES.get(len(face.points))
         if scheme is None:
             raise ValueError(f"{face.where or f'face {i}'}: landmarks {np.shape(face.points)}, the aligner "
                              f"learns from {list(datasets.SCHEMES)}")
-        corners = np.array([[x0, y0], [x1, y0], [x0, y1], [x1, y1]])
-        points = np.concatenate([datasets.group_means(face.points, scheme.five), corners])
-        done.append(replace(face, points=points.astype(np.float32)))
-    return done
-
-
-def dfa_dataset(faces: Sequence[datasets.Face], size: int = 160, box: str = "face") -> datasets.CropDataset:
-    """Faces as the aligner sees them: the square about the box of each, padded by 0.1 of its side (supp. 3).
-    The points of a batch are (B, 9, 2) px, see `targets`.   Raises: ValueError."""
-    boxes = datasets.face_boxes(faces, box)
-    frames = datasets.square_frames(boxes, size, DFA_MARGIN)
-    return datasets.CropDataset(with_corners(faces, boxes), frames, size)
+        points = [*datasets.group_means(face.points, scheme.five), (x0, y0), (x1, y0), (x0, y1), (x1, y1)]
+        nine.append(replace(face, points=np.array(points, np.float32)))
+    return datasets.CropDataset(nine, datasets.square_frames(boxes, size, DFA_MARGIN), size)
 
 
 def targets(points: torch.Tensor, size: int) -> Target:
-    """Of points (B, 9, 2) px as `with_corners` makes them, moved by an augmentation or not. A face whose
-    landmarks are nan has a box alone."""
-    points = (points + 0.5) / size
-    landmarks, corners = points[:, :5], points[:, 5:]
+    """Of points (B, 9, 2) px of `dfa_dataset`, moved by an augmentation or not. Unknown landmarks are nan."""
+    landmarks, corners = ((points + 0.5) / size).split((5, 4), 1)
     marked = landmarks.isfinite().all(-1).all(-1)
-    return Target(torch.cat([corners.amin(1), corners.amax(1)], -1), landmarks.nan_to_num(0.0),
-                  torch.where(marked, 1, -1))
+    return Target(torch.cat([corners.amin(1), corners.amax(1)], -1), landmarks.nan_to_num(0.0), marked)
 
 
 def align_112(image: torch.Tensor, landmarks: torch.Tensor, border: float = -1.0) -> torch.Tensor:
@@ -2697,8 +2686,8 @@ def align_112(image: torch.Tensor, landmarks: torch.Tensor, border: float = -1.0
     if landmarks.device.type == "cpu":  # elsewhere it would wait for the device
         warp.check_points(landmarks, "similarity")
     points = warp.to_px(2 * at_least_float32(landmarks) - 1, image.shape[-2:])
-    matrix = warp.fit_similarity(points, points.new_tensor(datasets.ARCFACE_5))
-    return warp.warp_affine(image, matrix, (112, 112), border)
+    five = constant(tuple(datasets.ARCFACE_5.flatten().tolist()), points.device).view(5, 2)
+    return warp.warp_affine(image, warp.fit_similarity(points, five), (112, 112), border)
 
 
 def aligner_set(args, split: str) -> datasets.CropDataset:
@@ -2712,9 +2701,11 @@ def aligner_set(args, split: str) -> datasets.CropDataset:
 
 
 def mean_face(data: datasets.CropDataset) -> torch.Tensor:
-    """The mean landmarks of a set in its crops, (5, 2) in [0, 1]."""
+    """The mean landmarks of a set in its crops, (5, 2) in [0, 1].   Raises: ValueError if none are known."""
     target = targets(data.crop_points(), data.size)
-    return target.landmarks[target.label > 0].mean(0)
+    if not target.marked.any():
+        raise ValueError(f"none of the {len(data)} training faces has landmarks to learn from")
+    return target.landmarks[target.marked].mean(0)
 
 
 ERRORS = ("nme", "nme@best", "nme@mean")  # of the aggregation, the best anchor, the mean training face
@@ -2736,32 +2727,31 @@ def evaluate_dfa(net: DFA, mean: torch.Tensor, data, loader, args, device: torch
 
 
 @torch.inference_mode()
-def draw_aligned(net: DFA, data: datasets.CropDataset, device: torch.device) -> np.ndarray:
-    """Faces with true (green) and found (red) landmarks; below them aligned, 112 px."""
-    net.eval()
+def draw_aligned(net: DFA, data: datasets.CropDataset, device: torch.device, side: int = 160) -> np.ndarray:
+    """Faces with true (green) and found (red) landmarks; below them aligned."""
     batch = data.__getitems__([(0, i) for i in examples(data, 8)])
     image, points = prepare(batch, device)
-    found = net(image / 127.5 - 1).landmarks
-    rows, marks = [], (batch["points"][:, :5].numpy(), found.cpu().numpy() * data.size - 0.5)
-    for pixels, *fives in zip(batch["image"].numpy(), *marks):
-        pixels = cv2.resize(pixels, (160, 160), interpolation=cv2.INTER_CUBIC)
+    found, rows = net.eval()(image / 127.5 - 1).landmarks, []
+    for pixels, *fives in zip(batch["image"].numpy(), (points[:, :5] + 0.5) / data.size, found):
+        rows.append(cv2.resize(pixels, (side, side), interpolation=cv2.INTER_CUBIC))
         for colour, five in zip((GREEN, RED), fives):
-            draw_points(pixels, (five + 0.5) * (160 / data.size) - 0.5, colour, 2.5)
-        rows.append(framed(pixels))
-    aligned = align_112(image, found, 0.0).byte().permute(0, 2, 3, 1).cpu().numpy()
-    return tile(rows + [cv2.copyMakeBorder(face, 4, 52, 28, 28, cv2.BORDER_CONSTANT, value=(255,) * 3)
-                        for face in aligned], len(rows))
+            draw_points(rows[-1], five.cpu() * side - 0.5, colour, side / 64)
+    for pixels in align_112(image, found, 0.0).round().byte().permute(0, 2, 3, 1).cpu().numpy():
+        rows.append(cv2.resize(pixels, (side, side), interpolation=cv2.INTER_CUBIC))
+    return tile([framed(pixels) for pixels in rows], len(found))
 
 
-def report_dfa(folder: Path | None, net: DFA, data, errors: torch.Tensor, args, device):
-    """Prints the errors; writes aligned.png and ced.png (Fig. 8), if there is a folder."""
+def report_dfa(folder: Path | None, net: DFA, data, errors: torch.Tensor, args, device) -> dict:
+    """The mean errors; rank 0 prints them, and writes aligned.png and ced.png (Fig. 8) to a folder."""
     scores = dict(zip(ERRORS, errors.mean(1).tolist()))
-    print(f"{args.data}: {len(data):,} faces, NME by the box: {scores['nme']:.4f}, best anchor "
-          f"{scores['nme@best']:.4f}, mean face {scores['nme@mean']:.4f}")
-    if folder:
-        write_image(folder / "aligned.png", draw_aligned(net, data, device))
-        names = ("aggregation", "best anchor", "mean face")
-        write_image(folder / "ced.png", metrics.ced_plot(dict(zip(names, errors)), 0.2))
+    if ranks()[0] == 0:
+        print(f"{args.data}: {len(data):,} faces, NME by the box: {scores['nme']:.4f}, best anchor "
+              f"{scores['nme@best']:.4f}, mean face {scores['nme@mean']:.4f}")
+        if folder:
+            write_image(folder / "aligned.png", draw_aligned(net, data, device))
+            names = ("aggregation", "best anchor", "mean face")
+            write_image(folder / "ced.png", metrics.ced_plot(dict(zip(names, errors)), 0.2))
+    return scores
 
 
 @functools.cache
@@ -2787,24 +2777,19 @@ def detect(path: str, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.inference_mode()
-def find_face(net: DFA, image: np.ndarray, box: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """The face in a box (4,) x0 y0 x1 y1 px of an image, RGB uint8 (H, W, 3); without one in the whole image,
-    then in the box that is found there.
-    Returns: landmarks (5, 2) px of the image; the face aligned, RGB uint8 (112, 112, 3)."""
-    margins = (DFA_MARGIN,) if box is not None else (1.0, DFA_MARGIN)
+def find_face(net: DFA, image: np.ndarray, box: np.ndarray | None) -> np.ndarray:
+    """Landmarks (5, 2) px of the face in a box (4,) x0 y0 x1 y1 px of an image, RGB uint8 (H, W, 3); without
+    one, in the box that is found in the whole image."""
+    margins = (1.0, DFA_MARGIN) if box is None else (DFA_MARGIN,)
     box = np.array([-0.5, -0.5, image.shape[1] - 0.5, image.shape[0] - 0.5]) if box is None else box
-    half = net.size // 2
     for margin in margins:
-        # Twice as wide as what the network sees, since an aligned face shows more than its box.
-        frame = datasets.square_frames(box[None], 2 * net.size, 2 * margin)
-        batch = datasets.CropDataset([datasets.Face(image)], frame, 2 * net.size).__getitems__([(0, 0)])
-        wide = batch["image"].permute(0, 3, 1, 2).float().to(net.priors.device)
-        found = net(wide[..., half:-half, half:-half] / 127.5 - 1)
-        places = torch.cat([found.landmarks[0], found.fused[0, :4].view(2, 2)]) * net.size - 0.5 + half
-        places = warp.apply_affine(warp.invert(torch.from_numpy(frame[0])), places.double().cpu()).numpy()
+        frame = torch.from_numpy(datasets.square_frames(box[None], net.size, margin))
+        crop = datasets.CropDataset([datasets.Face(image)], frame, net.size).__getitems__([(0, 0)])
+        found = net(prepare(crop, net.priors.device)[0] / 127.5 - 1)
+        places = torch.cat([found.landmarks[0], found.fused[0, :4].view(2, 2)]).double().cpu()
+        places = warp.apply_affine(warp.invert(frame[0]), places * net.size - 0.5).numpy()
         box = places[5:].flatten()
-    aligned = align_112(wide, 0.5 * found.landmarks + 0.25, 127.0)[0]
-    return places[:5], aligned.round().byte().permute(1, 2, 0).cpu().numpy()
+    return places[:5]
 
 
 def predict_dfa(args) -> dict:
@@ -2812,22 +2797,14 @@ def predict_dfa(args) -> dict:
     the face aligned as NAME.png. Boxes are those of --detector or --box; else one is found in the image. A
     further face of an image is NAME.face2.pts and so on.   Raises: as `predict`."""
     args.gpus = 1
-    device = setup(args)[2]
+    device, to = setup(args)[2], torch.from_numpy(datasets.ARCFACE_5)
     net, state = open_dfa(args.weights, device)
     restore_args(args, state["args"], MACHINE | DATA | ({"box"} & set(args.given)))
-    detector = open_detector(args.detector) if args.detector else None
-    found = datasets.image_paths(args.predict)
-    folder, count = prediction_folder(args, "kprpe-dfa", found, (".png", ".pts")), 0
-    for name, path in tqdm(found.items(), "predict"):
-        image = datasets.load_image(path)
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        for i, (box, _) in enumerate(find_keypoints(args, path, image, detector, device), 1):
-            points, aligned = find_face(net, image, box)
-            target = str(folder / name) + (f".face{i}" if i > 1 else "")
-            datasets.write_pts(target + ".pts", points)
-            write_image(target + ".png", aligned)
-            count += 1
-    print(f"{count} faces of {len(found)} images in {folder}")
+    for _, image, box, _, target in each_face(args, "kprpe-dfa", (".png", ".pts"), device):
+        points = find_face(net, image, box)
+        aligned = recognition.WholeImages([image], 112, points[None], align=(to, 1.0)).__getitems__([(0, 0)])
+        datasets.write_pts(target + ".pts", points)
+        write_image(target + ".png", aligned["image"][0].numpy())
     return {}
 
 
@@ -2835,44 +2812,25 @@ def evaluate_aligner(args) -> dict:
     """--task dfa --eval: the errors of a checkpoint on the test split; with --output, the pictures too."""
     device, given = setup(args)[2], set(args.given)
     net, state = open_dfa(args.eval, device)
-    other = "data" in given and args.data != state["args"]["data"]
-    free = DATA | {"box"}
+    other, free = "data" in given and args.data != state["args"]["data"], DATA | {"box"}
     restore_args(args, state["args"], MACHINE | (free if other else free & given))
     folder, data = find_run(args, "kprpe-dfa"), aligner_set(args, "test")
     loader = make_loader(args, data, shares(len(data), 64, *ranks()), device, True)
     errors = evaluate_dfa(net, state["mean"], data, loader, args, device)
-    if ranks()[0] == 0:
-        report_dfa(folder and make_run(args, "kprpe-dfa", folder), net, data, errors, args, device)
-    return dict(zip(ERRORS, errors.mean(1).tolist()))
-
-
-def step_dfa(net: DFA, model, optimizer, rate: float, batch: dict, strength, args, device) -> torch.Tensor:
-    """One step on a batch at a learning rate; its loss."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    image, points = prepare(batch, device)
-    if strength is not None:
-        image, points = augment(image, points, strength, FLIP_9)
-    with precision(args, device):
-        found = model(image / 127.5 - 1)
-    loss = dfa_loss(found, targets(points, args.size), net.priors)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    if args.clip:
-        nn.utils.clip_grad_norm_(net.parameters(), args.clip)
-    optimizer.step()
-    return loss.detach()
+    return report_dfa(folder and make_run(args, "kprpe-dfa", folder), net, data, errors, args, device)
 
 
 def train_dfa(args) -> dict:
     """--task dfa: trains by the flags; returns the errors of the last evaluation."""
-    # Set-up, data and network
+    # Set-up
     rank, world, device = setup(args)
     folder = find_run(args, "kprpe-dfa")
     state = load_task(folder / "last.pt", "dfa") if args.resume else None
     if state:
         restore_args(args, state["args"], MACHINE | ({"data_root"} & set(args.given)))
+    # Data and network
     data, test = aligner_set(args, "train"), aligner_set(args, "test")
+    mean, strength = mean_face(data), AUGMENTATIONS[args.augment]
     seed_all(args.seed)
     net = DFA(args.size).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(net, args.weight_decay), args.lr, fused=True)
@@ -2881,29 +2839,33 @@ def train_dfa(args) -> dict:
             raise ValueError(f"--resume: {len(data)} training faces, the run was started on {state['count']}")
         load_weights(net, state["model"], folder / "last.pt")
         optimizer.load_state_dict(state["optimizer"])
-    model, mean, strength = wrap(net, args, device), mean_face(data), AUGMENTATIONS[args.augment]
+    model = wrap(net, args, device)
     batches = datasets.EpochBatches(len(data), args.batch_size, args.seed, rank, world)
     loader = make_loader(args, data, batches, device, True)
     looked_at = make_loader(args, test, shares(len(test), 64, rank, world), device, True)
-    steps, start, began, errors = len(batches), state["epoch"] if state else 0, time.time(), None
+    start, began, errors = state["epoch"] if state else 0, time.time(), None
     folder = begin_run(args, "kprpe-dfa", folder, state, f"{len(data):,} training faces")
-    bar = tqdm(total=args.epochs * steps, initial=start * steps, disable=rank > 0,
-               mininterval=1 if sys.stderr.isatty() else 30)
+
+    def loss_of(batch):
+        image, points = prepare(batch, device)
+        if strength is not None:
+            image, points = augment(image, points, strength, FLIP_9)
+        with precision(args, device):
+            found = model(image / 127.5 - 1)
+        return dfa_loss(found, targets(points, args.size), net.priors)
+
+    bar = progress(args, start, len(batches), rank)
     for epoch in range(start, args.epochs):
         seed_all(args.seed, epoch + 1, rank)
-        batches.epoch, losses = epoch, torch.zeros(steps, device=device)
+        batches.epoch, epoch_began = epoch, time.time()
         net.train()
-        for step, batch in enumerate(loader):
-            rate = learning_rate(epoch * steps + step, args.epochs * steps, args.warmup * steps, args.lr)
-            losses[step] = step_dfa(net, model, optimizer, rate, batch, strength, args, device)
-            if step % 20 == 0:  # the only reading of the loss: it waits for the GPU
-                check_losses(losses, epoch + 1)
-                bar.set_postfix(epoch=epoch + 1, loss=f"{losses[step].item():.3f}", refresh=False)
-            bar.update()
-        check_losses(losses, epoch + 1)
+        losses = one_pass(args, epoch, len(batches), loader, loss_of, optimizer, bar, device,
+                          lambda limit: nn.utils.clip_grad_norm_(net.parameters(), limit))
         check_weights(net, epoch + 1)
+        # Evaluation by all processes, log and checkpoint by the first
         share_statistics(net)
-        row = dict(epoch=epoch + 1, loss=losses.mean().item(), lr=rate)
+        row = dict(epoch=epoch + 1, loss=losses.mean().item(), lr=optimizer.param_groups[0]["lr"],
+                   images_per_second=len(batches) * args.batch_size / (time.time() - epoch_began))
         if epoch + 1 == args.epochs or (epoch + 1) % args.eval_every == 0:
             errors = evaluate_dfa(net, mean, test, looked_at, args, device)
             row |= zip(ERRORS, errors.mean(1).tolist())
@@ -2914,10 +2876,9 @@ def train_dfa(args) -> dict:
             save(folder / "last.pt", script="kprpe", model=net.state_dict(), epoch=epoch + 1, args=vars(args),
                  optimizer=optimizer.state_dict(), world=world, mean=mean, count=len(data))
     bar.close()
-    errors = evaluate_dfa(net, mean, test, looked_at, args, device) if errors is None else errors
-    if rank == 0:
-        report_dfa(folder, net, test, errors, args, device)
-    return dict(zip(ERRORS, errors.mean(1).tolist()))
+    if errors is None:  # it was killed after its last checkpoint
+        errors = evaluate_dfa(net, mean, test, looked_at, args, device)
+    return report_dfa(folder, net, test, errors, args, device)
 
 
 # ---- Template fusion: Eqs. 16 to 18 --------------------------------------------------------------
@@ -2956,16 +2917,16 @@ class Templates(NamedTuple):
 
 
 def own_templates(faces: Sequence[datasets.Face], frames: int = 5) -> Templates:
-    """Videos as templates: PERSON/VIDEO/*.jpg by their folders; images straight in a person's folder, or
-    named after the person, by their names less the last character, as 20.jpg, 21.jpg and NAME_20.jpg,
-    NAME_21.jpg; drawn faces by `frames`. The first of each person is enrolled, the others are looked for.
+    """Videos as templates: PERSON/VIDEO/*.jpg by their folders; images straight in a person's folder, or in
+    one of all people, by their names less the last character, as 20.jpg, 21.jpg and PERSON_20.jpg,
+    PERSON_21.jpg; drawn faces by `frames`. The first of each person is enrolled, the others are looked for.
     Raises: ValueError unless there are two people, and two templates of one."""
     keys, seen = [], Counter()
     for face in faces:
         folder, stem = "", str(seen[face.identity] // frames)
         if isinstance(face.image, (str, os.PathLike)):
             folder, stem = os.path.split(os.path.splitext(face.image)[0])
-            flat = os.path.basename(folder) == face.identity or stem.startswith(face.identity)
+            flat = os.path.basename(folder) == face.identity or face.identity not in Path(folder).parts
             stem = stem[:-1] if flat else ""
         seen[face.identity] += 1
         keys.append((face.identity, folder, stem))

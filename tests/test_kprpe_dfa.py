@@ -2,14 +2,14 @@
 import json
 import math
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
@@ -105,9 +105,9 @@ def slow_mixer(blocks, last, x):
 
     for block in blocks:
         mixed = norm(block.norm1, x)
-        x = x + torch.stack([mlp(block.tokens, mixed[:, c]) for c in range(16)], 1)
+        x = x + torch.stack([mlp(block.across, mixed[:, c]) for c in range(16)], 1)
         mixed = norm(block.norm2, x)
-        x = x + torch.stack([mlp(block.channels, row) for row in mixed])
+        x = x + torch.stack([mlp(block.within, row) for row in mixed])
     return torch.stack([last.weight[0] @ row + last.bias[0] for row in x])
 
 
@@ -151,28 +151,24 @@ def test_rows_of_the_heads_belong_to_their_anchors(net):
 
 
 @torch.no_grad()
-def test_images_of_other_shapes_are_padded_and_resized(net):
-    torch.manual_seed(2)
-    image = torch.rand(1, 3, 160, 117) * 2 - 1
-    square = torch.full((1, 3, 160, 160), -1.0)
-    square[..., 21:138] = image
-    whole, part = net(square), net(image)
-    for name in ("landmarks", "best"):
-        there, here = (getattr(f, name) * torch.tensor([w, 160.0]) for f, w in ((whole, 160), (part, 117)))
-        torch.testing.assert_close(here + torch.tensor([21.0, 0]), there, rtol=1e-4, atol=1e-3)
-    # A blob stays at its place, in units of the image, through every shape and size.
-    for height, width in ((320, 240), (90, 130), (112, 112)):
-        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        dot = torch.exp(-((x - 0.3 * width) ** 2 + (y - 0.6 * height) ** 2) / (0.05 * height) ** 2)
-        out, place = kprpe.to_square(2 * dot.expand(1, 3, -1, -1) - 1, 160)
-        mass = (out[0, 0] + 1) / (out[0, 0] + 1).sum()
-        centre = torch.stack([(mass.sum(0) * (torch.arange(160) + 0.5)).sum(),
-                              (mass.sum(1) * (torch.arange(160) + 0.5)).sum()]) / 160
-        expected = torch.tensor([(0.3 * width + 0.5) / width, (0.6 * height + 0.5) / height])
-        torch.testing.assert_close(kprpe.from_square(centre, place), expected, rtol=0, atol=1e-4)
-    assert kprpe.to_square(image, 96)[0].shape == (1, 3, 96, 96)
-    with pytest.raises(ValueError, match=r"shape \(1, 1, 160, 160\): expected \(B, 3, H, W\)"):
-        net(torch.zeros(1, 1, 160, 160))
+def test_images_of_other_sizes_are_resized(net):
+    # A blob stays at its place, in units of the image, through every size.
+    seen, hook = [], net.body.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    for side in (320, 90, 112, 160):
+        y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        dot = torch.exp(-((x - 0.3 * side) ** 2 + (y - 0.6 * side) ** 2) / (0.05 * side) ** 2)
+        image = 2 * dot.expand(1, 3, -1, -1) - 1
+        found = net(image)
+        assert seen[-1].shape == (1, 3, 160, 160)
+        mass = (seen[-1][0, 0] + 1) / (seen[-1][0, 0] + 1).sum()
+        centre = torch.stack([(mass.sum(i) * (torch.arange(160) + 0.5)).sum() for i in (0, 1)]) / 160
+        expected = torch.tensor([0.3, 0.6]) + 0.5 / side
+        torch.testing.assert_close(centre, expected, rtol=0, atol=1e-4)
+    hook.remove()
+    assert torch.equal(seen[-1], image) and found.landmarks.shape == (1, 5, 2)
+    for shape in ((1, 1, 160, 160), (1, 3, 160, 117)):
+        with pytest.raises(ValueError, match=rf"shape \({', '.join(map(str, shape))}\): expected"):
+            net(torch.zeros(shape))
 
 
 def test_under_autocast_places_stay_float32(net):
@@ -201,21 +197,21 @@ def slow_match(box, priors):
 
 
 def draw_case():
-    """Five faces: two with landmarks, one without, one that only a single anchor meets, no face at all."""
+    """Four faces: two with landmarks, one without, one that only a single anchor meets."""
     torch.manual_seed(3)
     priors = kprpe.prior_boxes()
     box = torch.tensor([[0.1, 0.08, 0.93, 0.9], [0.3, 0.2, 0.8, 0.75], [0.2, 0.25, 0.7, 0.8],
-                        [0.4, 0.4, 0.6, 0.63], [0.0, 0, 0, 0]])
-    target = kprpe.Target(box, torch.rand(5, 5, 2), torch.tensor([1, 1, -1, 1, 0]))
+                        [0.4, 0.4, 0.6, 0.63]])
+    target = kprpe.Target(box, torch.rand(4, 5, 2), torch.tensor([True, True, False, True]))
     target.landmarks[2] = torch.nan
-    raw = [torch.randn(5, 1050, width).requires_grad_() for width in (4, 2, 10)]
-    fused = torch.randn(5, 16).requires_grad_()
+    raw = [torch.randn(4, 1050, width).requires_grad_() for width in (4, 2, 10)]
+    fused = torch.randn(4, 16).requires_grad_()
     return priors, target, kprpe.Found(None, None, None, None, fused, *raw)
 
 
 def test_anchors_are_matched_by_the_rule():
     priors, target, _ = draw_case()
-    found = kprpe.match(target.box[:4], priors)
+    found = kprpe.match(target.box, priors)
     for row, box in zip(found.tolist(), target.box.tolist()):
         assert row == slow_match(box, priors.tolist())
     assert found[3].sum() == 1 and found[0].sum() > 10                        # the small one's best anchor
@@ -229,8 +225,8 @@ def slow_smooth_l1(a, b):
 
 def slow_multibox(found, target, priors):
     sums, counts = [0.0, 0.0, 0.0], [0, 0, 0]
-    for b, label in enumerate(target.label.tolist()):
-        positive = slow_match(target.box[b].tolist(), priors.tolist()) if label else [False] * len(priors)
+    for b, marked in enumerate(target.marked.tolist()):
+        positive = slow_match(target.box[b].tolist(), priors.tolist())
         entropy = [math.log(math.exp(x) + math.exp(y)) - (y if p else x)
                    for (x, y), p in zip(found.logits[b].tolist(), positive)]
         worst = sorted((i for i, p in enumerate(positive) if not p), key=lambda i: -entropy[i])
@@ -239,10 +235,10 @@ def slow_multibox(found, target, priors):
         for i in (i for i, p in enumerate(positive) if p):
             box = kprpe.encode_boxes(target.box[b], priors[i])
             sums[1] += slow_smooth_l1(found.boxes[b, i].tolist(), box.tolist())
-            if label > 0:
+            if marked:
                 points = kprpe.encode_points(target.landmarks[b], priors[i])
                 sums[2] += slow_smooth_l1(found.points[b, i].tolist(), points.tolist())
-        counts = [n + m for n, m in zip(counts, (sum(positive), sum(positive), sum(positive) * (label > 0)))]
+        counts = [n + m for n, m in zip(counts, (sum(positive), sum(positive), sum(positive) * marked))]
     return [s / n for s, n in zip(sums, counts)]
 
 
@@ -253,8 +249,7 @@ def test_losses_are_their_formulas():
     torch.testing.assert_close(multibox, torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
     box, logits, points = (part.tolist() for part in found.fused.split((4, 2, 10), 1))
-    expected = [sum(math.log(math.exp(x) + math.exp(y)) - (y if label else x)
-                    for (x, y), label in zip(logits, target.label.tolist())) / 5,
+    expected = [sum(math.log(math.exp(x) + math.exp(y)) - y for x, y in logits) / 4,
                 sum(slow_smooth_l1(box[b], target.box[b].tolist()) for b in range(4)) / 4,
                 sum(slow_smooth_l1(points[b], target.landmarks[b].flatten().tolist()) for b in (0, 1, 3)) / 3]
     fused = kprpe.aggregation_loss(found, target)
@@ -263,10 +258,10 @@ def test_losses_are_their_formulas():
     total = kprpe.dfa_loss(found, target, priors)
     expected = multibox @ torch.tensor([1.0, 2, 1]) + fused @ torch.tensor([1.0, 60, 30])
     torch.testing.assert_close(total, expected)
-    total.backward()                                        # empty box, nan landmarks: no nan comes through
+    total.backward()                                        # nan landmarks: no nan comes through
     for tensor in (found.fused, found.boxes, found.logits, found.points):
         assert tensor.grad.isfinite().all() and tensor.grad.abs().sum() > 0
-    assert not found.points.grad[[2, 4]].any() and not found.boxes.grad[4].any()
+    assert not found.points.grad[2].any()
 
 
 def test_targets_follow_crop_and_mirror():
@@ -286,11 +281,14 @@ def test_targets_follow_crop_and_mirror():
     mirrored = (first.landmarks[0] * torch.tensor([-1, 1]) + torch.tensor([1, 0]))[[1, 0, 2, 4, 3]]
     torch.testing.assert_close(second.landmarks[0], mirrored, rtol=0, atol=1e-5)
     torch.testing.assert_close(second.box[0], first.box[0], rtol=0, atol=1e-5)  # in the middle of its crop
-    assert first.label.tolist() == second.label.tolist() == [1, -1] and first.landmarks.isfinite().all()
+    assert first.marked.tolist() == second.marked.tolist() == [True, False]
+    assert first.landmarks.isfinite().all()
     _, moved = kprpe.augment(torch.zeros(2, 3, 160, 160), points, kprpe.AUGMENTATIONS["full"], kprpe.FLIP_9)
     found = kprpe.targets(moved, 160)
-    assert found.label.tolist() == [1, -1] and found.box.isfinite().all()
+    assert found.marked.tolist() == [True, False] and found.box.isfinite().all()
     torch.testing.assert_close(kprpe.mean_face(data), first.landmarks[0])
+    with pytest.raises(ValueError, match="none of the 1 training faces has landmarks"):
+        kprpe.mean_face(kprpe.dfa_dataset(faces[1:]))
     for points in (None, np.zeros((7, 2), np.float32)):
         with pytest.raises(ValueError, match="the aligner learns from "):
             kprpe.dfa_dataset([replace(faces[0], points=points)])
@@ -300,10 +298,10 @@ def test_targets_follow_crop_and_mirror():
 
 def test_it_learns_a_few_drawn_faces():
     torch.manual_seed(0)
-    data = kprpe.dfa_dataset(synthetic.read_faces("train", 4, 96, 5), 96)
+    data = kprpe.dfa_dataset(synthetic.read_faces("train", 4, 64, 5), 64)
     batch = data.__getitems__(datasets.in_order(4, 4)[0])
-    image, target = batch["image"].permute(0, 3, 1, 2) / 127.5 - 1, kprpe.targets(batch["points"], 96)
-    net = kprpe.DFA(96)
+    image, target = batch["image"].permute(0, 3, 1, 2) / 127.5 - 1, kprpe.targets(batch["points"], 64)
+    net = kprpe.DFA(64)
     optimizer, losses = torch.optim.AdamW(net.parameters()), []
     for step in range(40):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 40)
@@ -417,6 +415,8 @@ def test_own_templates_are_videos(tmp_path):
     assert found.gallery.tolist() == [True, True, False, True, False, False]
     deep = [face(f"{p}/v{v}/{f:03d}.jpg", p) for p in "AB" for v in (10, 2) for f in (8, 12)]
     assert kprpe.own_templates(deep).template.tolist() == [1, 1, 0, 0, 3, 3, 2, 2]   # v2 before v10
+    deep = [face(f"{p}/v{v}/{p}_{f:03d}.jpg", p) for p in "AB" for v in (1, 2) for f in (8, 12)]
+    assert kprpe.own_templates(deep).template.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]   # named after the person
     named = [face(f"X_Y_{v}{f}.jpg", "X_Y") for v in "01" for f in "01"] + [face("Z_00.jpg", "Z")]
     assert kprpe.own_templates(named).template.tolist() == [0, 0, 1, 1, 2]
     drawn = synthetic.read_faces("test", 20, 64, 5)
@@ -449,12 +449,13 @@ def test_a_face_is_found_in_its_box_and_in_a_whole_image():
     y, x = np.mgrid[:180, :240]
     image = np.stack([x, y, 0 * x], -1).astype(np.uint8)                     # red tells x, green y
     net, five, centre = Still(), Still.five.numpy(), np.array([110, 90])
-    points, aligned = kprpe.find_face(net, image, np.array([70, 60, 150, 120.0]))
+    points = kprpe.find_face(net, image, np.array([70, 60, 150, 120.0]))
     np.testing.assert_allclose(points, centre + (five - 0.5) * 1.2 * 80, atol=1e-3)
-    for (u, v), (x, y) in zip(datasets.ARCFACE_5.round().astype(int), points):
-        assert np.abs(aligned[v, u, :2] - np.array([x, y])).max() < 3
+    for x, y in ((32, 20), (8, 40)):                                         # what is where in its crop
+        expected = (np.array([x, y]) - 31.5) * 1.2 * 80 / 64 + centre
+        np.testing.assert_allclose((net.seen[0, :2, y, x] + 1) * 127.5, expected, atol=1)
     # The whole image is a square of its longer side; the box in it, then the five points about that.
-    points, _ = kprpe.find_face(net, image, None)
+    points = kprpe.find_face(net, image, None)
     low, high = (Still.box.view(2, 2).numpy() - 0.5) * 240 + [119.5, 89.5]
     np.testing.assert_allclose(points, (low + high) / 2 + (five - 0.5) * 1.2 * (high - low).max(), atol=1e-2)
     assert net.seen.shape == (1, 3, 64, 64) and net.seen.abs().max() <= 1
@@ -544,7 +545,11 @@ def test_a_run_of_the_aligner_is_evaluated_continued_and_used(run, tmp_path, mon
     go(*flags, "--resume", "--output", tmp_path / "cut")
     whole, cut = state_of(folder), state_of(tmp_path / "cut")
     assert all(torch.equal(value, cut["model"][name]) for name, value in whole["model"].items())
-    drop = lambda row: {key: value for key, value in row.items() if key != "minutes"}
+    moments = [[value for part in state["optimizer"]["state"].values() for value in part.values()]
+               for state in (whole, cut)]
+    assert all(map(torch.equal, *moments)) and len(moments[0]) == len(moments[1]) > 300
+    timed = ("minutes", "images_per_second")
+    drop = lambda row: {key: value for key, value in row.items() if key not in timed}
     assert list(map(drop, logged(folder))) == list(map(drop, logged(tmp_path / "cut")))
 
     photo = synthetic.read_faces("test", 1, 90, 5)[0].image()
@@ -552,10 +557,13 @@ def test_a_run_of_the_aligner_is_evaluated_continued_and_used(run, tmp_path, mon
     cv2.imwrite(str(tmp_path / "in" / "a.png"), photo[..., ::-1])
     go(*flags, "--weights", folder / "last.pt", "--predict", tmp_path / "in", "--box", "20,20,70,80",
        "--output", tmp_path / "out")
-    points, aligned = kprpe.find_face(kprpe.open_dfa(str(folder / "last.pt"), torch.device("cpu"))[0], photo,
-                                      np.array([20, 20, 70, 80.0]))
+    points = kprpe.find_face(kprpe.open_dfa(str(folder / "last.pt"), torch.device("cpu"))[0], photo,
+                             np.array([20, 20, 70, 80.0]))
     np.testing.assert_allclose(datasets.read_pts(tmp_path / "out" / "a.pts"), points, atol=1e-3)
-    assert np.array_equal(cv2.imread(str(tmp_path / "out" / "a.png"))[..., ::-1], aligned)
+    aligned = cv2.imread(str(tmp_path / "out" / "a.png"))[..., ::-1]
+    expected = kprpe.align_112(torch.tensor(photo).permute(2, 0, 1)[None].float(),
+                               torch.tensor((points + 0.5) / 90)[None], 127.0)[0].permute(1, 2, 0)
+    assert aligned.shape == (112, 112, 3) and np.abs(aligned - expected.numpy()).mean() < 2
 
 
 def test_faces_without_landmarks_are_trained_on(tmp_path):
@@ -573,11 +581,14 @@ def test_faces_without_landmarks_are_trained_on(tmp_path):
     assert all(np.isfinite(value) for value in scores.values())
 
 
+def one_of_two(rank, folder):
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2")                       # as torchrun sets them
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    go(*DFA, "--epochs", "1", "--output", f"{folder}/run")
+
+
 def test_the_aligner_learns_in_two_processes(tmp_path):
-    done = subprocess.run([sys.executable, kprpe.__file__, *DFA, "--gpus", "2", "--epochs", "1", "--output",
-                           str(tmp_path / "run")], capture_output=True, text=True, cwd=tmp_path,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    mp.spawn(one_of_two, (str(tmp_path),), nprocs=2)
     assert state_of(tmp_path / "run")["world"] == 2
     row = logged(tmp_path / "run")[0]
     scores = go("--task", "dfa", "--device", "cpu", "--eval", tmp_path / "run" / "last.pt")
@@ -607,7 +618,7 @@ def test_a_network_learns_with_found_keypoints_and_templates_are_fused(run, tmp_
     cv2.imwrite(str(tmp_path / "photo.png"), photo[..., ::-1])               # no .pts beside it
     go("--device", "cpu", "--weights", tmp_path / "run" / "last.pt", "--predict", tmp_path / "photo.png",
        "--output", tmp_path / "out")
-    points, _ = kprpe.find_face(kprpe.open_dfa(path, torch.device("cpu"))[0], photo, None)
+    points = kprpe.find_face(kprpe.open_dfa(path, torch.device("cpu"))[0], photo, None)
     np.testing.assert_allclose(datasets.read_pts(tmp_path / "out" / "photo.pts"), points, atol=1e-3)
 
     for folder in ("train", "test"):                                         # people without landmarks
@@ -618,6 +629,10 @@ def test_a_network_learns_with_found_keypoints_and_templates_are_fused(run, tmp_
     scores = go(*SMALL, "--data", "folder", "--data-root", tmp_path / "set", "--dfa", path, "--fusion",
                 "landmark", "--output", tmp_path / "bare")
     assert "rank1@landmark" in scores
+    # The templates of another folder, by the network of the drawn faces
+    scores = go("--device", "cpu", "--eval", tmp_path / "run" / "last.pt", "--data", "folder", "--data-root",
+                tmp_path / "set", "--fusion", "average,norm,landmark", "--align-steps", "0")
+    assert {f"rank1@{rule}" for rule in kprpe.FUSIONS} <= scores.keys()
 
 
 def test_checkpoints_that_are_no_aligner(run, tmp_path):
@@ -626,6 +641,9 @@ def test_checkpoints_that_are_no_aligner(run, tmp_path):
     go(*SMALL, "--output", tmp_path / "face")
     with pytest.raises(ValueError, match="last.pt is a checkpoint of --task face, not dfa"):
         go(*SMALL, "--dfa", tmp_path / "face" / "last.pt", "--output", tmp_path / "no")
+    with pytest.raises(FileNotFoundError, match="no checkpoint none.pt of a face aligner"):
+        go("--device", "cpu", "--weights", tmp_path / "face" / "last.pt", "--predict", kprpe.__file__, "--dfa",
+           "none.pt", "--output", tmp_path / "no")
     with pytest.raises(ValueError, match="last.pt is a checkpoint of --task dfa, not face"):
         go("--device", "cpu", "--eval", run[0] / "last.pt")
     assert not (tmp_path / "no").exists()
