@@ -642,7 +642,7 @@ def test_checkpoints_that_are_no_aligner(run, tmp_path):
     with pytest.raises(ValueError, match="last.pt is a checkpoint of --task face, not dfa"):
         go(*SMALL, "--dfa", tmp_path / "face" / "last.pt", "--output", tmp_path / "no")
     with pytest.raises(FileNotFoundError, match="no checkpoint none.pt of a face aligner"):
-        go("--device", "cpu", "--weights", tmp_path / "face" / "last.pt", "--predict", kprpe.__file__, "--dfa",
+        go("--device", "cpu", "--weights", tmp_path / "face" / "last.pt", "--predict", tmp_path, "--dfa",
            "none.pt", "--output", tmp_path / "no")
     with pytest.raises(ValueError, match="last.pt is a checkpoint of --task dfa, not face"):
         go("--device", "cpu", "--eval", run[0] / "last.pt")
