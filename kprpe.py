@@ -316,7 +316,7 @@ def refuse_idle(args, error: Callable[[str], None]):
     """Calls `error` with a message for the first flag that was typed and that nothing would read."""
     typed = lambda *names: [f"--{name.replace('_', '-')}" for name in names
                             if name in args.given and getattr(args, name)]
-    for flag in typed(*sorted(vars(args).keys() - READ[args.task])) if args.task in READ else ():
+    for flag in typed(*sorted(vars(args).keys() - READ[args.task] if args.task in READ else {"frames"})):
         error(f"{flag} does not belong to --task {args.task}")
     trains = not (args.eval or args.predict or args.resume)  # else the checkpoint says what the data are
     if args.data == "affnist":
@@ -2081,6 +2081,8 @@ def crop_loader(args, data, batches, device: torch.device, kept: bool = True):
 
 def build(args, device: torch.device) -> nn.Module:
     """The network that the flags describe, on `device`."""
+    if args.task == "gait":
+        return SwinGait(args.dim, args.heads, args.rpe, drop_path=args.drop_path).to(device)
     if args.model.startswith("iresnet"):
         return IResNet(int(args.model.removeprefix("iresnet")), args.size).to(
             device, memory_format=torch.channels_last)
@@ -2110,8 +2112,8 @@ def load_task(path, task: str) -> dict:
     return state
 
 
-def open_checkpoint(args, path: str, free: set[str]) -> tuple[nn.Module, torch.Tensor, torch.device]:
-    """A checkpoint's network, in evaluation mode, its class weights (C, D), and the device; `args` takes its
+def open_checkpoint(args, path: str, free: set[str]) -> tuple[nn.Module, dict, torch.device]:
+    """A checkpoint's network, in evaluation mode, its classifier's state, and the device; `args` takes its
     flags over, but for `free`, the typed ones of DATA, and all of DATA where --data names another set."""
     device, given = setup(args)[2], set(args.given)
     state = load_task(path, args.task)
@@ -2122,18 +2124,18 @@ def open_checkpoint(args, path: str, free: set[str]) -> tuple[nn.Module, torch.T
                  (DATA if other else DATA & given))
     net = build(args, device)
     load_weights(net, state["model"], path)
-    return net.eval(), state["head"]["weight"], device
+    return net.eval(), state["head"], device
 
 
 def evaluate_checkpoint(args) -> dict:
     """--eval: the numbers of a checkpoint on the test split of --data and on --test; with --output, the
     pictures too. The unaligned crop is that of its run, unless --box or --margin are given."""
-    net, centres, device = open_checkpoint(args, args.eval, {"box", "margin"} & set(args.given))
+    net, head, device = open_checkpoint(args, args.eval, {"box", "margin"} & set(args.given))
     folder = find_run(args, "kprpe")
     arms = test_arms(args, device)
     if not arms:
         raise ValueError(f"--data {args.data} has no test split in {args.data_root}; give --test")
-    scores = evaluate(net, centres, arms, args, device)
+    scores = evaluate(net, head["weight"], arms, args, device)
     if scores:
         print_table({args.rpe: scores}, args)
         if folder:
@@ -2972,27 +2974,21 @@ class BasicBlock(nn.Module):
         return F.relu(out + self.downsample(x), inplace=True)
 
 
-def to_windows(x: torch.Tensor, shift: tuple[int, int]) -> torch.Tensor:
-    """Tokens (F, 150, C), row by row, moved up and left by `shift`, in a circle -> those of each window,
-    row by row: (F, 10, 15, C)."""
-    x = x.unflatten(1, TOKENS).roll((-shift[0], -shift[1]), (1, 2))           # (F, 15, 10, C)
-    x = x.unflatten(2, (-1, WINDOW[1])).unflatten(1, (-1, WINDOW[0]))         # (F, 5, 3, 2, 5, C)
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-def from_windows(x: torch.Tensor, shift: tuple[int, int]) -> torch.Tensor:
-    """The inverse of `to_windows`."""
-    x = x.unflatten(2, WINDOW).unflatten(1, (-1, TOKENS[1] // WINDOW[1])).transpose(2, 3)
-    return x.flatten(3, 4).flatten(1, 2).roll(shift, (1, 2)).flatten(1, 2)
+def window_order(shift: tuple[int, int]) -> torch.Tensor:
+    """Tokens, counted row by row, of each window, row by row: (10, 15) long. Windows lie `shift` further down
+    and right; what they lose at one side of the frame comes in at the other."""
+    places = torch.arange(math.prod(TOKENS)).view(TOKENS).roll((-shift[0], -shift[1]), (0, 1))
+    places = places.unflatten(1, (-1, WINDOW[1])).unflatten(0, (-1, WINDOW[0]))             # (5, 3, 2, 5)
+    return places.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 class WindowAttention(Attention):
     """`Attention` within the windows of each frame: tokens (F, 150, dim) -> the same.
 
     Args: rpe, "swin" for Swin's own table over all 5 x 9 offsets within a window, else none; shifted, whether
-        windows lie half a window further down and right. What they lose at one side of the frame comes in at
-        the other, where the two parts do not see each other. Of kp-* `forward` takes PairBias and parts, of
-        each frame: the bias (F, H, 15, 15) is the same in all its windows.
+        windows lie half a window further down and right; tokens from two sides of the frame, which meet in
+        one, do not see each other. Of kp-* `forward` takes PairBias and parts, of each frame: the bias (F, H,
+        15, 15) is the same in all its windows.
     Source: Liu et al., "Swin Transformer", ICCV 2021: its table is not divided by sqrt(d), and W_Q, W_K, W_V
         have biases, without which SwinGait has not the parameters that it has.
     """
@@ -3008,15 +3004,16 @@ class WindowAttention(Attention):
         places = torch.cartesian_prod(torch.arange(height), torch.arange(width))
         rows, columns = (places[:, None] - places).unbind(-1)                 # (N, N) each, query - key
         ids = (2 * width - 1) * (rows + height - 1) + columns + width - 1
-        self.register_buffer("ids", ids, persistent=False)
-        moved = [torch.arange(side) >= side - own for side, own in zip(TOKENS, self.shift)]
-        side = to_windows(torch.cartesian_prod(*moved).view(1, -1, 2), (0, 0))[0]               # (W, N, 2)
+        order = window_order(self.shift)
+        side = torch.stack([order // TOKENS[1] < self.shift[0], order % TOKENS[1] < self.shift[1]], -1)
         apart = (side[:, :, None] != side[:, None]).any(-1)[:, None]          # (W, 1, N, N)
         mask = torch.zeros(apart.shape).masked_fill(apart, -torch.inf)
-        self.register_buffer("mask", mask, persistent=False)
+        for name, value in dict(ids=ids, order=order.flatten(), back=order.flatten().argsort(),
+                                mask=mask).items():
+            self.register_buffer(name, value, persistent=False)
 
     def forward(self, x, pairs=None, parts=None):
-        x = to_windows(x, self.shift)                                         # (F, W, N, dim)
+        x = x.index_select(1, self.order).unflatten(1, (-1, math.prod(WINDOW)))             # (F, W, N, dim)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # (F, W, H, N, d)
         bias = None
         if self.table is not None:
@@ -3026,8 +3023,8 @@ class WindowAttention(Attention):
             bias = pairs(*(part * self.scale for part in parts), q.dtype)[:, None]          # (F, 1, H, N, N)
         if any(self.shift):
             bias = self.mask.to(q.dtype) + (0 if bias is None else bias)      # (1 or F, W, 1 or H, N, N)
-        y = F.scaled_dot_product_attention(q, k, v, bias)
-        return from_windows(self.proj(y.transpose(2, 3).flatten(3)), self.shift)
+        y = F.scaled_dot_product_attention(q, k, v, bias).transpose(2, 3).flatten(3)        # (F, W, N, dim)
+        return self.proj(y).flatten(1, 2).index_select(1, self.back)
 
 
 class SwinBlock(Block):
@@ -3115,11 +3112,11 @@ def triplet_loss(parts: torch.Tensor, labels: torch.Tensor, margin: float = 0.2)
     x = parts.transpose(0, 1)                                                 # (P, B, D)
     # The product's form of it would lose the small distances, and have no gradient at 0.
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")              # (P, B, B)
-    same = (labels[:, None] == labels).fill_diagonal_(False)
-    anchor, positive = same.nonzero(as_tuple=True)                            # (Q,) each
-    near, far = distance[:, anchor, positive], distance[:, anchor]            # (P, Q), (P, Q, B)
-    loss = (margin + near[..., None] - far).clamp(min=0) * (labels[anchor, None] != labels)
-    return (loss.sum((1, 2)) / (loss > 0).sum((1, 2)).clamp(min=1)).mean()
+    same = labels[:, None] == labels
+    triplets = same.clone().fill_diagonal_(False)[:, :, None] & ~same[:, None]             # (B, B, B), a p n
+    # All of them, as to pick those out would wait for the GPU: 0.1 GB a tensor at Gait3D's batch.
+    loss = (margin + distance[..., None] - distance[:, :, None]).clamp(min=0) * triplets   # (P, B, B, B)
+    return (loss.sum((1, 2, 3)) / (loss > 0).sum((1, 2, 3)).clamp(min=1)).mean()
 
 
 class GaitLoss(nn.Module):
@@ -3167,8 +3164,9 @@ def gait_set(args, split: str) -> gait.GaitDataset:
 
 def gait_arms(args, device: torch.device) -> list[Arm]:
     """The test split, and with --unaligned once more with every sequence scaled and moved at random. A
-    sequence at a time, of which each process has its share."""
+    sequence at a time, of which each process has its share.   Raises: ValueError if none can be found."""
     data = gait_set(args, "test")
+    gait.mated(data.labels, data.probe)  # before anything is trained
     sets = [("", data)]
     if args.unaligned:
         sets.append(("@unaligned", gait.GaitDataset(gait.spoil(data.sequences, **SPOIL), None)))
@@ -3183,26 +3181,25 @@ def gait_inputs(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.
 
 
 @torch.inference_mode()
+@torch.backends.cudnn.flags(enabled=True, benchmark=False)  # else it tries its ways anew for each length
 def evaluate_gait(net: SwinGait, arms: Sequence[Arm], args, device: torch.device) -> dict:
     """Scores by name, as rank1, map, minp@unaligned, on rank 0, {} on others; rank1@gei is what the mean
     silhouette alone tells (gait energy image). The distance of two sequences is the Euclidean distance of a
     part, averaged over the parts (source: OpenGait)."""
     net.eval()
-    scores, (rank, world) = {}, ranks()
+    scores = {}
     for arm in arms:
-        found, means = [], []
+        parts, means = [], []
         for batch in copy.copy(arm.loader):  # as in `embed`
             image, joints = gait_inputs(batch, device)
             with precision(args, device):
-                found.append(net(image, joints))                              # (1, 15, dim)
+                parts.append(net(image, joints))                              # (1, 15, dim)
             means.append(image.mean(1).flatten(1)[:, None])                   # (1, 1, 64 * 44)
-        labels = torch.from_numpy(arm.data.labels)
-        probe = torch.tensor([own.probe for own in arm.data.sequences])
-        for features, name in ((found, ""), (means, "@gei")):
-            x = all_gather(torch.cat(features)).unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)
-            if rank == 0:
-                x = x[:len(arm.data)].transpose(0, 1).cpu()                   # (P, S, D)
-                own = gait.identify(torch.cdist(x[:, probe], x[:, ~probe]).mean(0), labels, probe)
+        for mine, name in ((parts, ""), (means, "@gei")):
+            x = gather_shares(torch.cat(mine), len(arm.data))                 # (S, P, D)
+            if ranks()[0] == 0:
+                x, probe = x.transpose(0, 1).cpu(), arm.data.probe
+                own = gait.identify(torch.cdist(x[:, probe], x[:, ~probe]).mean(0), arm.data.labels, probe)
                 scores |= {f"{key}{arm.suffix}{name}": own[key] for key in own if not name or key == "rank1"}
     return scores
 
@@ -3219,15 +3216,13 @@ def print_gait(rows: dict[str, dict], args):
             print(f"{title}{arm.replace('@', ', ')}".ljust(30) + "".join(cells))
 
 
-def draw_walk(data: gait.GaitDataset, i: int, side: int = 160) -> tuple[np.ndarray, torch.Tensor]:
-    """The middle frame of sequence i with its joints, RGB uint8, white beside it; the joints (17, 2)."""
+def draw_walk(data: gait.GaitDataset, i: int) -> tuple[np.ndarray, torch.Tensor]:
+    """The middle frame of sequence i with its joints, RGB uint8 (168, 168, 3); the joints (17, 2)."""
     batch = data.__getitems__([(0, i)])
     image, joints = (batch[key][0, batch["image"].shape[1] // 2] for key in ("image", "points"))
-    width, left = side * FRAME[1] // FRAME[0], (side - side * FRAME[1] // FRAME[0]) // 2
-    pixels = cv2.resize(image.numpy()[..., None].repeat(3, -1), (width, side), interpolation=cv2.INTER_CUBIC)
-    draw_points(pixels, joints.numpy() * (width, side) - 0.5, GREEN, side / 60)
-    return framed(cv2.copyMakeBorder(pixels, 0, 0, left, side - width - left, cv2.BORDER_CONSTANT,
-                                     value=(255, 255, 255))), joints
+    pixels = cv2.resize(image.numpy()[..., None].repeat(3, -1), (110, 160), interpolation=cv2.INTER_CUBIC)
+    draw_points(pixels, joints.numpy() * (110, 160) - 0.5, GREEN, 2.5)
+    return cv2.copyMakeBorder(pixels, 4, 4, 29, 29, cv2.BORDER_CONSTANT, value=(255,) * 3), joints
 
 
 def write_gait_pictures(folder: Path, net: SwinGait, arms: Sequence[Arm]):
@@ -3263,8 +3258,7 @@ def make_gait_learner(args, data: gait.GaitDataset, state: dict | None, device: 
     if state and state["classes"] != size:
         raise ValueError(f"--resume: {size[1]} sequences of {size[0]} people, the run was started on "
                          f"{state['classes'][1]} of {state['classes'][0]}; see --data-root")
-    net = SwinGait(args.dim, args.heads, args.rpe, drop_path=args.drop_path).to(device)
-    loss_of = GaitLoss(args.dim, len(data.ids)).to(device)
+    net, loss_of = build(args, device), GaitLoss(args.dim, len(data.ids)).to(device)
     optimizer = torch.optim.AdamW(gait_groups(args, net, loss_of), args.lr, fused=True)
     if state:
         path = Path(args.output, "last.pt")
@@ -3274,33 +3268,6 @@ def make_gait_learner(args, data: gait.GaitDataset, state: dict | None, device: 
     return net, loss_of, optimizer
 
 
-def gait_epoch(args, epoch: int, model, loss_of, optimizer, loader, labels, device, bar) -> torch.Tensor:
-    """One pass over the people; returns the losses (steps,)."""
-    steps = len(loader)
-    losses = torch.zeros(steps, device=device)
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    model.train(), loss_of.train()
-    for step, batch in enumerate(loader):
-        for group in optimizer.param_groups:  # OpenGait: in steps of 1,000 iterations, and down to 1e-6
-            group["lr"] = group["scale"] * learning_rate(
-                epoch * steps + step, args.epochs * steps, args.warmup * steps, args.lr)
-        with precision(args, device):
-            parts = model(*gait_inputs(batch, device))
-        loss = loss_of(parts, labels[batch["index"]].to(device))  # over all processes
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if args.clip:
-            nn.utils.clip_grad_norm_(weights, args.clip)
-        optimizer.step()
-        losses[step] = loss.detach()
-        if step % 20 == 0:
-            check_losses(losses, epoch + 1)
-            bar.set_postfix(epoch=epoch + 1, loss=f"{losses[step].item():.3f}", refresh=False)
-        bar.update()
-    check_losses(losses, epoch + 1)
-    return losses
-
-
 def train_gait(args) -> tuple[dict, Path]:
     """Trains by the flags; returns the numbers of the last evaluation, and the folder of the run."""
     # Set-up
@@ -3308,24 +3275,31 @@ def train_gait(args) -> tuple[dict, Path]:
     folder = find_run(args, "kprpe-gait")
     state = load_task(folder / "last.pt", args.task) if args.resume else None
     if state:
-        restore_args(args, state["args"], MACHINE | ((LOOK | {"data_root"}) & set(args.given)))
+        restore_args(args, state["args"], MACHINE | ((LOOK | FILES) & set(args.given)))
     # Data and network
     data, arms = gait_set(args, "train"), gait_arms(args, device)
-    net, loss_of, optimizer = make_gait_learner(args, data, state, device)
-    model = wrap(net, args, device)
-    whole = wrap(loss_of, argparse.Namespace(compile=False), device)  # its number of triplets changes
     batches = gait.PeopleBatches(data.labels, args.batch_size // SEQUENCES, SEQUENCES, args.seed, rank, world)
     loader, labels = crop_loader(args, data, batches, device), torch.from_numpy(data.labels)
+    net, head, optimizer = make_gait_learner(args, data, state, device)
+    model, whole = wrap(net, args, device), wrap(head, argparse.Namespace(compile=False), device)
     steps, start, scores, began = len(batches), state["epoch"] if state else 0, {}, time.time()
     folder = begin_run(args, "kprpe-gait", folder, state, f"{args.rpe}, {device.type}, {len(data):,} "
                        f"sequences of {len(data.ids):,} people")
-    bar = tqdm(total=args.epochs * steps, initial=start * steps, disable=rank > 0,
-               mininterval=1 if sys.stderr.isatty() else 30)
+
+    def loss_of(batch: dict) -> torch.Tensor:
+        with precision(args, device):
+            parts = model(*gait_inputs(batch, device))
+        return whole(parts, labels[batch["index"]].to(device, non_blocking=True))  # over all processes
+
+    bar = progress(args, start, steps, rank)
     for epoch in range(start, args.epochs):
+        # One pass over the people. OpenGait's rate falls in steps of 1,000 iterations, and to 1e-6
         seed_all(args.seed, epoch + 1, rank)
         batches.epoch, epoch_began = epoch, time.time()
-        losses = gait_epoch(args, epoch, model, whole, optimizer, loader, labels, device, bar)
-        for part in (net, loss_of):
+        net.train(), head.train()
+        losses = one_pass(args, epoch, steps, loader, loss_of, optimizer, bar, device,
+                          functools.partial(nn.utils.clip_grad_norm_, [*net.parameters(), *head.parameters()]))
+        for part in (net, head):
             check_weights(part, epoch + 1)
         # Evaluation by all processes, log and checkpoint by the first
         share_statistics(net)
@@ -3338,7 +3312,7 @@ def train_gait(args) -> tuple[dict, Path]:
             row["minutes"] = (time.time() - began) / 60
             bar.write(summary(row))
             write_log(folder / "log.jsonl", **row)
-            save(folder / "last.pt", script="kprpe", model=net.state_dict(), head=loss_of.state_dict(),
+            save(folder / "last.pt", script="kprpe", model=net.state_dict(), head=head.state_dict(),
                  optimizer=optimizer.state_dict(), epoch=epoch + 1, args=vars(args), world=world,
                  classes=[len(data.ids), len(data)])
     bar.close()
@@ -3351,12 +3325,7 @@ def train_gait(args) -> tuple[dict, Path]:
 
 def evaluate_gait_checkpoint(args) -> dict:
     """--eval: the numbers of a checkpoint on the test split of --data; with --output, the pictures too."""
-    device, given = setup(args)[2], set(args.given)
-    state = load_task(args.eval, args.task)
-    other = "data" in given and args.data != state["args"]["data"]
-    restore_args(args, state["args"], MACHINE | LOOK | (DATA if other else DATA & given))
-    net = SwinGait(args.dim, args.heads, args.rpe).to(device)
-    load_weights(net, state["model"], args.eval)
+    net, _, device = open_checkpoint(args, args.eval, set())
     folder, arms = find_run(args, "kprpe-gait"), gait_arms(args, device)
     scores = evaluate_gait(net, arms, args, device)
     if scores:

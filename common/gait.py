@@ -143,9 +143,11 @@ def _frames(silhouettes: str, poses: str) -> np.ndarray:
 
 
 def _load(silhouettes: str, poses: str, pick: Callable) -> tuple[np.ndarray, np.ndarray]:
-    """`Sequence.load` of Gait3D. What is made of single images is kept beside them."""
+    """`Sequence.load` of Gait3D. What is made of many files is kept beside the silhouettes."""
     make = functools.partial(_frames, silhouettes, poses)
-    rows = make() if "" in _files(silhouettes, ".png") else recognition._cached(make, silhouettes, poses)
+    image, text = _files(silhouettes, ".png"), _files(poses, ".txt")
+    rows = make() if "" in image and "" in text else \
+        recognition._cached(make, image.get("", silhouettes), text.get("", poses))
     rows, cut = rows[pick(len(rows))], SIDES[0] * SIDES[1]
     return rows[:, :cut].reshape(-1, *SIDES), rows[:, cut:].copy().view("<f4").reshape(-1, JOINTS, 2)
 
@@ -155,7 +157,8 @@ def read_gait3d(root: str, split: str) -> list[Sequence]:
 
     The joints of single images go through the same map as their silhouette: they are px of that image, or, if
     most lie outside it, of the video's frame; then, and with packed silhouettes, `fit_joints` places them.
-    Single images are read once, and kept as 2D_Silhouettes/.../SEQ.npy where the folder can be written.
+    Single images and texts are read once, and kept as 2D_Silhouettes/.../SEQ.npy, of packed silhouettes and
+    texts SEQ/SEQ.pkl.npy, where the folder can be written.
 
     Tree: Gait3D.json, OpenGait's split: TRAIN_SET, TEST_SET: people; PROBE_SET: ID-CAM_VIDEO-SEQ
           2D_Silhouettes/0000/camid0_videoid2/seq0/*.png; or in it seq0.pkl, as OpenGait packs them, pickled
@@ -341,12 +344,13 @@ class GaitDataset(torch.utils.data.Dataset):
     Args: sequences; frames of a clip, or None: the whole sequence, 720 frames at most, one in a batch;
         augment: half of the clips are mirrored, with left and right joints swapped.
     A batch: image (B, T, 64, 44) uint8; points (B, T, 17, 2) float32, (x + 0.5) / 44 and (y + 0.5) / 64, so
-        that [0, 1] is the crop; index (B,).
-    .labels (S,) int64, 0..C-1 in the order of .ids (C,)."""
+        that [0, 1] is the crop, outside it at most two of its sides away, in [-2, 3]; index (B,).
+    .labels (S,) int64, 0..C-1 in the order of .ids (C,); .probe (S,) bool."""
 
     def __init__(self, sequences: list[Sequence], frames: int | None, seed: int = 0, augment: bool = False):
         self.sequences, self.frames, self.seed, self.augment = sequences, frames, seed, augment
         self.ids, self.labels = np.unique([s.identity for s in sequences], return_inverse=True)
+        self.probe = np.array([s.probe for s in sequences])
 
     def __len__(self):
         return len(self.sequences)
@@ -358,7 +362,7 @@ class GaitDataset(torch.utils.data.Dataset):
             image, joints = self.sequences[i].load(
                 (lambda total: np.arange(min(total, MOST))) if self.frames is None else
                 (lambda total: ordered(total, self.frames, rng)))
-            joints = (joints + 0.5) / SIDES[::-1]
+            joints = ((joints + 0.5) / SIDES[::-1]).clip(-2, 3)  # of a sliver of a person, they lie far out
             if self.augment and rng.random() < 0.5:
                 image, joints = image[:, :, ::-1], joints[:, FLIP_17] * [-1, 1] + [1, 0]
             images.append(image)
@@ -388,17 +392,24 @@ class PeopleBatches(datasets.EpochBatches):
             yield [(self.epoch, i) for i in mixed[place].ravel().tolist()]
 
 
-def identify(distance, labels, probe) -> dict[str, float]:
+def mated(labels: np.ndarray, probe: np.ndarray) -> np.ndarray:
+    """Which probes (Q,) have a mate, of labels (S,) and probe (S,) bool.   Raises: ValueError if none has."""
+    found = np.isin(labels[probe], labels[~probe])
+    if not found.any():
+        raise ValueError(f"none of {probe.sum()} probes has a mate among {(~probe).sum()} others")
+    return found
+
+
+def identify(distance, labels: np.ndarray, probe: np.ndarray) -> dict[str, float]:
     """rank1, rank5, rank10 (share of probes with a mate among the k nearest), map and minp. No row is left
     out by camera; probes without a mate are skipped.
     Args: distance (Q, G), from each of the Q probes to each of the G others, both in the order of the
         sequences; labels (Q + G,) integers and probe (Q + G,) bool, of all sequences.
     Raises: ValueError if no probe has a mate."""
-    distance, labels, probe = torch.as_tensor(distance), torch.as_tensor(labels), torch.as_tensor(probe)
-    mated = torch.isin(labels[probe], labels[~probe])
-    if not mated.any():
-        raise ValueError(f"none of {int(probe.sum())} probes has a mate among {int((~probe).sum())} others")
-    distance, query, gallery = distance[mated.to(distance.device)], labels[probe][mated], labels[~probe]
+    found = mated(labels, probe)
+    distance = torch.as_tensor(distance)
+    distance = distance[torch.from_numpy(found).to(distance.device)]
+    query, gallery = (torch.from_numpy(own) for own in (labels[probe][found], labels[~probe]))
     mate = (query[:, None] == gallery).to(distance.device)
     best = distance.masked_fill(~mate, torch.inf).amin(1, keepdim=True)
     ahead = ((distance <= best) & ~mate).sum(1)                 # in a tie the others come first

@@ -2,8 +2,13 @@
 import itertools
 import json
 import math
+import os
+import pickle
+import socket
+from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -74,14 +79,12 @@ def torn(window, shift):
 
 @pytest.mark.parametrize("shift", [(0, 0), (1, 2)])
 def test_windows_and_mask_are_those_of_a_slow_loop(shift):
-    x = torch.arange(150.0).view(1, 150, 1) + torch.tensor([0, 1000.0])[:, None, None]
-    windows, slow = kprpe.to_windows(x, shift), slow_windows(shift)
-    assert windows.shape == (2, 10, 15, 1)
-    assert windows[0, ..., 0].tolist() == [[10 * row + column for row, column in own] for own in slow]
-    assert torch.equal(windows[1], windows[0] + 1000)
-    assert torch.equal(kprpe.from_windows(windows, shift), x)
-    attention = kprpe.WindowAttention(8, 2, "none", shift != (0, 0))
+    slow, attention = slow_windows(shift), kprpe.WindowAttention(8, 2, "none", shift != (0, 0))
     assert attention.shift == shift
+    order = kprpe.window_order(shift)
+    assert order.tolist() == [[10 * row + column for row, column in own] for own in slow]
+    assert attention.order.tolist() == order.flatten().tolist()
+    assert attention.order[attention.back].tolist() == list(range(150))
     for own, mask in zip(slow, attention.mask[:, 0]):
         sides = torn(own, shift)
         assert [[value == 0 for value in row] for row in mask.tolist()] == [
@@ -245,6 +248,12 @@ def one_step(rank=0, world=1, wrap=lambda module: module):
         loss_of.norm.running_var]
 
 
+def in_two_processes(work, *args):
+    """work(rank, *args) in two; by fork, which reads no module anew, where there is no GPU to lose."""
+    way = "spawn" if torch.cuda.is_available() else "fork"
+    mp.start_processes(work, args, nprocs=2, start_method=way)
+
+
 def two_ranks(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -254,7 +263,7 @@ def two_ranks(rank, folder):
 
 
 def test_two_processes_learn_as_one(tmp_path):
-    mp.spawn(two_ranks, (str(tmp_path),), nprocs=2)
+    in_two_processes(two_ranks, str(tmp_path))
     for rank in range(2):
         for one, two in zip(one_step(), torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)):
             torch.testing.assert_close(two, one)
@@ -329,9 +338,8 @@ def test_train_resume_and_evaluate(walk, tmp_path, capsys):
     # One epoch, then its second, as if the run had been killed
     args = kprpe.parse_args(["--task", "gait", *SHORT, "--epochs", "2", "--also-rpe", "", "--output", "b"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kprpe, "write_gait_pictures", lambda *_: None)
-        epoch = kprpe.gait_epoch
-        patch.setattr(kprpe, "gait_epoch", lambda args, n, *rest: 1 / 0 if n else epoch(args, n, *rest))
+        epoch = kprpe.one_pass
+        patch.setattr(kprpe, "one_pass", lambda args, n, *rest: 1 / 0 if n else epoch(args, n, *rest))
         with pytest.raises(ZeroDivisionError):
             kprpe.main(args)
     again = walk("--resume", "--output", "b", "--also-rpe", "", "--device", "cpu")
@@ -345,6 +353,66 @@ def test_train_resume_and_evaluate(walk, tmp_path, capsys):
     assert aligned["map"] == scores["map@swin"] and "map@unaligned" not in aligned
     with pytest.raises(ValueError, match="--task gait, not face"):
         kprpe.main(kprpe.parse_args(["--eval", "a/last.pt"]))
+
+
+def whole_run(rank, port, people, flags):
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    kprpe.DRAWN_WALKERS = people
+    kprpe.main(kprpe.parse_args(flags))
+
+
+def test_a_run_of_two_processes(walk, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--task", "gait", *SHORT, "--epochs", "1", "--output", "a", "--limit", "3"]
+    in_two_processes(whole_run, port, kprpe.DRAWN_WALKERS, flags)
+    for folder in ("a", "a/swin"):
+        row = json.loads(open(f"{folder}/log.jsonl").read())
+        assert kprpe.load(f"{folder}/last.pt", "kprpe")["world"] == 2
+        again = walk("--eval", f"{folder}/last.pt", "--device", "cpu")
+        assert again == {key: pytest.approx(row[key], abs=1e-6) for key in again}
+
+
+def test_gait3d_is_trained_on_resumed_and_evaluated(walk, tmp_path, capsys):
+    """Single images with texts, packed ones, joints far out; then a set in which nobody can be found."""
+    rng, people = np.random.default_rng(0), ["0000", "0001", "0002", "0003"]
+    sets = dict(TRAIN_SET=people[:2], TEST_SET=people[2:],
+                PROBE_SET=[f"{person}-camid0_v0-seq0" for person in people[2:]])
+    for person, video in itertools.product(people, range(3)):
+        walker = gait.walkers("train", 4, sequences=3, frames=4)[3 * int(person) + video]
+        crops, joints = walker.load(np.arange)
+        folders = [tmp_path.joinpath("g3d", kind, person, f"camid{video}_v{video}", "seq0")
+                   for kind in ("2D_Silhouettes", "2D_Poses")]
+        for folder in folders:
+            folder.mkdir(parents=True)
+        joints[0, 9] += (4000, 0)
+        if video:
+            for t, (crop, own) in enumerate(zip(crops, joints)):
+                cv2.imwrite(str(folders[0] / f"{t:04d}.png"), crop)
+                values = np.column_stack([own, rng.random(17)]).ravel()
+                (folders[1] / f"{t:04d}.txt").write_text(",".join(map(str, [0, 0, *values])) + "\n")
+        else:
+            packed = np.column_stack([joints.reshape(-1, 2), np.ones(68)]).reshape(4, 17, 3)
+            for folder, array in zip(folders, (np.pad(crops, ((0, 0), (0, 0), (10, 10))), packed)):
+                (folder / "seq0.pkl").write_bytes(pickle.dumps(array))
+    listed = tmp_path / "g3d" / "Gait3D.json"
+    listed.write_text(json.dumps(sets))
+    flags = [*SHORT, "--data", "gait3d", "--data-root", "g3d", "--warmup", "0"]
+    scores = walk(*flags, "--epochs", "1", "--output", "a")
+    assert {"rank1", "rank5", "rank10", "map", "minp", "rank1@gei"} == scores.keys()
+    state = kprpe.load("a/last.pt", "kprpe")
+    assert state["classes"] == [2, 6]
+    state["args"]["epochs"] = 2
+    torch.save(state, "a/last.pt")
+    again = walk("--data", "gait3d", "--resume", "--output", "a", "--device", "cpu")
+    assert walk("--eval", "a/last.pt", "--no-unaligned", "--device", "cpu") == again
+    assert "gait energy" in capsys.readouterr().out
+    assert walk("--eval", "a/last.pt", "--data", "walkers", "--device", "cpu").keys() > scores.keys()
+    listed.write_text(json.dumps(sets | dict(PROBE_SET=[])))
+    with pytest.raises(ValueError, match="none of 0 probes has a mate among 6 others"):
+        walk(*flags, "--output", "b")
+    assert not Path("b").exists()
 
 
 def test_evaluation_against_a_plain_form(walk):
@@ -378,9 +446,10 @@ def test_flags_are_refused(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_faces_have_no_swin(capsys):
+@pytest.mark.parametrize("flags", ["--rpe swin", "--frames 4"])
+def test_faces_have_no_swin_and_no_frames(flags, capsys):
     with pytest.raises(SystemExit):
-        kprpe.parse_args(["--rpe", "swin"])
+        kprpe.parse_args(flags.split())
     assert "--task face" in capsys.readouterr().err
 
 
