@@ -181,6 +181,15 @@ CLAIMS = {  # by script, or script-task
               dict.fromkeys(["aggregation", "best anchor", "mean face"], ""),
               {"aggregation": "nme", "best anchor": "nme@best", "mean face": "nme@mean"}),
     ],
+    "kprpe-gait": [  # on --data walkers
+        Claim(name, paper, {"KP-RPE": "", "SwinGait-2D": "--rpe swin"}, metric, False)
+        for name, paper, metric in [
+            ("rank-1", "Table 5, Gait3D: KP-RPE 68.2, SwinGait-2D 67.1", "rank1"),
+            ("rank-5", "Table 5, Gait3D: KP-RPE 84.4, SwinGait-2D 83.7", "rank5"),
+            ("mAP", "Table 5, Gait3D: KP-RPE 60.81, SwinGait-2D 58.76", "map"),
+            ("mINP", "Table 5, Gait3D: KP-RPE 36.19, SwinGait-2D 34.36", "minp"),
+            ("rank-1, unaligned", "not measured", "rank1@unaligned")]
+    ],
 }
 ALWAYS = {"sdfl": "--occluder-test --eval-every 1000",  # the last epoch is the one that counts
           "heatmap_landmarks": "--compare --eval-every 1000 --flip-test none --no-flip-copies --erase 0 "
@@ -188,7 +197,8 @@ ALWAYS = {"sdfl": "--occluder-test --eval-every 1000",  # the last epoch is the 
           "lddmm_face": "--occluder-test --eval-every 1000",
           "stn_align": "--also-lam= --eval-every 1000",
           "kprpe": "--also-rpe= --eval-every 1000 --unaligned --keypoint-noise 0.02,0.05,0.1",
-          "kprpe-dfa": "--task dfa --eval-every 1000"}
+          "kprpe-dfa": "--task dfa --eval-every 1000",
+          "kprpe-gait": "--task gait --also-rpe= --eval-every 1000 --unaligned"}
 SMALL = {"sdfl": "--backbone mobilenetv2 --size 96 --batch-size 16 --lr 0.01 --drops 2 --epochs 12",
          "heatmap_landmarks": "--backbone mobilenetv2_0.25 --filters 64 --strategy SSD --sigma 1 --kernel 5 "
                               "--size 96 --batch-size 16 --lr 0.002 --epochs 10",
@@ -197,7 +207,7 @@ SMALL = {"sdfl": "--backbone mobilenetv2 --size 96 --batch-size 16 --lr 0.01 --d
                       "--epochs 20",
          "kprpe": "--size 48 --dim 64 --depth 4 --heads 4 --epochs 16 --batch-size 32 --lr 0.0006 "
                   "--warmup 1 --loss softmax --scale 32 --rpe-lr 50",
-         "kprpe-dfa": ""}
+         "kprpe-dfa": "", "kprpe-gait": ""}
 
 
 def run(script: str, flags: str, seed: int, results: Path, threads: int, base: str) -> dict:
@@ -259,7 +269,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", choices=CLAIMS)
-    parser.add_argument("--data", default="faces")
+    parser.add_argument("--data", help="faces, of kprpe-gait walkers, if it is not given")
     parser.add_argument("--data-root", default="")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these claims, in this order")
@@ -275,7 +285,8 @@ def main(argv=None):
     if unknown:
         parser.error(f"--only {unknown[0]}: {args.script} has the claims {', '.join(known)}")
     claims = [known[name] for name in args.only] or list(known.values())
-    base = join(f"--data {args.data}", f"--data-root {shlex.quote(args.data_root)}" if args.data_root else "",
+    data = args.data or ("walkers" if args.script == "kprpe-gait" else "faces")
+    base = join(f"--data {data}", f"--data-root {shlex.quote(args.data_root)}" if args.data_root else "",
                 ALWAYS[args.script], SMALL[args.script] if args.small else "",
                 f"--epochs {args.epochs}" if args.epochs else "", *args.more)
     args.results.parent.mkdir(parents=True, exist_ok=True)

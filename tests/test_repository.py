@@ -104,7 +104,7 @@ def test_claims_name_flags_that_exist():
         module = __import__(script.partition("-")[0])
         for claim in listed:
             for flags in claim.variants.values():
-                data = "faces" if "--also" in flags else "folder"
+                data = "walkers" if script == "kprpe-gait" else "faces" if "--also" in flags else "folder"
                 module.parse_args(["--data", data, "--data-root", "x", *claims.ALWAYS[script].split(),
                                    *claims.SMALL[script].split(),
                                    *flags.replace("@/template.pts", __file__).split()])
