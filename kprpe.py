@@ -3282,6 +3282,7 @@ def train_gait(args) -> tuple[dict, Path]:
     loader, labels = crop_loader(args, data, batches, device), torch.from_numpy(data.labels)
     net, head, optimizer = make_gait_learner(args, data, state, device)
     model, whole = wrap(net, args, device), wrap(head, argparse.Namespace(compile=False), device)
+    weights = [*net.parameters(), *head.parameters()]
     steps, start, scores, began = len(batches), state["epoch"] if state else 0, {}, time.time()
     folder = begin_run(args, "kprpe-gait", folder, state, f"{args.rpe}, {device.type}, {len(data):,} "
                        f"sequences of {len(data.ids):,} people")
@@ -3298,7 +3299,7 @@ def train_gait(args) -> tuple[dict, Path]:
         batches.epoch, epoch_began = epoch, time.time()
         net.train(), head.train()
         losses = one_pass(args, epoch, steps, loader, loss_of, optimizer, bar, device,
-                          functools.partial(nn.utils.clip_grad_norm_, [*net.parameters(), *head.parameters()]))
+                          functools.partial(nn.utils.clip_grad_norm_, weights))
         for part in (net, head):
             check_weights(part, epoch + 1)
         # Evaluation by all processes, log and checkpoint by the first
