@@ -124,6 +124,24 @@ def test_gait3d_packed(tree, width):
         np.testing.assert_allclose(joints[:, [5, 6, 11, 12], 0].mean(1), 21.5, atol=1e-4)
 
 
+def test_texts_of_packed_silhouettes_are_read_once(tree):
+    root, _ = tree
+    sequence = gait.read_gait3d(str(root), "train")[1]
+    crops, _ = sequence.load(everything)
+    folder, poses = (root.joinpath(kind, *NAMES[0]) for kind in ("2D_Silhouettes", "2D_Poses"))
+    for path in folder.glob("*.png"):
+        path.unlink()
+    (folder / "seq0.pkl").write_bytes(pickle.dumps(np.pad(crops, ((0, 0), (0, 0), (10, 10)))))
+    first = sequence.load(everything)
+    assert len(np.load(folder / "seq0.pkl.npy")) == 4
+    for a, b in zip(first, sequence.load(everything)):
+        np.testing.assert_array_equal(a, b)
+    (poses / "human_crop_f171.txt").unlink()                    # the folder is newer than what was kept
+    os.utime(poses)
+    with pytest.raises(ValueError, match="has 4 frames, .* 3, 0 of them"):
+        sequence.load(everything)
+
+
 def test_gait3d_joints_of_the_video_are_fitted_and_missing_texts_filled(tree):
     root, made = tree
     poses, images = (root.joinpath(kind, *NAMES[0]) for kind in ("2D_Poses", "2D_Silhouettes"))
