@@ -117,8 +117,8 @@ PRESETS = {
     "youtube": dict(SMALL),
     "affnist": dict(SMALL, size=40, patch=4, dim=64, depth=4, heads=4, mlp_ratio=2.0, epochs=12, lr=1e-3,
                     scale=16.0, augment="none", eval_every=2),
-    "faces": dict(SMALL, size=48, depth=4, dim=64, heads=4, limit=6000, epochs=16, batch_size=32,
-                  also_rpe="none", align_steps=4, eval_every=8),
+    "faces": dict(SMALL, size=48, depth=4, dim=64, heads=4, limit=6000, epochs=12, batch_size=32,
+                  also_rpe="none", align_steps=4, eval_every=6),
 }
 # The supplement gives the size, batch and epochs of "widerface"; the rest is ours.
 WIDER = dict(size=160, batch_size=320, epochs=750, lr=1e-3, weight_decay=0.05, warmup=3.0, augment="full",

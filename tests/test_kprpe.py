@@ -765,7 +765,8 @@ def two_ranks(rank, folder):
     results["index"], results["start"] = sampled.sample(local), sampled.start
     results["sampled"] = sampled(embedded()[0].detach().chunk(2)[rank], labels.chunk(2)[rank]).detach()
     torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # the exit of a Python that has had gloo's threads aborts now and then on a busy machine
 
 
 def test_two_ranks_equal_one_process_and_checkpoints_move_between_them(tmp_path):
