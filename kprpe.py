@@ -58,7 +58,7 @@ Differs from the paper, or settles what it leaves open (code: CVLface, the autho
 Train on WebFace4M on four GPUs (the paper: TinyFace rank-1 75.80 %; not run here), its keypoints in a file
 like CVLface's, those of TinyFace in tinyface.landmarks.csv:
   python kprpe.py --data webface-base --data-root WF4M --landmarks WF4M.csv --gpus 4 --amp --test tinyface/
-Without any data, on drawn faces, KP-RPE and the plain ViT, three minutes on two CPU cores:
+Without any data, on drawn faces, KP-RPE and the plain ViT, four minutes on two CPU cores:
   python kprpe.py
 Digits; continue; evaluate with noise and between unaligned and aligned; use:
   python kprpe.py --data affnist --data-root MNIST --also-rpe none,product,irpe
