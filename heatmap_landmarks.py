@@ -821,8 +821,7 @@ def make_dataset(args, faces, augmented: bool) -> datasets.CropDataset:
     flip = datasets.SCHEMES[len(faces[0].points)].flip if args.flip_copies else None
     data = datasets.CropDataset(faces, frames, args.size, draw, reach, 1 + args.scale, flip, args.seed)
     if args.flip_copies:  # the set, then its mirror image
-        data.copies = np.tile(data.copies, 2)
-        data.mirrored = torch.arange(2 * len(faces)) >= len(faces)
+        data.rows = np.concatenate([data.rows, data.rows + [0, 1]])
     return data
 
 

@@ -812,7 +812,8 @@ def make_dataset(args, faces, augmented: bool) -> datasets.CropDataset:
     data = datasets.CropDataset(faces, frames, args.size, augment, REACH, 1 + ZOOM, scheme and scheme.flip,
                                 args.seed)
     if args.pdb:
-        data.copies = balanced(data.crop_points(), args.pdb)
+        index = balanced(data.crop_points(), args.pdb)
+        data.rows = np.stack([index, np.zeros_like(index)], 1)
     return data
 
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import warp
+from common import UserError, warp
 
 # ---- Records -----------------------------------------------------------------------------------------------
 
@@ -278,6 +278,40 @@ def subsets(faces: Sequence[Face]) -> dict[str, np.ndarray]:
     order = [tag for tag in (*WFLW_TAGS, "common", "challenging") if tag in tags]
     order += sorted(tags - set(order))
     return {"": np.ones(len(faces), bool)} | {tag: np.array([tag in f.tags for f in faces]) for tag in order}
+
+
+# ---- Folders -----------------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+def walk(root: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
+    """Sorted paths of all files below root whose names end in one of the suffixes, in either case.
+
+    Links are followed. Hidden files and folders (.ipynb_checkpoints, ._x.jpg, __MACOSX) are passed over.
+    Raises: UserError that names a folder which cannot be read, or which a link below it leads back to."""
+    found = []
+
+    def enter(folder: str, above: frozenset) -> None:
+        try:
+            status = os.stat(folder)
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise UserError(f"{folder} cannot be read: {error.strerror}") from None
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            raise UserError(f"{folder} is a link to a folder that holds it: its files would never end; "
+                            "remove the link")
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            if entry.is_dir():
+                enter(entry.path, above | {here})
+            elif entry.name.lower().endswith(suffixes):
+                found.append(entry.path)
+
+    enter(root, frozenset())
+    return sorted(found)
 
 
 # ---- File formats ------------------------------------------------------------------------------------------
@@ -929,26 +963,27 @@ class CropDataset(torch.utils.data.Dataset):
     A key is (epoch, index). With `augment(rng, size) -> (matrix (2, 3), mirror, extras)`, where matrix moves
     crop px and extras is a dict of small arrays for the batch, a crop is a pure function of (seed, epoch,
     index), whatever the workers, the ranks or what was drawn before. Mirroring swaps the points by `flip`;
-    without one (a landmark count of no scheme) nothing is mirrored. `copies` (L,) names each index's face;
-    those of the attribute `mirrored` (L,) bool are mirror images, to begin with.
+    without one (a landmark count of no scheme) nothing is mirrored. The attribute `rows` (L, 2) says what
+    each index is: a face and 0, or a face and 1 for its mirror image; by default, every face once.
     A batch is a dict: image (B, size, size, 3) uint8; points (B, P, 2) float32 crop px, if faces have any;
     matrix (B, 2, 3) float32, image px -> crop px; index (B,) of the face; and the extras.
     """
 
     def __init__(self, faces, frames, size, augment=None, reach=1.0, zoom=1.0, flip=None, seed=0,
-                 copies=None):
+                 rows=None):
         self.faces, self.frames, self.size = faces, torch.as_tensor(frames), size
         self.augment, self.seed = augment, seed
         self.regions = Regions(faces, frames, size, reach, zoom)
-        self.copies = np.arange(len(faces)) if copies is None else np.asarray(copies)
+        if rows is None:
+            rows = [(i, 0) for i in range(len(faces))]
+        self.rows = np.array(rows)
         self.flip = None if flip is None else torch.tensor(flip)
-        self.mirrored = torch.zeros(len(self.copies), dtype=torch.bool)
         self.to_frame = warp.compose(self.frames, warp.invert(torch.from_numpy(self.regions.matrix)))
         has_points = all(face.points is not None for face in faces)
         self.points = torch.from_numpy(np.stack([f.points for f in faces])).double() if has_points else None
 
     def __len__(self):
-        return len(self.copies)
+        return len(self.rows)
 
     def crop_points(self) -> torch.Tensor:
         """Points of every face in its crop without augmentation, (M, P, 2) float32 px."""
@@ -962,9 +997,9 @@ class CropDataset(torch.utils.data.Dataset):
 
     def geometry(self, keys) -> tuple[dict, torch.Tensor]:
         """The batch of `keys` without its pixels, and the maps region px -> crop px, (B, 2, 3) float64."""
-        index = torch.from_numpy(self.copies[[i for _, i in keys]])
+        index, mirror = torch.from_numpy(self.rows[[i for _, i in keys]]).unbind(1)
         moved, mirror, batch = draw_moves(keys, self.augment, self.size, self.seed, self.flip is not None,
-                                          self.mirrored[[i for _, i in keys]])
+                                          mirror.bool())
         matrix = warp.compose(moved, self.frames[index])
         if self.points is not None:
             points = warp.apply_affine(matrix, self.points[index])

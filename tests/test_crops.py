@@ -95,15 +95,13 @@ def test_a_crop_is_a_function_of_seed_epoch_and_index():
 
 
 def test_copies_are_drawn_apart():
-    batch = crops(augment=turn, copies=[2, 2]).__getitems__([(0, 0), (0, 1)])
+    batch = crops(augment=turn, rows=[(2, 0), (2, 0)]).__getitems__([(0, 0), (0, 1)])
     assert batch["index"].tolist() == [2, 2] and not torch.equal(batch["points"][0], batch["points"][1])
 
 
 def with_mirrored_copies(augment=None):
     """The set and then its mirror image."""
-    data = crops(augment=augment, copies=np.tile(np.arange(4), 2))
-    data.mirrored = torch.arange(8) >= 4
-    return data
+    return crops(augment=augment, rows=[(i % 4, i // 4) for i in range(8)])
 
 
 def test_mirrored_copies_are_the_crop_seen_in_a_mirror():
