@@ -84,7 +84,7 @@ CLAIMS = {  # by script, or script-task
         Claim("flip copies", "Sec. 5.1: AUC + 0.7", {"with": "--flip-copies", "without": ""}, "auc", False),
         Claim("flip test", "Sec. 5.1: AUC + 0.6 by coordinates; by heatmaps the same or worse than without",
               {"flip coordinates": "", "flip heatmaps": "", "flip none": ""}, "auc@{}", False),
-        Claim("erasing", "Sec. 5.1: AUC + 0.2", {"with": "--erase 0.5 --erase-from 5", "without": ""}, "auc",
+        Claim("erasing", "Sec. 5.1: AUC + 0.2", {"with": "--erase 0.5 --erase-from 0.5", "without": ""}, "auc",
               False),
         Claim("rotation", "Sec. 5.1: AUC + 0.2", {"10 degrees": "--rotate 10", "without": ""}, "auc", False),
         Claim("scaling", "Sec. 5.1: AUC - 1.0", {"without": "", "0.1": "--scale 0.1"}, "auc", False),

@@ -1489,7 +1489,7 @@ def test_erasing_begins_late(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hl, "prepare", watched)
     flags = [*TINY, "--limit", "8", "--epochs", "3", "--no-flip-copies", "--output", str(tmp_path / "run")]
-    hl.train(hl.parse_args([*flags, "--erase", "0.5", "--erase-from", "2"]))
+    hl.train(hl.parse_args([*flags, "--erase", "0.5", "--erase-from", "0.5"]))
     assert [erase for _, trained, erase in asked if trained] == [False, False, True]
     assert not any(erase for _, trained, erase in asked if not trained)  # test faces are never hidden
     asked.clear()
@@ -1525,7 +1525,7 @@ def test_bad_flags_are_named(tmp_path, capsys):
             ("--rotate 190", "--rotate 190.0: expected"), ("--scale 1", "--scale 1.0: expected"),
             ("--sigma 0", "--sigma 0.0: expected"), ("--five-noise nan", "--five-noise nan: expected"),
             ("--five-noise -1", "--five-noise -1.0: expected"), ("--shift inf", "--shift inf: expected"),
-            ("--erase-from -1", "--erase-from -1: expected"), ("--lr nan", "--lr nan: expected"),
+            ("--erase-from 20", "--erase-from 20.0: expected"), ("--lr nan", "--lr nan: expected"),
             ("--size 100", "--size 100: expected"), ("--margin inf", "--margin inf: expected"),
             ("--threshold 0", "--threshold 0.0: expected"), ("--limit -5", "--limit -5: expected"),
             ("--gpus 0", "--gpus 0: expected"), ("--decode mean", "invalid choice"),

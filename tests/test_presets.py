@@ -1,0 +1,122 @@
+"""Every preset of every script, whole, on a tiny tree in the true layout of its set; every command of README.md."""
+import argparse
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common import datasets
+from tests import trees
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore:.*in the official one")
+
+# What the size of a test forces: few px, few channels, few faces a step. All else is the preset's.
+TINY = {
+    "sdfl": "--limit 8 --size 64 --batch-size 4 --backbone mobilenetv2",
+    "heatmap_landmarks": "--limit 8 --size 64 --batch-size 4 --backbone mobilenetv2_0.25 --filters 8",
+    "lddmm_face": "--limit 8 --size 64 --batch-size 4 --backbone mobilenetv2",
+    "stn_align": "--limit 12 --size 32 --batch-size 4 --depth 10 --width 8",
+    "kprpe": "--limit 12 --size 32 --batch-size 4 --model own --dim 16 --depth 1 --heads 2",
+    "kprpe-dfa": "--limit 8 --size 64 --batch-size 4",
+    "kprpe-gait": "--limit 2 --batch-size 8 --dim 16 --heads 2",
+}
+LANDMARKS = {"vggface2": "landmarks.csv", "ms1m": "ldmk_5points.csv", "ms1m-small": "ldmk_5points.csv",
+             "webface-base": "ldmk_5points.csv"}  # of sets that have none of their own
+
+
+def presets_of(kind):
+    """{--data: preset} of a key of TINY."""
+    script, _, task = kind.partition("-")
+    module = importlib.import_module(script)
+    return module.TASKS[task or "face"] if script == "kprpe" else module.PRESETS
+
+
+CASES = [(kind, data) for kind in TINY for data in presets_of(kind)]
+
+
+def flags_of(kind, data, root, epochs):
+    """The command line of a tiny run without the script's name, as a list."""
+    script, _, task = kind.partition("-")
+    flags = ["--data", data, "--device", "cpu", "--epochs", str(epochs), *TINY[kind].split()]
+    if task:
+        flags += ["--task", task]
+    if data == "affnist":
+        flags += ["--size", "40"]
+    if root:
+        flags += ["--data-root", root]
+    if data in LANDMARKS:
+        flags += ["--landmarks", os.path.join(root, LANDMARKS[data])]
+    return flags
+
+
+@pytest.fixture(scope="module")
+def tree_of(tmp_path_factory):
+    """Root of the tree of a set, which is written once."""
+    made = {}
+
+    def root(data):
+        writer = trees.WRITERS.get(data)
+        if writer not in made:
+            made[writer] = trees.make(data, tmp_path_factory.mktemp("trees") / data)
+        return made[writer]
+    return root
+
+
+def go(kind, *flags):
+    """Runs the script in this process; returns its scores."""
+    module = importlib.import_module(kind.partition("-")[0])
+    main = getattr(module, "main", None) or module.train
+    return main(module.parse_args(list(flags)))
+
+
+def killed(kind, *flags):
+    """Runs the script until it has written its first checkpoint, where the user presses Ctrl-C."""
+    replace = os.replace
+
+    def stop(source, target):
+        replace(source, target)
+        if Path(target).name == "last.pt":
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            go(kind, *flags)
+
+
+@pytest.mark.parametrize("kind, data", CASES)
+def test_a_preset_trains_goes_on_after_a_kill_and_is_evaluated(kind, data, tree_of, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = tree_of(data)
+    flags = flags_of(kind, data, root, epochs=2)
+    killed(kind, *flags, "--output", "run")
+    state = torch.load("run/last.pt", weights_only=True)
+    assert state["epoch"] == 1
+    typed = {word[2:].replace("-", "_") for word in flags if word.startswith("--")}
+    for key, value in presets_of(kind)[data].items():
+        assert key in typed or state["args"][key] == value, key
+
+    task = ["--task", kind.partition("-")[2]] if "-" in kind else []
+    again = [*task, "--data", data, "--device", "cpu"]
+    scores = go(kind, *again, "--output", "run", "--resume")
+    rows = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert {row["epoch"] for row in rows} == {1, 2} and np.isfinite([row.get("loss", 0) for row in rows]).all()
+
+    again += TINY[kind].split()[:2]  # --limit
+    if root:
+        again += ["--data-root", root]
+    if (Path(root) / "lfw.bin").exists():  # records have no test split
+        again += ["--test", os.path.join(root, "lfw.bin")]
+    found = go(kind, *again, "--eval", str(tmp_path / "run" / "last.pt"))
+    assert found and np.isfinite(list(found.values())).all()
+    for name in found.keys() & scores.keys():
+        assert found[name] == pytest.approx(scores[name]), name
