@@ -178,7 +178,7 @@ def read_gait3d(root: str, split: str) -> list[Sequence]:
         with open(listed, encoding="utf-8-sig") as file:
             sets = json.load(file)
         people, probes = (set(map(str, sets[name])) for name in (f"{split}_SET".upper(), "PROBE_SET"))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{listed}: {error!r}; wanted lists TRAIN_SET, TEST_SET and PROBE_SET") from None
     sequences = []
     for place in sorted(os.path.relpath(folder, bases[0]) for person in people

@@ -2,6 +2,7 @@
 import os
 import pickle
 import struct
+import warnings
 
 import cv2
 import numpy as np
@@ -82,6 +83,24 @@ def test_identities_that_are_none(tmp_path):
         recognition.read_identities(str(tmp_path))
     with pytest.raises(ValueError, match="stray.png has no identity, nor have 0 other"):
         recognition.FolderImages([Face(str(tmp_path / "stray.png"))])
+
+
+def test_identities_follow_links_and_pass_over_hidden_files(tmp_path):
+    people(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    for person in ("n2", "n10"):
+        (tmp_path / "b" / person).symlink_to(tmp_path / "a" / person)
+    put(tmp_path / "a" / "n2" / ".ipynb_checkpoints" / "2.jpg")
+    put(tmp_path / "a" / "n2" / "._2.jpg")
+    put(tmp_path / "b" / "__MACOSX" / "2.jpg")
+    faces = recognition.read_identities(str(tmp_path / "b"))
+    assert [face.identity for face in faces] == ["n2", "n2", "n10", "n10"]
+    put(tmp_path / "a" / "n2" / "2.png")
+    with pytest.raises(ValueError, match="n2/2.jpg and .*n2/2.png are two images of one name"):
+        recognition.read_identities(str(tmp_path / "b"))
+    (tmp_path / "a" / "n10" / "up").symlink_to(tmp_path / "a")
+    with pytest.raises(ValueError, match="n10/up.* is a link to a folder that holds it"):
+        recognition.read_identities(str(tmp_path / "a"))
 
 
 def test_identities_want_as_many_points_in_all(tmp_path):
@@ -259,6 +278,13 @@ def test_records_of_the_wrong_content(tmp_path):
         records[1]
 
 
+@pytest.mark.parametrize("label, shown", [(np.nan, "nan"), (1e30, "1e.30"), (-7, "-7"), (2.5, "2.5")])
+def test_records_whose_label_is_no_identity(tmp_path, label, shown):
+    contents = [payload(value, encoded(picture())) for value in (0, 1, label, 2)]
+    with pytest.raises(ValueError, match=f"train.rec, record 2: found the label {shown}, wanted the number"):
+        recognition.Records(put_records(tmp_path, contents))
+
+
 def test_what_is_kept_is_used_while_the_sources_stay_and_never_if_damaged(tmp_path):
     calls, source = [], tmp_path / "a.txt"
 
@@ -363,7 +389,8 @@ def test_whole_images_in_a_loader(tmp_path):
 
 # ---- Verification ------------------------------------------------------------------------------------------
 
-BIN = [encoded(picture()) for _ in range(4)]
+BIN = [encoded(picture()) for _ in range(8)]
+SAME = [True, False, True, False]
 
 
 def as_bin(path, content, protocol=4):
@@ -379,19 +406,19 @@ def python2(images, same):
 
 
 @pytest.mark.parametrize("content", [
-    *((BIN, [True, False], protocol) for protocol in range(6)),
-    (BIN, np.array([True, False]), 4), (BIN, np.array([True, False]), 5), (BIN, [np.True_, np.False_], 2),
-    ([np.frombuffer(image, np.uint8) for image in BIN], [1, 0], 2),
-    ([np.frombuffer(image, np.uint8) for image in BIN], [1, 0], 5),
-    (np.array(BIN, object), [True, False], 4), ([bytearray(image) for image in BIN], (True, False), 5),
+    *((BIN, SAME, protocol) for protocol in range(6)),
+    (BIN, np.array(SAME), 4), (BIN, np.array(SAME), 5), (BIN, [np.True_, np.False_] * 2, 2),
+    ([np.frombuffer(image, np.uint8) for image in BIN], [1, 0, 1, 0], 2),
+    ([np.frombuffer(image, np.uint8) for image in BIN], [1, 0, 1, 0], 5),
+    (np.array(BIN, object), SAME, 4), ([bytearray(image) for image in BIN], tuple(SAME), 5),
     "python 2"])
 def test_bin_of_every_make(tmp_path, content):
-    path = as_bin(tmp_path / "lfw.bin", python2(BIN, [True, False])) if content == "python 2" else \
+    path = as_bin(tmp_path / "lfw.bin", python2(BIN, SAME)) if content == "python 2" else \
         as_bin(tmp_path / "lfw.bin", content[:2], content[2])
     test = read_test(path)
-    assert test.name == "lfw" and test.same.tolist() == [True, False] and test.folds == 10
-    assert test.pairs.tolist() == [[0, 1], [2, 3]]
-    assert test.names.tolist() == ["0", "1", "2", "3"] and test.template.tolist() == [0, 1, 2, 3]
+    assert test.name == "lfw" and test.same.tolist() == SAME and test.folds == 2
+    assert test.pairs.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert test.names.tolist() == [str(i) for i in range(8)] and test.template.tolist() == [*range(8)]
     for i, image in enumerate(BIN):
         np.testing.assert_array_equal(test.images[i], recognition.decode(image, ""))
 
@@ -422,30 +449,66 @@ def test_bin_cannot_reach_numpy_or_other_codecs(tmp_path):
     with pytest.raises(ValueError, match="holds an array of 'f8'"):
         read_test(as_bin(tmp_path / "a.bin", objects))
     codec = b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R."
-    with pytest.raises(ValueError, match="no verification .bin: 'rot13'"):
+    with pytest.raises(ValueError, match="no verification .bin: it asks for another encoding"):
         read_test(as_bin(tmp_path / "a.bin", codec))
 
 
+DEEP = b")" + b"\x85" * 200_000                                            # a very deep tuple
+
+
+@pytest.mark.parametrize("content, message", [
+    (DEEP + b".", "expected 2, got 1"), (DEEP + b"]\x88a\x86.", "found 1 images|like object"),
+    (b"}" + DEEP + b"Ns.", "dictionary or a set"),
+    (b"c_codecs\nencode\nX\x01\x00\x00\x00a" + DEEP + b"\x86R.", "another encoding"),
+    (b"cnumpy\ndtype\n" + DEEP + b"\x85R.", "is no verification .bin"),
+    (b"Nr\x00\x00\x00\x10.", "it numbers 268435456 objects in 9 bytes")])
+def test_bin_that_would_end_the_process(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        read_test(as_bin(tmp_path / "a.bin", b"\x80\x02" + content))
+
+
+def test_bin_whose_folds_would_be_one_sided(tmp_path):
+    with pytest.raises(ValueError, match="a.bin: found 0 folds, 4 pairs of one person and 0 of two"):
+        read_test(as_bin(tmp_path / "a.bin", (BIN, [True] * 4)))
+    with pytest.warns(UserWarning, match="a.bin: consecutive .* each of 2 folds gets as many of both"):
+        test = read_test(as_bin(tmp_path / "a.bin", (BIN, [True, True, False, False])))
+    assert test.same.tolist() == [True, False] * 2
+    assert test.pairs.tolist() == [[0, 1], [4, 5], [2, 3], [6, 7]]
+
+
+def test_both_kinds_are_spread_over_the_folds():
+    for same, different, folds in ((3000, 3000, 10), (47, 13, 10), (5, 31, 5), (2, 2, 2)):
+        with pytest.warns(UserWarning):
+            kinds = np.arange(same + different) < same
+            order, found = recognition._in_folds(kinds, "x")
+        shares = [block.sum() for block in np.array_split(kinds[order], found)]
+        assert found == folds and sorted(order) == [*range(same + different)]
+        assert max(shares) - min(shares) <= 1 + (same != different)
+        ranks = [np.flatnonzero(kinds[order] == kind) for kind in (True, False)]
+        assert all((np.diff(order[places]) > 0).all() for places in ranks)
+    assert recognition._in_folds(np.arange(6000) % 2 == 0, "x")[0].tolist() == [*range(6000)]
+
+
 def test_bin_that_is_damaged(tmp_path):
-    whole = pickle.dumps((BIN, [True, False]), 4)
+    whole = pickle.dumps((BIN, SAME), 4)
     for content, message in ((whole[:-50], "no verification .bin"), (b"", "no verification .bin"),
                              (pickle.dumps([1, 2, 3]), "no verification"), (b"<html>", "no verification"),
-                             (pickle.dumps((BIN[:3], [True, False])), "found 3 images and 2 pairs"),
+                             (pickle.dumps((BIN[:7], SAME)), "found 7 images and 4 pairs"),
                              (pickle.dumps(([1], [True])), "no verification .bin: memoryview")):
         with pytest.raises(ValueError, match=f"a.bin.*{message}|{message}"):
             read_test(as_bin(tmp_path / "a.bin", content))
     with pytest.raises(ValueError, match="a.bin, image 1: 3 bytes that cannot be decoded"):
-        read_test(as_bin(tmp_path / "a.bin", ([BIN[0], b"xyz"], [True]))).images[1]
+        read_test(as_bin(tmp_path / "a.bin", ([BIN[0], b"xyz", *BIN[2:]], SAME))).images[1]
     with pytest.raises(FileNotFoundError, match="none.bin; it comes inside the insightface training"):
         read_test(tmp_path / "none.bin")
 
 
 def test_landmarks_of_a_test_must_cover_it(tmp_path):
-    test = read_test(as_bin(tmp_path / "a.bin", (BIN, [True, False])))
-    rows = [f"{i},1,2,3,4\n" for i in range(4)]
+    test = read_test(as_bin(tmp_path / "a.bin", (BIN, SAME)))
+    rows = [f"{i},1,2,3,4\n" for i in range(8)]
     found = recognition.with_landmarks(test, put_text(tmp_path / "p.csv", "".join(rows)))
-    assert found.points.shape == (4, 2, 2) and test.points is None and found.images is test.images
-    with pytest.raises(ValueError, match="2 has no landmarks, which --landmarks .*q.csv needs; .* 2 of 4"):
+    assert found.points.shape == (8, 2, 2) and test.points is None and found.images is test.images
+    with pytest.raises(ValueError, match="2 has no landmarks, which --landmarks .*q.csv needs; .* 6 of 8"):
         recognition.with_landmarks(test, put_text(tmp_path / "q.csv", "".join(rows[:2])))
 
 
@@ -485,30 +548,47 @@ def test_lfw_that_is_wrong(tmp_path):
         recognition.read_lfw(str(tmp_path))
 
 
-def ytf(root, folder="aligned_images_DB"):
+YTF_HEADER = "split number, pair number in split, first name, second name, is same:\n"
+
+
+def ytf(root, folder="aligned_images_DB", header=YTF_HEADER, pair=True):
+    """Two folds of a pair of each kind, in the order different, same; same, different."""
     for video in ("A/0", "A/1", "B/0"):
         for frame in (2, 10, 1, 3):
             put(root / folder / video / f"0.{frame}.jpg")
-    return put_text(root / "splits.txt", "split, first, second, same\n2, A/0, B/0, 0\n1, A/0, A/1, 1\n")
+    rows = (("2", "1", "A/0", "B/0", "0"), ("2", "2", "A/1", "A/0", "1"), ("1", "1", "A/0", "A/1", "1"),
+            ("1", "2", "A/1", "B/0", "0"))
+    rows = [", ".join(row if pair else (row[0], *row[2:])) + "\n" for row in rows]
+    return put_text(root / "splits.txt", header + "".join(rows))
 
 
-def test_ytf(tmp_path):
-    ytf(tmp_path)
+@pytest.mark.parametrize("header", [YTF_HEADER, ""])
+@pytest.mark.parametrize("pair", [True, False])
+def test_ytf(tmp_path, header, pair):
+    ytf(tmp_path, header=header, pair=pair)
     test = read_test(tmp_path)
-    assert test.folds == 2 and test.same.tolist() == [True, False] and test.pairs.tolist() == [[0, 1], [0, 2]]
+    assert test.folds == 2 and test.same.tolist() == [True, False, False, True]
+    videos = [test.names[test.template == i][0].rpartition("/")[0] for i in range(3)]
+    assert [[videos[i] for i in row] for row in test.pairs] == [["A/0", "A/1"], ["A/1", "B/0"], ["A/0", "B/0"],
+                                                                ["A/1", "A/0"]]
     assert test.template.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert test.names[:4].tolist() == ["A/0/0.1.jpg", "A/0/0.2.jpg", "A/0/0.3.jpg", "A/0/0.10.jpg"]
     assert recognition.read_ytf(str(tmp_path), 2).names[:2].tolist() == ["A/0/0.1.jpg", "A/0/0.10.jpg"]
     features = recognition.template_features(torch.eye(12), test.template, np.arange(12))
     np.testing.assert_allclose(features[0], [0.5] * 4 + [0] * 8)
-    put_text(tmp_path / "splits.txt", "split, first, second, same\n1, A/0, A/7, 1\n2, A/0, B/0, 0\n")
-    with pytest.raises(FileNotFoundError, match="A/7"):
-        read_test(tmp_path)
-    put_text(tmp_path / "splits.txt", "header\n1, A/0, A/1\n")
-    with pytest.raises(ValueError, match="splits.txt:2: found '1, A/0, A/1'"):
-        read_test(tmp_path)
-    put_text(tmp_path / "splits.txt", "header\n" + "1, A/0, A/1, 1\n" * 3 + "2, A/0, B/0, 0\n")
-    with pytest.raises(ValueError, match="found 2 folds of 1 to 3 pairs"):
+
+
+@pytest.mark.parametrize("text, error, message", [
+    ("1, A/0, A/7, 1\n1, A/0, B/0, 0\n2, A/0, A/1, 1\n2, A/0, B/0, 0\n", FileNotFoundError, "A/7"),
+    ("header\n1, A/0, A/1\n", ValueError, "splits.txt:2: found '1, A/0, A/1'"),
+    ("1, 1, 1, A/0, A/1, 1\n", ValueError, "splits.txt:1: found '1, 1, 1,"),
+    ("1, A/0, A/1, 1\n" * 3 + "2, A/0, B/0, 0\n", ValueError, "found 2 folds of 1 to 3 pairs"),
+    ("1, A/0, A/1, 1\n2, A/0, B/0, 0\n", ValueError, "found 2 folds, 1 pairs of one .* with both kinds"),
+    ("header\n", ValueError, "splits.txt has no pair")])
+def test_ytf_that_is_wrong(tmp_path, text, error, message):
+    ytf(tmp_path)
+    put_text(tmp_path / "splits.txt", text)
+    with pytest.raises(error, match=message):
         read_test(tmp_path)
 
 
@@ -536,10 +616,14 @@ def test_cfp(tmp_path):
 def test_calfw_and_cplfw(tmp_path, name, folder):
     for image in ("A_1.jpg", "A_2.jpg", "B_1.jpg"):
         put(tmp_path / folder / image)
-    put_text(tmp_path / f"pairs_{name}.txt", "A_1.jpg 3\nA_2.jpg 3\nA_1.jpg 0\nB_1.jpg 0\n")
-    test = read_test(tmp_path)
-    assert test.name == name and test.same.tolist() == [True, False]
-    assert test.names[test.pairs].tolist() == [["A_1.jpg", "A_2.jpg"], ["A_1.jpg", "B_1.jpg"]]
+    put_text(tmp_path / f"pairs_{name}.txt", "A_1.jpg 3\nA_2.jpg 3\n" * 20 + "A_1.jpg 0\nB_1.jpg 0\n" * 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        test = read_test(tmp_path)
+    assert test.name == name and test.folds == 10 and len(test.same) == 40
+    for block in np.array_split(np.arange(40), 10):                             # two of both in each fold
+        assert sorted(test.same[block]) == [False, False, True, True]
+    assert test.names[test.pairs[:2]].tolist() == [["A_1.jpg", "A_2.jpg"], ["A_1.jpg", "B_1.jpg"]]
     put_text(tmp_path / f"pairs_{name}.txt", "A_1.jpg 3\nA_2.jpg 3\nA_1.jpg 0\n")
     with pytest.raises(ValueError, match=f"pairs_{name}.txt: 3 lines that are not pairs"):
         read_test(tmp_path)
@@ -552,20 +636,35 @@ def test_pairs_of_your_own(tmp_path):
     for name in "abc":
         put(tmp_path / f"{name}.png")
     path = tmp_path / "pairs.csv"
-    put_text(path, "image_a,image_b,same,fold\na.png,b.png,1,x\n./a.png,c.png,0,y\nb.png,c.png,0,y\n")
+    put_text(path, "image_a,image_b,same,fold\na.png,b.png,1,x\n./a.png,c.png,0,y\nb.png,c.png,0,x\n"
+                   "b.png,b.png,1,y\nc.png,b.png,0,y\n")
     test = read_test(path)                                                      # the larger fold comes first
-    assert test.names[test.pairs].tolist() == [["a.png", "c.png"], ["b.png", "c.png"], ["a.png", "b.png"]]
+    assert test.names[test.pairs].tolist() == [["a.png", "c.png"], ["b.png", "b.png"], ["c.png", "b.png"],
+                                               ["a.png", "b.png"], ["b.png", "c.png"]]
     assert test.folds == 2
-    assert test.same.tolist() == [False, False, True]
-    put_text(path, "image_a,image_b,same\na.png,b.png,1\na.png,c.png,0\n")
-    assert read_test(path).folds == 2
+    assert test.same.tolist() == [False, True, False, True, False]
+    put_text(path, "image_a,image_b,same\n" + "a.png,b.png,1\na.png,c.png,0\n" * 3)
+    assert read_test(path).folds == 3
+    put_text(path, "image_a,image_b,same\n" + "a.png,b.png,1\n" * 3 + "a.png,c.png,0\n" * 3)
+    with pytest.warns(UserWarning, match="each of 3 folds gets as many of both"):
+        test = read_test(path)
+    assert test.same.tolist() == [True, False] * 3 and test.folds == 3
     for text, message in {"image_a,image_b,same\na.png,b.png,maybe\n": "pairs.csv:2: found",
                           "image_a,image_b\n": "found columns", "image_a,image_b,same\n": "has no row",
-                          "a,b\n": "columns .* wanted image_a,image_b,same or path,id,role"}.items():
+                          "a,b\n": "columns .* wanted image_a,image_b,same or path,id,role",
+                          "image_a,image_b,same,fold\n" + "a.png,b.png,1,x\n" * 2 + "a.png,c.png,0,y\n" * 2:
+                          "found 2 folds, 2 pairs of one person and 2 of two; wanted .* with both kinds",
+                          "image_a,image_b,same,fold\n" + "a.png,b.png,1,x\n" * 3 + "a.png,c.png,0,y\n":
+                          "found 2 folds of 1 to 3 pairs",
+                          "image_a,image_b,same\n" + "a.png,b.png,1\n" * 20: "20 pairs of one person and 0 of",
+                          "image_a,image_b,same\n" + "x" * 140000: "pairs.csv is no table in UTF-8"}.items():
         with pytest.raises(ValueError, match=message):
             read_test(put_text(path, text))
     with pytest.raises(FileNotFoundError, match="names d.png, which is not in"):
-        read_test(put_text(path, "image_a,image_b,same\na.png,d.png,1\n"))
+        read_test(put_text(path, "image_a,image_b,same\n" + "a.png,d.png,1\na.png,b.png,0\n" * 2))
+    path.write_bytes("image_a,image_b,same\nä.png,b.png,1\n".encode("latin1"))
+    with pytest.raises(ValueError, match="pairs.csv is no table in UTF-8: 'utf-8' codec"):
+        read_test(path)
 
 
 # ---- Identification and templates --------------------------------------------------------------------------
@@ -674,7 +773,9 @@ def test_own_pairs():
     e = torch.nn.functional.one_hot(torch.from_numpy(test.images.labels)).double()
     a, b = e[test.pairs].unbind(1)
     assert metrics.verification_accuracy(a, b, test.same, test.folds)[0] == 1
-    assert recognition.own_pairs(crowd([2, 1, 1, 1])).folds == 2
+    assert recognition.own_pairs(crowd([2, 2, 1, 1])).folds == 2
+    with pytest.raises(ValueError, match="one pair of images of one person"):
+        recognition.own_pairs(crowd([2, 1, 1, 1]))
     for counts, message in {(1, 1): "found 2 images of 2 people, 1 at most", (5,): "of 1 people"}.items():
         with pytest.raises(ValueError, match=message):
             recognition.own_pairs(crowd(counts))
