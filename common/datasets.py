@@ -1,13 +1,14 @@
-"""Faces on disk as plain records: landmark schemes and one reader for each public set.
+"""Faces on disk as plain records: landmark schemes, one reader for each public set, and crops.
 
-A reader is `read_<name>(root, split) -> list[Face]`, reached by name through `read`. It opens annotation
-files, never pixels, and checks them. Its docstring shows the files that it wants and where the set comes
-from, and is part of its error message. Nothing is downloaded: the sets have owners and licences.
+A reader is `read_<name>(root, split) -> list[Face]`, reached by name through `read`. It opens the
+files of annotations, never pixels, and checks them. Its docstring shows the files that it wants and
+where the set comes from, and is part of its error message. Nothing is downloaded: the sets have
+owners and licences.
 
-Points are (P, 2) float32 x y in pixels of the stored image. Pixel centres are whole numbers from 0, so files
-that count from 1 (`.pts`, MATLAB arrays) lose 1 here, once. "left" is image-left, the smaller x. Points
-outside the image are legal. None is missing: hidden ones stand where the annotators put them, unmarked; but
-WIDER FACE has faces without any, whose points are nan.
+Points are (P, 2) float32 x y in pixels of the stored image. Pixel centres are whole numbers from 0,
+so files that count from 1 (`.pts`, MATLAB arrays) lose 1 here, once. "left" is image-left, the
+smaller x. Points outside the image are legal. None is missing: hidden ones stand where the
+annotators put them, unmarked; but WIDER FACE has faces without any, whose points are nan.
 """
 
 import functools
@@ -32,95 +33,202 @@ from tqdm import tqdm
 
 from common import UserError, warp
 
-# ---- Records -----------------------------------------------------------------------------------------------
+# ---- Records and images --------------------------------------------------------------------------
+
 
 @dataclass
 class Face:
     """One annotated face. An image is RGB (H, W, 3) or gray (H, W) uint8."""
-    image: str | np.ndarray | Callable[[], np.ndarray]          # path, array, or function making an array
-    points: np.ndarray | None = None                            # (P, 2) float32 px of that image, 0-based
-    box: tuple[float, float, float, float] | None = None        # x0 y0 x1 y1 px, the set's own face box
-    identity: str | None = None                                 # the person
-    tags: tuple[str, ...] = ()                                  # subsets of its split, as ("pose", "blur")
-    where: str = ""                                             # file:line of the list that names it
+    image: str | np.ndarray | Callable[[], np.ndarray]    # path, array, or function making an array
+    points: np.ndarray | None = None                      # (P, 2) float32 px of that image, 0-based
+    box: tuple[float, float, float, float] | None = None  # x0 y0 x1 y1 px, the set's own face box
+    identity: str | None = None                           # the person
+    tags: tuple[str, ...] = ()                            # subsets of its split: ("pose", "blur")
+    where: str = ""                                       # file:line of the list that names it
 
 
-def load_image(image: str | np.ndarray | Callable[[], np.ndarray]) -> np.ndarray:
+def load_image(image: str | np.ndarray | Callable[[], np.ndarray], upright=False) -> np.ndarray:
     """Pixels of a `Face.image`: RGB uint8 (H, W, 3), C-contiguous.
-    The orientation tag of a JPEG is ignored, as the points of every set were marked on the stored pixels.
-    Raises: FileNotFoundError if the path is no file; ValueError if it is undecodable or no image array."""
+
+    The orientation tag of a photograph is obeyed only if `upright`: the points of every public set
+    were marked on the pixels as they are stored.
+    Raises: FileNotFoundError; UserError naming the file if it is empty, damaged or no image;
+    ValueError for an array that is no image."""
     if isinstance(image, (str, os.PathLike)):
-        pixels = cv2.imread(os.fspath(image), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        flags = cv2.IMREAD_COLOR if upright else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        try:  # not imread, to which some names of files are fatal
+            with open(image, "rb") as file:
+                pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), flags)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"no image file {image}") from None
+        except cv2.error:  # no bytes at all, or more pixels than cv2 allows
+            pixels = None
         if pixels is None:
-            if not os.path.isfile(image):
-                raise FileNotFoundError(f"no image file {image}")
-            raise ValueError(f"{image} cannot be decoded as an image: damaged, empty or another file type")
+            raise UserError(f"{image} cannot be decoded: empty, damaged, too large or no image")
         return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
     pixels = np.asarray(image() if callable(image) else image)
-    if pixels.dtype != np.uint8 or not pixels.size or (pixels.ndim != 2 and pixels.shape[2:] != (3,)):
-        raise ValueError(f"found an array {pixels.dtype} {pixels.shape}, wanted uint8 (H, W, 3) or (H, W)")
-    return np.ascontiguousarray(pixels) if pixels.ndim == 3 else np.stack([pixels] * 3, -1)
+    colour = pixels.ndim == 3 and pixels.shape[2] == 3
+    if pixels.dtype != np.uint8 or not pixels.size or not (colour or pixels.ndim == 2):
+        raise ValueError(f"found an array {pixels.dtype} {pixels.shape}, "
+                         "wanted uint8 (H, W, 3) or (H, W)")
+    return np.ascontiguousarray(pixels) if colour else np.stack([pixels] * 3, -1)
 
 
-def _cut_short(path) -> bool:
-    """Whether a JPEG or PNG lacks its end."""
-    with open(path, "rb") as file:
-        end = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(file.read(2), b"")
-        file.seek(max(os.path.getsize(path) - 4096, 0))
-        return end not in file.read()
+def write_image(path: str, image: np.ndarray) -> None:
+    """Writes RGB uint8 (H, W, 3) as the kind of file that the suffix names.
+    Raises: UserError for a suffix that cv2 does not know; OSError."""
+    try:
+        _, data = cv2.imencode(os.path.splitext(path)[1], cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    except cv2.error:
+        raise UserError(f"{path}: wanted a name that ends as images do, as .png or .jpg") from None
+    with open(path, "wb") as file:
+        file.write(data.tobytes())
+
+
+# What an image file begins with -> what its last bytes hold.
+_SIGNATURES = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND", b"BM": b"", b"RI": b"", b"GI": b"",
+               b"II": b"", b"MM": b""}
+
+
+def _fault(path: str) -> str:
+    """What is wrong with an image file, by its first and last bytes; "" if nothing is."""
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(2)
+            file.seek(max(os.path.getsize(path) - 4096, 0))
+            end = file.read()
+    except FileNotFoundError:
+        return "missing"
+    if begin not in _SIGNATURES:
+        return "undecodable"
+    return "" if _SIGNATURES[begin] in end else "cut short"
 
 
 def check_images(faces: Sequence[Face]) -> None:
-    """Before a long run: every path exists and begins like an image that cv2 can decode.
-    Raises: FileNotFoundError (ValueError if none is missing) that names the first bad file and counts all."""
+    """Before a long run: every path exists and begins like an image; warns of files without end.
+    Raises: FileNotFoundError (UserError if none is missing): the first bad file, and counts."""
     paths = {face.image: face.where for face in faces if isinstance(face.image, (str, os.PathLike))}
-    missing = {path for path in paths if not os.path.isfile(path)}
-    bad = [path for path in paths if path in missing or not cv2.haveImageReader(os.fspath(path))]
-    if not bad and (cut := [path for path in paths if _cut_short(path)]):
-        warnings.warn(f"{cut[0]} and {len(cut) - 1} other images seem to be cut short", stacklevel=2)
-    if bad:
-        what = "does not exist" if bad[0] in missing else "is no image that cv2 can decode"
-        what += paths[bad[0]] and f" (listed in {paths[bad[0]]})"
-        raise (FileNotFoundError if missing else ValueError)(
-            f"{bad[0]} {what}; of {len(paths)} images, missing {len(missing)}, "
-            f"undecodable {len(bad) - len(missing)}")
+    faults = {path: _fault(path) for path in paths}
+    count = {fault: list(faults.values()).count(fault)
+             for fault in ("missing", "undecodable", "cut short")}
+    if count["missing"] or count["undecodable"]:
+        bad = next(path for path in paths if faults[path] in ("missing", "undecodable"))
+        what = "does not exist" if faults[bad] == "missing" else "is no image that cv2 can decode"
+        listed = f" (listed in {paths[bad]})" if paths[bad] else ""
+        kind = FileNotFoundError if count["missing"] else UserError
+        raise kind(f"{bad} {what}{listed}; of {len(paths)} images, missing {count['missing']}, "
+                   f"undecodable {count['undecodable']}")
+    if count["cut short"]:
+        cut = next(path for path in paths if faults[path])
+        warnings.warn(f"{cut} and {count['cut short'] - 1} other images seem to be cut short",
+                      stacklevel=2)
 
 
-# ---- Landmark schemes --------------------------------------------------------------------------------------
+# ---- Folders -------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+def walk(root: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
+    """Sorted paths of all files below root whose names end in one of the suffixes, in either case.
+
+    Links are followed. Hidden files and folders (.ipynb_checkpoints, ._x.jpg, __MACOSX) are passed
+    over.   Raises: UserError naming a folder that cannot be read, or a link to a folder above."""
+    found = []
+
+    def enter(folder: str, above: frozenset) -> None:
+        try:
+            status = os.stat(folder)
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise UserError(f"{folder} cannot be read: {error.strerror}") from None
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            raise UserError(f"{folder} is a link to a folder that holds it, so that its files "
+                            "would never end: remove the link")
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            if entry.is_dir():
+                enter(entry.path, above | {here})
+            elif entry.name.lower().endswith(suffixes):
+                found.append(entry.path)
+
+    enter(root, frozenset())
+    return sorted(found)
+
+
+def beside(root: str) -> list[tuple[str, str]]:
+    """(image, .pts) paths of all files below root; "" where one of the two is not there.
+    Raises: UserError, as `walk`, and for two images that one .pts would belong to."""
+    pairs: dict[str, list[str]] = {}
+    for path in walk(root, (*IMAGE_SUFFIXES, ".pts")):
+        stem, suffix = os.path.splitext(path)
+        pair = pairs.setdefault(stem, ["", ""])
+        place = 1 if suffix.lower() == ".pts" else 0
+        if pair[place]:
+            raise UserError(f"{pair[place]} and {path} differ only in their endings: keep one")
+        pair[place] = path
+    return [(image, pts) for image, pts in pairs.values()]
+
+
+def image_paths(paths: Sequence[str]) -> dict[str, str]:
+    """Images of files and folders (with all below them), by name without suffix, relative to its
+    folder.   Raises: FileNotFoundError for a path without any; UserError for two of one name."""
+    found = {}
+    for root in paths:
+        if os.path.isfile(root):
+            base, files = os.path.dirname(root) or ".", [root]
+        else:
+            base, files = root, walk(root) if os.path.isdir(root) else []
+        if not files:
+            raise FileNotFoundError(f"{root}: no image, and no folder with images")
+        for path in files:
+            name = os.path.splitext(os.path.relpath(path, base))[0]
+            if name in found:
+                raise UserError(f"{found[name]} and {path} would both be written as {name}: "
+                                "give one only")
+            found[name] = path
+    return found
+
+
+# ---- Landmark schemes ----------------------------------------------------------------------------
+
 
 @dataclass(frozen=True, eq=False)
 class Scheme:
-    """What the P points of a scheme mean: indices, image-left first. A group stands for its mean."""
+    """What the P points of a scheme mean: indices, image-left first. A group is for its mean."""
     points: int
-    flip: np.ndarray                                # (P,) after x -> W-1-x, points[flip] is in order again
-    eyes: tuple[int, int]                           # outer eye corners; of 5 points, the eye centres
-    eyes_published: tuple[int, int] | None          # 194: LDDMM-Face's, one past the corners (1.5 % shorter)
-    pupils: tuple[tuple[int, ...], ...]             # two groups: pupils, or eye centres where none are marked
-    five: tuple[tuple[int, ...], ...]               # groups: eye, eye, nose tip, mouth corner, mouth corner
-    curves: dict[str, list[int]]                    # open curves, in LDDMM-Face's order for 68, 98, 194
-    parts: dict[str, list[int]]                     # contour, brows, nose, eyes, mouth
-    anchors: dict[str, tuple[int, ...]]             # groups: a name is the same place in all schemes
+    flip: np.ndarray                   # (P,) after x -> W-1-x, points[flip] is in order again
+    eyes: tuple[int, int]              # outer eye corners; of 5 points, the eye centres
+    eyes_published: tuple[int, int] | None  # 194: LDDMM-Face's, beside the corners (1.5 % shorter)
+    pupils: tuple[tuple[int, ...], ...]     # two groups: pupils, or eye centres without any
+    five: tuple[tuple[int, ...], ...]       # groups: eye, eye, nose tip, mouth corner, corner
+    curves: dict[str, list[int]]       # open curves, in LDDMM-Face's order for 68, 98, 194
+    parts: dict[str, list[int]]        # contour, brows, nose, eyes, mouth
+    anchors: dict[str, tuple[int, ...]]     # groups: a name is the same place in all schemes
 
 
-# Flip tables. "s: i j-k": the mirror of each of these i is s - i; "+s: i j-k": it is i + s, and back. Points
-# not named are on the midline.
+# Flip tables. "s: i j-k": the mirror of each of these i is s - i; "+s: i j-k": it is i + s, and
+# back. Points not named are on the midline.
 _FLIPS = {
     5: "1: 0 1; 7: 3 4",
     19: "5: 0-5; 17: 6-11; 26: 12 14; 32: 15 17",
     29: "+1: 0 2 8 10 16 18 22; +2: 4 5 12 13",
     68: "16: 0-16; 43: 17-26; 66: 31-35; 81: 36-39 42-45; 87: 40 41 46 47; 102: 48-54; 114: 55-59;"
         "124: 60-64; 132: 65-67",
-    98: "32: 0-32; 79: 33-37 42-46; 88: 38-41 47-50; 114: 55-59; 132: 60-64 68-72; 140: 65-67 73-75;"
-        "158: 76-82; 170: 83-87; 180: 88-92; 188: 93-95; +1: 96",
-    106: "32: 0-32; 79: 33-37 42-46; 88: 38-41 47-50; 120: 55-65; 145: 66-70 75-79; 153: 71-73 80-82;"
-         "157: 74 83; 174: 84-90; 186: 91-95; 196: 96-100; 204: 101-103; +1: 104",
-    194: "40: 0-40; 98: 41-57; 129: 58-71; 157: 72-85; 185: 86-99; 213: 100-113; +20: 114-133 154-173"}
+    98: "32: 0-32; 79: 33-37 42-46; 88: 38-41 47-50; 114: 55-59; 132: 60-64 68-72; 158: 76-82;"
+        "140: 65-67 73-75; 170: 83-87; 180: 88-92; 188: 93-95; +1: 96",
+    106: "32: 0-32; 79: 33-37 42-46; 88: 38-41 47-50; 120: 55-65; 145: 66-70 75-79; 157: 74 83;"
+         "153: 71-73 80-82; 174: 84-90; 186: 91-95; 196: 96-100; 204: 101-103; +1: 104",
+    194: "40: 0-40; 98: 41-57; 129: 58-71; 157: 72-85; 186: 86-100; 214: 101-113;"
+         "+20: 114-133 154-173"}
 
-# 19 is AFLW without its ear points, 29 COFW, 68 300-W, 98 WFLW (published curves leave out its pupils), 106
-# LaPa (74, 83 eye centres and 104, 105 pupils, in the same places), 194 HELEN in the order of its files.
-# Published tables call HELEN's 114-133 and 154-173 the right eye and brow, not saying whose right. Here it is
-# image-right, as the contour starts image-left; the flip holds either way, and `read` warns if the faces show
-# otherwise. These loops start at the inner corner, maybe over the top, maybe not: no anchor needs to know.
+# 19 is AFLW without its ear points, 29 COFW, 68 300-W, 98 WFLW (published curves leave out its
+# pupils), 106 LaPa (74, 83 eye centres and 104, 105 pupils, in the same places), 194 HELEN in the
+# order of its files. There the inner lips are one loop with corners 86 and 100; published curves
+# cut it before 100. Published tables call 114-133 and 154-173 the right eye and brow: they are
+# image-right. Each of these four loops starts at the inner corner.
 _CURVES = """
 points           5    19     29           68     98     106      194
 contour_left     .    .      .            0-8    0-16   0-16     0-20
@@ -164,14 +272,14 @@ nose_base         .    .     21     33     57     60      49
 nose_wing*        .    12    18     .      .      .       .
 nostril*          .    .     .      31     55     .       .
 mouth*            3    15    22     48     76     84      58
-mouth_center      .    16    25,26  62,66  90,94  98,102  92,93,106,107
+mouth_center      .    16    25,26  62,66  90,94  98,102  93,107
 lip_top           .    .     24     51     79     87      64,65
 lip_bottom        .    .     27     57     85     93      78,79
 lip_inner*        .    .     .      60     88     96      86
-lip_inner_top     .    .     25     62     90     98      92,93
-lip_inner_bottom  .    .     26     66     94     102     106,107"""
-_PARTS = {"contour": ("contour", "chin"), "brows": ("brow",), "nose": ("nose",), "eyes": ("eye", "pupil"),
-          "mouth": ("lip", "mouth")}
+lip_inner_top     .    .     25     62     90     98      93
+lip_inner_bottom  .    .     26     66     94     102     107"""
+_PARTS = {"contour": ("contour", "chin"), "brows": ("brow",), "nose": ("nose",),
+          "eyes": ("eye", "pupil"), "mouth": ("lip", "mouth")}
 
 
 def _ids(text: str) -> list[int]:
@@ -189,68 +297,83 @@ def _column(table: str, points: int) -> dict[str, list[int]]:
 
 def _scheme(points: int) -> Scheme:
     flip = np.arange(points)
-    for rule, text in (entry.split(":") for entry in _FLIPS[points].split(";")):
+    for entry in _FLIPS[points].split(";"):
+        rule, text = entry.split(":")
         ids = np.array(_ids(text))
         mirror = ids + int(rule) if "+" in rule else int(rule) - ids
-        flip[ids], flip[mirror] = mirror, ids
+        flip[ids] = mirror
+        flip[mirror] = ids
     anchors = {}
     for name, ids in _column(_ANCHORS, points).items():
-        stem, pair, _ = name.partition("*")
-        anchors[stem + "_left" * len(pair)] = tuple(ids)
-        if pair:
-            anchors[stem + "_right"] = tuple(flip[ids].tolist())
-    pupils, corners = ((anchors[name + "_left"], anchors[name + "_right"]) for name in ("pupil", "mouth"))
-    eyes = tuple(anchors.get("eye_outer_" + side, pupil)[0] for side, pupil in zip(("left", "right"), pupils))
+        if name.endswith("*"):
+            anchors[name[:-1] + "_left"] = tuple(ids)
+            anchors[name[:-1] + "_right"] = tuple(flip[ids].tolist())
+        else:
+            anchors[name] = tuple(ids)
+    pupils = (anchors["pupil_left"], anchors["pupil_right"])
+    eyes = tuple(anchors.get(f"eye_outer_{side}", pupil)[0]
+                 for side, pupil in zip(("left", "right"), pupils))
     # HELEN's nose is a U without a tip: the middle between the wings is nearest to it.
-    five = (*pupils, anchors.get("nose_tip", (45, 53)), *corners)
+    nose = anchors.get("nose_tip", (45, 53))
+    five = (*pupils, nose, anchors["mouth_left"], anchors["mouth_right"])
     curves = dict(sorted(_column(_CURVES, points).items(), key=lambda curve: min(curve[1])))
-    parts = {part: sorted(index for name, ids in curves.items() if name.startswith(starts) for index in ids)
-             for part, starts in _PARTS.items()}
+    parts = {}
+    for part, starts in _PARTS.items():
+        parts[part] = sorted(sum((ids for name, ids in curves.items() if name.startswith(starts)),
+                                 []))
     published = (145, 125) if points == 194 else None
     return Scheme(points, flip, eyes, published, pupils, five, curves, parts, anchors)
 
 
 SCHEMES: dict[int, Scheme] = {points: _scheme(points) for points in _FLIPS}
-"""Schemes by number of points. 106 is LaPa's order. Other orders of 106 points exist (SDFL's, 2d106det) and
-no file says which it has: none is guessed, but `flip_residual` shows a wrong one."""
+"""Schemes by number of points. 106 is LaPa's order. Other orders of 106 points exist (SDFL's,
+2d106det) and no file says which it has: none is guessed, but `flip_residual` shows a wrong one."""
 
 
-# Five points in a 112 px crop, to which recognition networks align faces.   Source: insightface's face_align.
-ARCFACE_5 = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655],
-                      [70.7299, 92.2041]])
+# Five points in a 112 px crop, to which recognition networks align faces.
+# Source: insightface's face_align.
+ARCFACE_5 = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366],
+                      [41.5493, 92.3655], [70.7299, 92.2041]])
 
 
 def group_means(points, groups: Sequence[Sequence[int]]):
-    """Mean of each group of points, as of `Scheme.five`: (..., P, 2) -> (..., G, 2), numpy or torch."""
+    """Mean of each group of points, as of `Scheme.five`: (..., P, 2) -> (..., G, 2), numpy or
+    torch."""
     stack = torch.stack if isinstance(points, torch.Tensor) else np.stack
     return stack([points[..., list(group), :].mean(-2) for group in groups], -2)
 
 
 def flip_residual(points: np.ndarray, flip: np.ndarray) -> float:
-    """Largest distance of a point from its mirror in the mean face of (M, P, 2): a fraction of the face box.
-    The right flip (P,) gives below 0.1 on a set that looks both ways, a wrong one 0.6 or more."""
+    """Largest distance of a point from its mirror in the mean face of (M, P, 2), as a fraction of
+    the face box. The right flip (P,) gives below 0.1 on a set that looks both ways, a wrong one 0.6
+    or more."""
     points = np.asarray(points, np.float64)
-    low, high = points.min(1, keepdims=True), points.max(1, keepdims=True)
-    mean = ((points - low) / (high - low)).mean(0)                                    # (P, 2) in the unit box
+    low = points.min(1, keepdims=True)
+    high = points.max(1, keepdims=True)
+    mean = ((points - low) / (high - low)).mean(0)  # (P, 2) in the unit box
     return float(np.linalg.norm((mean * [-1, 1] + [1, 0])[flip] - mean, axis=1).max())
 
 
 def normaliser(points: torch.Tensor, kind: str, boxes: torch.Tensor | None = None) -> torch.Tensor:
     """The length that the error of each face is divided by: (M, P, 2) ground truth px -> (M,) px.
 
-    kind: "io" inter-ocular, of `Scheme.eyes`; "io-published" of `Scheme.eyes_published`; "ip" inter-pupil, of
-        `Scheme.pupils`; "box" sqrt(w h) of the box of the points; "face" sqrt(w h) of `boxes`, the set's own
-        (M, 4) x0 y0 x1 y1 px. io is about 1.4 times ip: errors under different kinds must not be compared.
-    Raises: ValueError if the scheme has no such length (5 points have no "io"), or a length is not positive.
+    kind: "io" inter-ocular, of `Scheme.eyes`; "io-published" of `Scheme.eyes_published`; "ip"
+        inter-pupil, of `Scheme.pupils`; "box" sqrt(w h) of the box of the points; "face" sqrt(w h)
+        of `boxes`, the set's own (M, 4) x0 y0 x1 y1 px. io is about 1.4 times ip: errors under
+        different kinds must not be compared.
+    Raises: UserError if the scheme has no such length (5 points have no "io"), or one is not > 0.
     """
     points = torch.as_tensor(points)
-    scheme, pairs = SCHEMES.get(points.shape[-2]), {}
+    scheme = SCHEMES.get(points.shape[-2])
+    pairs = {}
     if scheme:
-        corners = scheme.eyes if "eye_outer_left" in scheme.anchors else None
-        pairs = {"ip": scheme.pupils, "io": corners and [[index] for index in corners],
-                 "io-published": scheme.eyes_published and [[index] for index in scheme.eyes_published]}
-    if pairs.get(kind):
-        ends = group_means(points, pairs[kind])                                                  # (M, 2, 2)
+        pairs["ip"] = scheme.pupils
+        if "eye_outer_left" in scheme.anchors:
+            pairs["io"] = [[index] for index in scheme.eyes]
+        if scheme.eyes_published:
+            pairs["io-published"] = [[index] for index in scheme.eyes_published]
+    if kind in pairs:
+        ends = group_means(points, pairs[kind])  # (M, 2, 2)
         length = (ends[:, 0] - ends[:, 1]).norm(dim=-1)
     elif kind == "box":
         length = (points.amax(1) - points.amin(1)).prod(-1).sqrt()
@@ -258,113 +381,99 @@ def normaliser(points: torch.Tensor, kind: str, boxes: torch.Tensor | None = Non
         boxes = torch.as_tensor(boxes).to(points)
         length = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(-1).sqrt()
     else:
-        works = ", ".join([*filter(pairs.get, pairs), "box", "face (with the set's boxes)"])
-        raise ValueError(f"no normaliser {kind!r} for {points.shape[-2]} points; what works: {works}")
+        works = ", ".join([*pairs, "box", "face (with the set's boxes)"])
+        raise UserError(f"no normaliser {kind!r} for {points.shape[-2]} points; "
+                        f"what works: {works}")
     bad = (~(length > 0)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"normaliser {kind!r} is {length[bad[0]]:g} px for face {bad[0]}, wanted more "
-                         f"than 0; so for {len(bad)} of {len(length)} faces")
+        raise UserError(f"normaliser {kind!r} is {length[bad[0]]:g} px for face {bad[0]}, wanted "
+                        f"more than 0; so for {len(bad)} of {len(length)} faces")
     return length
 
 
-def norm_kind(kind: str, points: int) -> str:
-    """What "auto" means as a normaliser of so many points: "io", for 5 "ip", without a scheme "box"."""
-    return kind if kind != "auto" else "box" if points not in SCHEMES else "ip" if points == 5 else "io"
+def norm_kind(kind: str, points: int, boxed: bool = True) -> str:
+    """What "auto" means for so many points: the papers' normaliser of the set that has them; "box"
+    without a scheme, or for AFLW's 19 (profiles have hardly any eye distance) without boxes."""
+    if kind != "auto":
+        return kind
+    if points == 19 and boxed:
+        return "face"
+    if points == 19 or points not in SCHEMES:
+        return "box"
+    return "ip" if points == 5 else "io"
 
 
 def subsets(faces: Sequence[Face]) -> dict[str, np.ndarray]:
-    """The whole set under "" and each subset under its tag, in the order of the papers' tables: (M,) bool."""
+    """The whole set under "" and each subset under its tag, in the order of the papers' tables:
+    (M,) bool."""
     tags = {tag for face in faces for tag in face.tags}
     order = [tag for tag in (*WFLW_TAGS, "common", "challenging") if tag in tags]
-    order += sorted(tags - set(order))
-    return {"": np.ones(len(faces), bool)} | {tag: np.array([tag in f.tags for f in faces]) for tag in order}
+    chosen = {"": np.ones(len(faces), bool)}
+    for tag in order + sorted(tags - set(order)):
+        chosen[tag] = np.array([tag in face.tags for face in faces])
+    return chosen
 
 
-# ---- Folders -----------------------------------------------------------------------------------------------
+# ---- File formats --------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-
-
-def walk(root: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
-    """Sorted paths of all files below root whose names end in one of the suffixes, in either case.
-
-    Links are followed. Hidden files and folders (.ipynb_checkpoints, ._x.jpg, __MACOSX) are passed over.
-    Raises: UserError that names a folder which cannot be read, or which a link below it leads back to."""
-    found = []
-
-    def enter(folder: str, above: frozenset) -> None:
-        try:
-            status = os.stat(folder)
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            raise UserError(f"{folder} cannot be read: {error.strerror}") from None
-        here = (status.st_dev, status.st_ino)
-        if here in above:
-            raise UserError(f"{folder} is a link to a folder that holds it: its files would never end; "
-                            "remove the link")
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
-            if entry.is_dir():
-                enter(entry.path, above | {here})
-            elif entry.name.lower().endswith(suffixes):
-                found.append(entry.path)
-
-    enter(root, frozenset())
-    return sorted(found)
-
-
-# ---- File formats ------------------------------------------------------------------------------------------
 
 def _lines(path: str) -> list[tuple[str, str]]:
     """("path:number", line) of the lines of a text file that are not blank."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
-        return [(f"{path}:{number}", line.strip()) for number, line in enumerate(file, 1) if line.strip()]
+        numbered = [(f"{path}:{number}", line.strip()) for number, line in enumerate(file, 1)]
+    return [(where, line) for where, line in numbered if line]
 
 
 def _numbers(fields: Sequence[str], wanted: int, where: str) -> np.ndarray:
-    """(wanted,) float64; the ValueError begins with `where`, file:line."""
+    """(wanted,) float64; the UserError begins with `where`, file:line."""
     if len(fields) != wanted:
-        raise ValueError(f"{where}: found {len(fields)} numbers, wanted {wanted}")
+        raise UserError(f"{where}: found {len(fields)} numbers, wanted {wanted}")
     try:
         values = np.array(fields, np.float64)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}, wanted a number") from None
+        raise UserError(f"{where}: {error}, wanted a number") from None
     if not np.isfinite(values).all():
-        raise ValueError(f"{where}: found {values[~np.isfinite(values)][0]}, wanted a finite number")
+        raise UserError(f"{where}: found {values[~np.isfinite(values)][0]}, wanted a finite number")
     return values
 
 
 def _point_rows(path: str, rows: list[tuple[str, str]], wanted: int) -> np.ndarray:
     """(wanted, 2) float64 from rows "x y" or "x , y" of `_lines`."""
     if len(rows) != wanted:
-        raise ValueError(f"{path}: found {len(rows)} points, wanted {wanted}")
+        raise UserError(f"{path}: found {len(rows)} points, wanted {wanted}")
     pairs = [line.replace(",", " ").split() for _, line in rows]
-    try:                                                        # all rows at once, for speed,
+    try:                                  # all rows at once, for speed,
         points = np.array(pairs, np.float64)
         if points.shape == (wanted, 2) and np.isfinite(points).all():
             return points
-    except ValueError:                                          # then row by row, to name the bad line
+    except ValueError:                    # then row by row, to name the bad line
         pass
+    for pair, (where, line) in zip(pairs, rows):
+        if len(pair) > 2 and re.search(r"\d,\d", line):
+            raise UserError(f"{where}: found {line!r}, with decimal commas; wanted 12.5 34.0")
     return np.stack([_numbers(pair, 2, where) for pair, (where, _) in zip(pairs, rows)])
 
 
 def read_pts(path: str) -> np.ndarray:
-    """(P, 2) float32 px, 0-based, of a `.pts`: `version: 1`, `n_points: P`, `{`, P rows "x y" from 1, `}`.
-    Raises: FileNotFoundError; ValueError naming the file, and the line where it is one, if a part is missing,
-    n_points is not the number of rows, or a number is not finite."""
+    """(P, 2) float32 px, 0-based, of a `.pts`: `version: 1`, `n_points: P`, `{`, P rows "x y" from
+    1, `}`. The three lines before the rows may be missing, as in some public copies.
+    Raises: FileNotFoundError; UserError naming the file, and the line where it is one, if it is cut
+    short, n_points is not the number of rows, or a number is not finite."""
     lines = _lines(path)
     marks = [line for _, line in lines]
-    counts = [re.fullmatch(r"n_points\s*:\s*(\d+)", mark) for mark in marks]
-    if "{" not in marks or "}" not in marks or not any(counts):
-        raise ValueError(f"{path}: found {marks[:3]}, wanted lines n_points: P, {{, the points, }}")
-    rows = lines[marks.index("{") + 1:marks.index("}")]
-    points = _point_rows(path, rows, max(1, int(next(filter(None, counts))[1])))
+    if "}" in marks:
+        lines = lines[:marks.index("}")]
+    elif "{" in marks:
+        raise UserError(f"{path}: found no line }}: it is cut short")
+    start = marks.index("{") + 1 if "{" in marks else 0
+    rows = [row for row in lines[start:] if not re.match(r"(version|n_points)\s*:", row[1])]
+    counts = re.findall(r"^n_points\s*:\s*(\d+)$", "\n".join(marks), re.M)
+    points = _point_rows(path, rows, max(1, int(counts[0]) if counts else len(rows)))
     return (points - 1).astype(np.float32)
 
 
 def write_pts(path: str, points) -> None:
-    """Write (P, 2) px, 0-based, array or tensor, as a `.pts`, which counts from 1.   Raises: ValueError."""
+    """Writes (P, 2) px, 0-based, array or tensor, as a `.pts`, which counts from 1."""
     points = torch.as_tensor(points).detach().double().cpu().numpy()
     if points.ndim != 2 or points.shape[1] != 2 or not len(points) or not np.isfinite(points).all():
         raise ValueError(f"{path}: found points {points.shape}, wanted (P, 2), all finite")
@@ -374,25 +483,28 @@ def write_pts(path: str, points) -> None:
 
 
 def read_points_csv(path: str) -> dict[str, np.ndarray]:
-    """Landmarks of many images, as a detector's: rows image,x0,y0,x1,y1,... px from 0; a header is skipped.
-    Returns: {image: (n, P, 2) float32}, n faces in it.   Raises: ValueError naming the line."""
+    """Landmarks of many images, as a detector's: rows image,x0,y0,x1,y1,... px from 0; a header is
+    skipped.
+    Returns: {image: (n, P, 2) float32}, n faces in it.   Raises: UserError naming the line."""
     found: dict[str, list[np.ndarray]] = {}
+    count = 0
     for number, (where, line) in enumerate(_lines(path)):
         name, *fields = [field.strip() for field in line.split(",")]
-        if number == 0 and fields and fields[0][:1].isalpha() and fields[0].lower() not in ("nan", "inf"):
+        first = fields[0].lower() if fields else ""
+        if number == 0 and first[:1].isalpha() and first not in ("nan", "inf"):
             continue
-        count = len(next(iter(found.values()))[0]) if found else len(fields) // 2
+        count = count or len(fields) // 2
         if not count:
-            raise ValueError(f"{where}: found {line[:40]!r}, wanted image,x0,y0,x1,y1,...")
+            raise UserError(f"{where}: found {line[:40]!r}, wanted image,x0,y0,x1,y1,...")
         points = _numbers(fields, 2 * count, where).reshape(-1, 2).astype(np.float32)
         found.setdefault(os.path.normpath(name), []).append(points)
     if not found:
-        raise ValueError(f"{path} has no row image,x0,y0,x1,y1,...")
+        raise UserError(f"{path} has no row image,x0,y0,x1,y1,...")
     return {name: np.stack(rows) for name, rows in found.items()}
 
 
-_MAT_NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8",
-                16: "u1", 17: "u2"}
+_MAT_NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8",
+                13: "u8", 16: "u1", 17: "u2"}
 _MAT_MATRIX, _MAT_COMPRESSED = 14, 15
 
 
@@ -401,13 +513,14 @@ def _mat_elements(data: memoryview, order: str) -> Iterator[tuple[int, memoryvie
     at = 0
     while at + 8 <= len(data):
         kind, size = struct.unpack_from(order + "II", data, at)
-        if kind >> 16:                                   # small: type and size share a word, 4 bytes of data
+        if kind >> 16:  # small: type and size share a word, 4 bytes of data
             start, kind, size, step = at + 4, kind & 0xFFFF, kind >> 16, 8
-        else:                                            # only compressed elements are not padded to 8 bytes
+        else:           # only compressed elements are not padded to 8 bytes
             start, step = at + 8, 8 + size + (0 if kind == _MAT_COMPRESSED else -size % 8)
         if start + size > len(data):
             raise ValueError("the file ends inside an element")
-        content, at = data[start:start + size], at + step
+        content = data[start:start + size]
+        at += step
         if kind == _MAT_COMPRESSED:
             yield from _mat_elements(memoryview(zlib.decompress(content)), order)
         else:
@@ -415,16 +528,18 @@ def _mat_elements(data: memoryview, order: str) -> Iterator[tuple[int, memoryvie
 
 
 def _mat_array(data: memoryview, order: str) -> tuple[str, np.ndarray | str | None]:
-    """Name and value of a matrix element: float64 array, str, object array (cell), None of other classes."""
+    """Name and value of a matrix element: float64 array, str, object array (cell), None of other
+    classes."""
     if not len(data):
         return "", None
     (_, flags), (_, shape), (_, name), *rest = _mat_elements(data, order)
-    kind, value = struct.unpack_from(order + "I", flags)[0] & 0xFF, None
-    if kind == 1:                                                               # cell
+    kind = struct.unpack_from(order + "I", flags)[0] & 0xFF
+    value = None
+    if kind == 1:                        # cell
         value = np.empty(len(rest), object)
         value[:] = [_mat_array(content, order)[1] for _, content in rest]
-    elif kind == 4 or 6 <= kind <= 15:                                          # char, double ... uint64
-        value = np.frombuffer(rest[0][1], order + _MAT_NUMBERS[rest[0][0]])     # stored in any type that fits
+    elif kind == 4 or 6 <= kind <= 15:   # char, double ... uint64, stored in any type that fits
+        value = np.frombuffer(rest[0][1], order + _MAT_NUMBERS[rest[0][0]])
         value = "".join(map(chr, value)) if kind == 4 else value.astype(np.float64)
     if isinstance(value, np.ndarray):
         value = value.reshape(np.frombuffer(shape, order + "i4"), order="F")
@@ -432,40 +547,43 @@ def _mat_array(data: memoryview, order: str) -> tuple[str, np.ndarray | str | No
 
 
 def read_mat(path: str) -> dict[str, np.ndarray | str]:
-    """Variables of a MATLAB 5 to 7 `.mat` file: float64 arrays, strings, cells as object arrays; no structs.
-    Raises: ValueError naming the file if it is damaged or of another kind (MATLAB 7.3 files are HDF5)."""
+    """Variables of a MATLAB 5 to 7 `.mat` file: float64 arrays, strings, cells as object arrays; no
+    structs.   Raises: UserError if it is damaged or of another kind (7.3 files are HDF5)."""
     with open(path, "rb") as file:
         data = file.read()
     order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
     if order is None or data.startswith(b"MATLAB 7.3"):
-        raise ValueError(f"{path} begins {data[:10]!r}, wanted a MATLAB 5 to 7 file (save -v7)")
+        raise UserError(f"{path} begins {data[:10]!r}, wanted a MATLAB 5 to 7 file (save -v7)")
     try:
         elements = _mat_elements(memoryview(data)[128:], order)
-        variables = dict(_mat_array(content, order) for kind, content in elements if kind == _MAT_MATRIX)
+        variables = dict(_mat_array(data, order) for kind, data in elements if kind == _MAT_MATRIX)
     except (ValueError, KeyError, IndexError, struct.error, zlib.error) as error:
-        raise ValueError(f"{path} is a damaged MATLAB file: {error!r}") from error
+        raise UserError(f"{path} is a damaged MATLAB file: {error!r}") from error
     return {name: value for name, value in variables.items() if value is not None}
 
 
 def _h5(path: str):
-    """A MATLAB 7.3 file opened by h5py, which only COFW needs and which is therefore not required."""
+    """A MATLAB 7.3 file opened by h5py, which only COFW needs and which is not required."""
     try:
         import h5py
     except ImportError as error:
-        raise ImportError(f"{path} is an HDF5 file: pip install h5py, or export COFW as images with "
-                          "train.tsv and test.tsv to --data-root; --data faces needs no download") from error
+        raise ImportError(f"{path} is an HDF5 file: pip install h5py, or export COFW as images "
+                          "with train.tsv and test.tsv to --data-root; --data faces needs no "
+                          "download") from error
     return h5py.File(path, "r")
 
 
-# ---- Readers -----------------------------------------------------------------------------------------------
+# ---- Readers -------------------------------------------------------------------------------------
 
-def _missing(reader: Callable, root: str, what: str, flag="--data-root", drawn="faces") -> FileNotFoundError:
-    """The message of a set that is not there: what was looked for, then the reader's account of its files."""
+
+def _missing(reader: Callable, root: str, what: str, flag="--data-root", drawn="faces"):
+    """The FileNotFoundError of a set: what was looked for, then the reader's account of it."""
     account = reader.__doc__[reader.__doc__.index("Tree:"):].rstrip().replace("\n    ", "\n")
     there = sorted(os.listdir(root))[:6] if os.path.isdir(root) else []
-    return FileNotFoundError(f"{reader.__name__}: {what}\nWanted below {flag} {root or '(not given)'}, "
-                             f"which has {', '.join(there) or 'nothing'}:\n{account}\n"
-                             f"Its licence is yours to accept. --data {drawn} needs no download.")
+    return FileNotFoundError(
+        f"{reader.__name__}: {what}\nWanted below {flag} {root or '(not given)'}, which has "
+        f"{', '.join(there) or 'nothing'}:\n{account}\nIts licence is yours to accept. "
+        f"--data {drawn} needs no download.")
 
 
 def _below(reader: Callable, root: str, *parts: str, flag="--data-root") -> str:
@@ -476,8 +594,8 @@ def _below(reader: Callable, root: str, *parts: str, flag="--data-root") -> str:
     return path
 
 
-def _counted(reader: Callable, root: str, split: str, faces: list[Face], **official: int) -> list[Face]:
-    """`faces`, after an error if there are none, and a warning if not as many as in the official split."""
+def _counted(reader: Callable, root: str, split: str, faces: list[Face], **official: int):
+    """`faces`, after an error if there are none, a warning if not as many as officially."""
     if not faces:
         raise _missing(reader, root, f"no face in the {split} split of {root}")
     if len(faces) != official.get(split, len(faces)):
@@ -490,22 +608,13 @@ def _square(center: np.ndarray, side: float) -> tuple[float, float, float, float
     return (*(center - side / 2).tolist(), *(center + side / 2).tolist())
 
 
-def _beside(folder: str) -> list[tuple[str, str]]:
-    """(image, .pts) paths of a folder by stem; "" where one of the two is not there."""
-    pairs: dict[str, list[str]] = {}
-    for name in sorted(os.listdir(folder)):
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() in (".jpg", ".jpeg", ".png", ".pts") and not name.startswith("."):  # ._x: macOS
-            pairs.setdefault(stem, ["", ""])[suffix.lower() == ".pts"] = os.path.join(folder, name)
-    return [(image, pts) for image, pts in pairs.values()]
-
-
 WFLW_TAGS = ("pose", "expression", "illumination", "makeup", "occlusion", "blur")
 
 
 def read_wflw(root: str, split: str) -> list[Face]:
-    """WFLW: 98 points, taken as 0-based; box: the face rectangle (not tight); tags: `WFLW_TAGS`.
-    A row is 196 coordinates, x_min y_min x_max y_max, six flags and the image, which may hold several faces.
+    """WFLW: 98 points, taken as 0-based; box: the face rectangle (not tight); tags: `WFLW_TAGS`. A
+    row is 196 coordinates, x_min y_min x_max y_max, six flags and the image, which may hold several
+    faces.
 
     Tree: WFLW_annotations/list_98pt_rect_attr_train_test/list_98pt_rect_attr_{train,test}.txt
           WFLW_images/0--Parade/*.jpg, WFLW_images/1--Handshaking/*.jpg, ...
@@ -513,56 +622,66 @@ def read_wflw(root: str, split: str) -> list[Face]:
     """
     table = _below(read_wflw, root, "WFLW_annotations", "list_98pt_rect_attr_train_test",
                    f"list_98pt_rect_attr_{split}.txt")
-    images, faces = _below(read_wflw, root, "WFLW_images"), []
+    images = _below(read_wflw, root, "WFLW_images")
+    faces = []
     for where, line in _lines(table):
         *fields, name = line.split()
         values = _numbers(fields, 206, where)
+        points = values[:196].reshape(98, 2).astype(np.float32)
         tags = tuple(tag for tag, flag in zip(WFLW_TAGS, values[200:]) if flag)
-        faces.append(Face(os.path.join(images, name), values[:196].reshape(98, 2).astype(np.float32),
-                          tuple(values[196:200].tolist()), tags=tags, where=where))
+        faces.append(Face(os.path.join(images, name), points, tuple(values[196:200].tolist()),
+                          tags=tags, where=where))
     return _counted(read_wflw, root, split, faces, train=7500, test=2500)
 
 
 def read_300w(root: str, split: str) -> list[Face]:
-    """300-W: 68 points, no box. train: afw and the training folders of lfpw and helen. test: their test
-    folders, tagged "common", and ibug, "challenging". Mirrored copies (*_mirror*) of repacks are left out.
+    """300-W: 68 points, no box. train: afw and the training folders of lfpw and helen. test: their
+    test folders, tagged "common", and ibug, "challenging". Mirrored copies (*_mirror*) of repacks
+    are left out.
 
     Tree: afw/  helen/trainset/  helen/testset/  lfpw/trainset/  lfpw/testset/  ibug/
           in each NAME.jpg or NAME.png with NAME.pts
     Source: https://ibug.doc.ic.ac.uk/resources/300-W, for non-commercial research.
     """
-    folders = {"afw": "", "lfpw/trainset": "", "helen/trainset": ""} if split == "train" else {
-        "lfpw/testset": "common", "helen/testset": "common", "ibug": "challenging"}
+    folders = {"afw": (), "lfpw/trainset": (), "helen/trainset": ()}
+    if split == "test":
+        folders = {"lfpw/testset": ("common",), "helen/testset": ("common",),
+                   "ibug": ("challenging",)}
     faces = []
-    for name, tag in folders.items():
-        for image, pts in _beside(_below(read_300w, root, *name.split("/"))):
-            if pts and "_mirror" not in os.path.basename(pts):
-                if not image:
-                    raise _missing(read_300w, root, f"no image beside {pts}")
-                faces.append(Face(image, read_pts(pts), tags=(tag,) if tag else ()))
-                if len(faces[-1].points) != 68:
-                    raise ValueError(f"{pts}: found {len(faces[-1].points)} points, wanted 68")
+    for name, tags in folders.items():
+        for image, pts in beside(_below(read_300w, root, *name.split("/"))):
+            if not pts or "_mirror" in os.path.basename(pts):
+                continue
+            if not image:
+                raise _missing(read_300w, root, f"no image beside {pts}")
+            points = read_pts(pts)
+            if len(points) != 68:
+                raise UserError(f"{pts}: found {len(points)} points, wanted 68")
+            faces.append(Face(image, points, tags=tags))
     return _counted(read_300w, root, split, faces, train=3148, test=689)
 
 
 def _cofw_image(path: str, key: str, index: int) -> np.ndarray:
-    """Image `index` of a COFW file, gray (H, W) or RGB (H, W, 3); HDF5 has the axes of MATLAB reversed."""
+    """Image `index` of a COFW file, gray (H, W) or RGB (H, W, 3): HDF5 has MATLAB's axes
+    reversed."""
     with _h5(path) as file:
         return np.ascontiguousarray(file[file[key][()].ravel()[index]][()].T)
 
 
 def read_cofw(root: str, split: str) -> list[Face]:
-    """COFW: 29 points, box. The exported table where there is one (points as they stand; box: the square of
-    200 scale about the center), else the `.mat`, by h5py: points and boxes lose MATLAB's 1, and an image is a
+    """COFW: 29 points, box. The exported table where there is one (box: the square of 200 scale
+    about the center), else the `.mat`, by h5py: points and boxes lose MATLAB's 1, and an image is a
     function that reads it when it is needed.   Raises also: ImportError without h5py.
 
     Tree: COFW_train_color.mat, COFW_test_color.mat
-          or, exported: train.tsv, test.tsv, train/*.jpg, test/*.jpg; a table is a header and rows, with tabs:
-          image, 5 points x0,y0,..., 29 points x0,y0,..., scale, center_w, center_h
+          or, exported: train.tsv, test.tsv, train/*.jpg, test/*.jpg; a table is a header and rows,
+          with tabs: image, 5 points x0,y0,..., 29 points x0,y0,..., scale, center_w, center_h
     Source: https://data.caltech.edu, Caltech Occluded Faces in the Wild, COFW_color.zip.
     """
-    faces, table = [], os.path.join(root, f"{split}.tsv")
+    table = os.path.join(root, f"{split}.tsv")
     if os.path.exists(table):
+        _base_unknown(table)
+        faces = []
         for where, line in _lines(table)[1:]:
             name, _, points, *place = (line.split("\t") + [""] * 6)[:6]
             points = _numbers(points.split(","), 58, where).reshape(29, 2).astype(np.float32)
@@ -571,22 +690,29 @@ def read_cofw(root: str, split: str) -> list[Face]:
             faces.append(Face(path, points, _square(place[1:], 200 * place[0]), where=where))
         return _counted(read_cofw, root, split, faces, train=1345, test=507)
     path = _below(read_cofw, root, f"COFW_{split}_color.mat")
+    keys = [stem + ("Tr" if split == "train" else "T") for stem in ("phis", "bboxes", "Is")]
     with _h5(path) as file:
-        keys = [stem + ("Tr" if split == "train" else "T") for stem in ("phis", "bboxes", "Is")]
         arrays = [file[key][()].T for key in keys if key in file]
     shapes = [array.shape for array in arrays]
     if len(shapes) != 3 or shapes[:2] != [(arrays[2].size, 87), (arrays[2].size, 4)]:
-        raise ValueError(f"{path}: found arrays {shapes}, wanted {keys} of (N, 87), (N, 4) and N images")
-    phis, boxes, images = arrays              # 29 x, 29 y, 29 flags of occlusion; x y width height
+        raise UserError(f"{path}: found arrays {shapes}, wanted {keys} of (N, 87), (N, 4) and N "
+                        "images")
+    phis, boxes, images = arrays  # 29 x, 29 y, 29 flags of occlusion; x y width height
     points = (np.stack([phis[:, :29], phis[:, 29:58]], -1) - 1).astype(np.float32)
     boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1) - 1
-    faces = [Face(functools.partial(_cofw_image, path, keys[2], i), points[i], tuple(boxes[i].tolist()))
-             for i in range(images.size)]
+    faces = [Face(functools.partial(_cofw_image, path, keys[2], i), points[i],
+                  tuple(boxes[i].tolist())) for i in range(images.size)]
     return _counted(read_cofw, root, split, faces, train=1345, test=507)
 
 
+def _base_unknown(table: str) -> None:
+    warnings.warn(f"nothing says whether {table} counts pixels from 0 or from 1: taken as from 0; "
+                  "else all points are 1 px off", stacklevel=3)
+
+
 def read_cofw68(root: str, split: str) -> list[Face]:
-    """COFW-68: the test images of COFW with 68 points, no box. train is that of 300-W, as in the benchmark.
+    """COFW-68: the test images of COFW with 68 points, no box. train is that of 300-W, as in the
+    benchmark.
 
     Tree: cofw68/test_annotations/1_points.mat ... 507_points.mat
           cofw/COFW_test_color.mat, or exported: cofw/test.tsv and cofw/test/*.jpg
@@ -595,278 +721,389 @@ def read_cofw68(root: str, split: str) -> list[Face]:
     """
     if split == "train":
         return read_300w(_below(read_cofw68, root, "300w"), "train")
-    faces = read_cofw(_below(read_cofw68, root, "cofw"), "test")
+    with warnings.catch_warnings():  # of the 29 points, which are not used
+        warnings.simplefilter("ignore")
+        faces = read_cofw(_below(read_cofw68, root, "cofw"), "test")
     for number, face in enumerate(faces, 1):
         path = _below(read_cofw68, root, "cofw68", "test_annotations", f"{number}_points.mat")
         points = read_mat(path).get("Points")
-        if getattr(points, "shape", None) != (68, 2) or not np.isfinite(points).all():
-            raise ValueError(f"{path}: found Points {getattr(points, 'shape', None)}, wanted finite (68, 2)")
-        face.points, face.box = (points - 1).astype(np.float32), None              # MATLAB counts from 1
-    return faces
+        if np.shape(points) != (68, 2) or not np.isfinite(points).all():
+            raise UserError(f"{path}: found Points {np.shape(points)}, wanted finite (68, 2)")
+        face.points = (points - 1).astype(np.float32)  # MATLAB counts from 1
+        face.box = None
+    return _counted(read_cofw68, root, split, faces, test=507)
 
 
 def read_helen(root: str, split: str) -> list[Face]:
-    """HELEN: 194 points, taken as 0-based, no box. The first line of an annotation file names its image.
+    """HELEN: 194 points, taken as 0-based, no box. The first line of an annotation file names its
+    image. Listed images that are not there are left out, with a warning.
 
     Tree: annotation/1.txt ... 2330.txt, trainnames.txt, testnames.txt
           NAME.jpg in any folders, as train_1/ ... train_4/ and test/
     Source: http://www.ifp.illinois.edu/~vuongle2/helen.
     """
-    annotations, images, faces = {}, {}, []
     listing = _below(read_helen, root, f"{split}names.txt")
-    for path in glob.glob(os.path.join(glob.escape(_below(read_helen, root, "annotation")), "*.txt")):
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            annotations[file.readline().strip()] = path
-    for folder, _, names in os.walk(root):
-        images |= {name[:-4]: os.path.join(folder, name) for name in names if name.endswith((".jpg", ".png"))}
+    annotations = {}
+    for path in walk(_below(read_helen, root, "annotation"), (".txt",)):
+        (_, name), *rows = _lines(path) or [("", "")]
+        annotations[name] = (path, rows)
+    images: dict[str, list[str]] = {}
+    for path in walk(root):
+        images.setdefault(os.path.splitext(os.path.basename(path))[0], []).append(path)
+    faces, lost = [], []
     for where, name in _lines(listing):
-        for kind, known in (("annotation", annotations), ("image", images)):
-            if name not in known:
-                raise _missing(read_helen, root, f"no {kind} of {name}, which is listed at {where}")
-        points = _point_rows(annotations[name], _lines(annotations[name])[1:], 194)
-        faces.append(Face(images[name], points.astype(np.float32)))
+        if name not in images or name not in annotations:
+            lost.append(f"{'annotation' if name in images else 'image'} of {name} ({where})")
+            continue
+        if len(images[name]) > 1:
+            raise UserError(f"{images[name][0]} and {images[name][1]} are both {name}: keep one")
+        path, rows = annotations[name]
+        points = _point_rows(path, rows, 194).astype(np.float32)
+        faces.append(Face(images[name][0], points, where=where))
+    if lost and not faces:
+        raise _missing(read_helen, root, f"no {lost[0]}")
+    if lost:
+        warnings.warn(f"read_helen: no {lost[0]}, nor of {len(lost) - 1} others: left out",
+                      stacklevel=2)
     return _counted(read_helen, root, split, faces, train=2000, test=330)
 
 
 def read_aflw(root: str, split: str) -> list[Face]:
-    """AFLW: 19 points, as they stand; box: the face rectangle, whose size is the normaliser "face"; test
-    faces with all points visible are tagged "frontal". HRNet's tables of AFLW are read by --data csv.
+    """AFLW: 19 points, as they stand; box: the face rectangle, whose size is the normaliser "face";
+    test faces with all points visible are tagged "frontal". HRNet's tables of AFLW are read by
+    --data csv.
 
     Tree: AFLWinfo_release.mat
           flickr/0/*.jpg, flickr/2/*.jpg, flickr/3/*.jpg
-    Source: TU Graz, by agreement; the .mat: Zhu et al., Unconstrained Face Alignment (CCL), CVPR 2016.
+    Source: TU Graz, by agreement; the .mat: Zhu et al., Unconstrained Face Alignment, CVPR 2016.
     """
-    path, images = _below(read_aflw, root, "AFLWinfo_release.mat"), _below(read_aflw, root, "flickr")
-    arrays = list(map(read_mat(path).get, ("nameList", "ra", "data", "bbox", "mask_new")))
-    shapes, count = [np.shape(array) for array in arrays], np.size(arrays[0])
+    path = _below(read_aflw, root, "AFLWinfo_release.mat")
+    images = _below(read_aflw, root, "flickr")
+    variables = read_mat(path)
+    arrays = [variables.get(name) for name in ("nameList", "ra", "data", "bbox", "mask_new")]
+    shapes = [np.shape(array) for array in arrays]
+    count = np.size(arrays[0])
     if np.size(arrays[1]) != count or shapes[2:] != [(count, 38), (count, 4), (count, 19)]:
-        raise ValueError(f"{path}: found nameList, ra, data, bbox, mask_new of {shapes}, wanted N, N, "
-                         "(N, 38), (N, 4), (N, 19)")
+        raise UserError(f"{path}: found nameList, ra, data, bbox, mask_new of {shapes}, wanted N, "
+                        "N, (N, 38), (N, 4), (N, 19)")
     names, order, data, boxes, seen = arrays
-    points = np.stack([data[:, :19], data[:, 19:]], -1).astype(np.float32)      # 19 x, 19 y
-    names, boxes = names.ravel(), boxes[:, [0, 2, 1, 3]]                      # stored as xmin xmax ymin ymax
-    order = order.ravel().astype(int) - 1                       # from 1; the first 20,000 are for training
-    faces = [Face(os.path.join(images, names[i]), points[i], tuple(boxes[i].tolist()),
-                  tags=("frontal",) if split == "test" and seen[i].all() else ())
-             for i in (order[:20000] if split == "train" else order[20000:])]
+    names = names.ravel()
+    points = np.stack([data[:, :19], data[:, 19:]], -1).astype(np.float32)  # 19 x, 19 y
+    boxes = boxes[:, [0, 2, 1, 3]]              # stored as xmin xmax ymin ymax
+    order = order.ravel().astype(int) - 1       # from 1; the first 20,000 are for training
+    faces = []
+    for i in order[:20000] if split == "train" else order[20000:]:
+        tags = ("frontal",) if split == "test" and seen[i].all() else ()
+        faces.append(Face(os.path.join(images, names[i]), points[i], tuple(boxes[i].tolist()),
+                          tags=tags))
     return _counted(read_aflw, root, split, faces, train=20000, test=4386)
 
 
 def read_jd106(root: str, split: str) -> list[Face]:
-    """LaPa (also "val") or JD-landmark: 106 points in LaPa's order, see `SCHEMES`; box: of rect/, if any.
+    """LaPa (also "val") or JD-landmark: 106 points in LaPa's order, see `SCHEMES`; box: of rect/,
+    if any.
 
     Tree: {train,val,test}/images/NAME.jpg and {train,val,test}/landmarks/NAME.txt (LaPa)
-          or {Train,Test_data1}/picture/NAME.jpg, landmark/NAME.jpg.txt, rect/NAME.jpg.rect (JD-landmark)
+          or, for JD-landmark, picture/NAME.jpg, landmark/NAME.jpg.txt and maybe
+          rect/NAME.jpg.rect, below Train/ or Training_data/{AFW,HELEN,IBUG,LFPW}/, and Test_data1/
           in a .txt the number of points, 106, then rows "x y" from 0; in a .rect "x1 y1 x2 y2"
     Source: https://github.com/JDAI-CV/lapa-dataset; JD-landmark on application.
     """
-    base, pictures, marks = {"train": "Train", "test": "Test_data1"}.get(split, split), "picture", "landmark"
-    if not os.path.isdir(os.path.join(root, base, marks)):
-        base, pictures, marks = split, "images", "landmarks"
-    folder, faces = _below(read_jd106, root, base, marks), []
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.txt"))):
-        image = os.path.basename(path).removesuffix(".txt").removesuffix(".jpg") + ".jpg"
-        (where, count), *rows = _lines(path) or [(f"{path}:1", "")]
-        if count != "106":
-            raise ValueError(f"{where}: found {count!r}, wanted the number of points, 106")
-        points, box = _point_rows(path, rows, 106).astype(np.float32), None
-        rect = os.path.join(root, base, "rect", f"{image}.rect")
-        if os.path.exists(rect):
-            box = tuple(_numbers(" ".join(line for _, line in _lines(rect)).split(), 4, rect).tolist())
-        faces.append(Face(os.path.join(root, base, pictures, image), points, box))
+    bases = ["Test_data1"] if split == "test" else []
+    if split == "train":
+        bases = ["Train", *(f"Training_data/{name}" for name in ("AFW", "HELEN", "IBUG", "LFPW"))]
+    bases = [base for base in bases if os.path.isdir(os.path.join(root, base, "landmark"))]
+    pictures, marks = ("picture", "landmark") if bases else ("images", "landmarks")
+    faces = []
+    for base in bases or [split]:
+        for path in walk(_below(read_jd106, root, base, marks), (".txt",)):
+            name = os.path.basename(path)[:-4]
+            if not name.lower().endswith(IMAGE_SUFFIXES):
+                name += ".jpg"
+            (where, count), *rows = _lines(path) or [(f"{path}:1", "")]
+            if count != "106":
+                raise UserError(f"{where}: found {count!r}, wanted the number of points, 106")
+            points = _point_rows(path, rows, 106).astype(np.float32)
+            box = None
+            rect = os.path.join(root, base, "rect", f"{name}.rect")
+            if os.path.exists(rect):
+                fields = " ".join(line for _, line in _lines(rect)).split()
+                box = tuple(_numbers(fields, 4, rect).tolist())
+            faces.append(Face(os.path.join(root, base, pictures, name), points, box))
     return _counted(read_jd106, root, split, faces)
 
 
-def read_csv(root: str, split: str) -> list[Face]:
-    """Tables as HRNet writes them, of any number of points: 0-based, as its loader takes them; box: the
-    square about the center of box_size, where given (of AFLW, whose normaliser it is), else of 200 scale.
+# What HRNet's tables count from, by words in their names or in those of their images: 300-W's have
+# the numbers of the .pts; WFLW's those of its list, and AFLW's those of its .mat, both as they are.
+_TABLE_BASES = {r"300w|\b(afw|ibug|lfpw|helen)/|(in|out)door_\d": 1,
+                r"wflw|\d--[A-Z]": 0, "aflw": 0}
 
-    Tree: train.csv, test.csv (or one NAME_train.csv, one NAME_test.csv); images/ (or beside the tables)
+
+def read_csv(root: str, split: str) -> list[Face]:
+    """Tables as HRNet writes them, of any number of points; box: the square about the center of
+    box_size, where given (of AFLW, whose normaliser it is), else of 200 scale. 300-W's count from
+    1, WFLW's and AFLW's from 0, as is taken (and said) for others. 300-W's test split is
+    face_landmarks_300w_valid.csv, with the tags of --data 300w: face_landmarks_300w_test.csv, the
+    private set of 600 images, is read where that is not there.
+
+    Tree: train.csv, test.csv (or one NAME_train.csv, one NAME_test.csv); images/ (or beside them)
           header: image_name,scale,[box_size,]center_w,center_h,original_0_x,original_0_y,...
     Source: https://github.com/HRNet/HRNet-Facial-Landmark-Detection, or your own.
     """
-    tables = glob.glob(os.path.join(glob.escape(root), f"{split}.csv"))
-    tables = tables or glob.glob(os.path.join(glob.escape(root), f"*_{split}.csv"))
+    patterns = [f"{split}.csv", f"*_{split}.csv"]
+    if split == "test":
+        patterns.insert(1, "*300w_valid.csv")
+    tables = []
+    for pattern in patterns:
+        tables = tables or glob.glob(os.path.join(glob.escape(root), pattern))
     if len(tables) != 1:
-        raise _missing(read_csv, root, f"found {len(tables)} tables {split}.csv or *_{split}.csv, wanted one")
+        raise _missing(read_csv, root, f"found {len(tables)} tables {' or '.join(patterns)}, "
+                       "wanted one")
+    if tables[0].endswith("300w_test.csv"):
+        warnings.warn(f"{tables[0]} is the private set of 600 images; the full set of the papers "
+                      "is face_landmarks_300w_valid.csv", stacklevel=2)
     images = os.path.join(root, "images") if os.path.isdir(os.path.join(root, "images")) else root
     (where, header), *rows = _lines(tables[0]) or [(f"{tables[0]}:1", "")]
-    columns, faces = header.replace(" ", "").split(","), []
-    wanted = ["image_name", "scale", *["box_size"] * ("box_size" in columns), "center_w", "center_h"]
+    columns = header.replace(" ", "").split(",")
+    sized = ["box_size"] if "box_size" in columns else []
+    wanted = ["image_name", "scale", *sized, "center_w", "center_h"]
     start = len(wanted)
     if columns[:start] != wanted or len(columns) == start or (len(columns) - start) % 2:
-        raise ValueError(f"{where}: found {len(columns)} columns {','.join(columns[:6])}..., wanted "
-                         f"{','.join(wanted)} and pairs original_0_x,original_0_y,...")
+        raise UserError(f"{where}: found {len(columns)} columns {','.join(columns[:6])}..., wanted "
+                        f"{','.join(wanted)} and pairs original_0_x,original_0_y,...")
+    names = " ".join([os.path.basename(tables[0]), *(line.split(",")[0] for _, line in rows[:1])])
+    bases = [base for words, base in _TABLE_BASES.items() if re.search(words, names)]
+    if not bases:
+        _base_unknown(tables[0])
+    base = bases[0] if bases else 0
+    faces = []
     for where, line in rows:
         name, *fields = line.split(",")
         values = _numbers(fields, len(columns) - 1, where)
-        box = _square(values[start - 3:start - 1], values[1] if "box_size" in columns else 200 * values[0])
-        points = values[start - 1:].reshape(-1, 2).astype(np.float32)
-        faces.append(Face(os.path.join(images, name), points, box, where=where))
+        center = values[start - 3:start - 1] - base
+        box = _square(center, values[1] if sized else 200 * values[0])
+        points = (values[start - 1:] - base).reshape(-1, 2).astype(np.float32)
+        tags = ()
+        if tables[0].endswith("300w_valid.csv"):
+            tags = ("challenging",) if name.startswith("ibug/") else ("common",)
+        faces.append(Face(os.path.join(images, name), points, box, tags=tags, where=where))
     return _counted(read_csv, root, split, faces)
 
 
 def read_youtube(root: str, split: str) -> list[Face]:
-    """Frames of YouTube Faces: 68 points, 0-based; identity: the person; no box. The published test list
-    repeats training frames, so the other table is split: a sixth of its people, by hash of name, is test.
+    """Frames of YouTube Faces: 68 points, 0-based; identity: the person; no box. The published test
+    list repeats training frames, so the other table is split: a sixth of its people, by hash of
+    name, is test.
 
     Tree: data/training_frames_keypoints.csv, data/training/First_Last_VF.jpg
     Source: git clone https://github.com/udacity/P1_Facial_Keypoints
     """
     table = _below(read_youtube, root, "data", "training_frames_keypoints.csv")
-    images, faces = _below(read_youtube, root, "data", "training"), []
+    images = _below(read_youtube, root, "data", "training")
+    faces = []
     for where, line in _lines(table)[1:]:
         name, *fields = line.split(",")
         points = _numbers(fields, 136, where).reshape(68, 2).astype(np.float32)
-        image, person = os.path.join(images, name), name.rpartition("_")[0]
-        faces.append(Face(image, points, identity=person, where=where))
-    people = sorted({f.identity for f in faces}, key=lambda name: hashlib.sha256(name.encode()).digest())
+        faces.append(Face(os.path.join(images, name), points, identity=name.rpartition("_")[0],
+                          where=where))
+    people = sorted({face.identity for face in faces},
+                    key=lambda name: hashlib.sha256(name.encode()).digest())
     test = set(people[:round(len(people) / 6)])
     faces = [face for face in faces if (face.identity in test) == (split == "test")]
     return _counted(read_youtube, root, split, faces)
 
 
 def read_folder(root: str, split: str) -> list[Face]:
-    """A folder of your own: any number of points, the same in all; no box; identity: the folder that holds
-    the image, as a path below the split (None for an image directly in it).
+    """A folder of your own: any number of points, the same in all; no box; identity: the folder
+    that holds the image, as a path below the split (None for an image directly in it).
 
-    Tree: train/PERSON/NAME.jpg and train/PERSON/NAME.pts, test/PERSON/...; at any depth; .jpg, .jpeg or .png
+    Tree: train/PERSON/NAME.jpg and train/PERSON/NAME.pts, test/PERSON/...; at any depth
     Source: you. A .pts counts from 1: lines "version: 1", "n_points: P", "{", P of "x y", "}".
     """
-    base, faces, first = _below(read_folder, root, split), [], ""
-    for folder in sorted(folder for folder, _, _ in os.walk(base, followlinks=True)):
-        person = os.path.relpath(folder, base)
-        for image, pts in _beside(folder):
-            if not image or not pts:
-                raise _missing(read_folder, root, f"no {'image' if pts else '.pts'} beside {pts or image}")
-            faces.append(Face(image, read_pts(pts), identity=None if person == "." else person))
-            first = first or pts
-            if len(faces[-1].points) != len(faces[0].points):
-                raise ValueError(f"{pts} has {len(faces[-1].points)} points, {first} {len(faces[0].points)}; "
-                                 "wanted as many in all")
+    base = _below(read_folder, root, split)
+    faces = []
+    for image, pts in beside(base):
+        if not image or not pts:
+            kind = "image" if pts else ".pts"
+            raise _missing(read_folder, root, f"no {kind} beside {pts or image}")
+        person = os.path.relpath(os.path.dirname(image), base)
+        faces.append(Face(image, read_pts(pts), identity=None if person == "." else person,
+                          where=pts))
+        if len(faces[-1].points) != len(faces[0].points):
+            raise UserError(f"{pts} has {len(faces[-1].points)} points, {faces[0].where} "
+                            f"{len(faces[0].points)}; wanted as many in all")
     return _counted(read_folder, root, split, faces)
 
 
 def read_widerface(root: str, split: str) -> list[Face]:
-    """WIDER FACE with RetinaFace's 5 points, 0-based; box: the face's. Faces without points have points nan.
-    The label file of val has boxes only, so the test split is a tenth of the training images, by hash of
-    name, of which only faces with points. A row is x y w h, 5 times x y v (v -1: no point), blur.
+    """WIDER FACE with RetinaFace's 5 points, 0-based; box: the face's. Faces without points have
+    points nan. The label file of val has boxes only, so the test split is a tenth of the training
+    images, by hash of name, of which only faces with points. A row is x y w h, 5 times x y v (v -1:
+    no point), blur.
 
     Tree: train/label.txt: lines "# 0--Parade/NAME.jpg", each followed by one row for each face
           train/images/0--Parade/*.jpg, ...
     Source: http://shuoyang1213.me/WIDERFACE; label.txt: insightface, detection/retinaface.
     """
-    table, faces, name = _below(read_widerface, root, "train", "label.txt"), [], ""
+    table = _below(read_widerface, root, "train", "label.txt")
     images = _below(read_widerface, root, "train", "images")
+    faces, name = [], ""
     for where, line in _lines(table):
         if line.startswith("#"):
             name = line[1:].strip()
             continue
         if not name:
-            raise ValueError(f"{where}: found {line[:40]!r}, wanted a line '# IMAGE' before the first face")
+            raise UserError(f"{where}: found {line[:40]!r}, wanted a line '# IMAGE' before the "
+                            "first face")
         if (zlib.crc32(name.encode()) % 10 == 0) != (split == "test"):
             continue
         values = _numbers(line.split(), 20, where)
-        (x, y, w, h), points = values[:4], values[4:19].reshape(5, 3)
+        x, y, w, h = values[:4].tolist()
+        points = values[4:19].reshape(5, 3)
         if (points[:, 2] < 0).any():
             points = np.full((5, 3), np.nan)
         if w > 0 and h > 0 and not (split == "test" and np.isnan(points).any()):
             faces.append(Face(os.path.join(images, name), points[:, :2].astype(np.float32),
-                              (x.item(), y.item(), (x + w).item(), (y + h).item()), where=where))
+                              (x, y, x + w, y + h), where=where))
     return _counted(read_widerface, root, split, faces)
 
 
 READERS: dict[str, Callable[[str, str], list[Face]]] = {
-    "wflw": read_wflw, "300w": read_300w, "cofw": read_cofw, "cofw68": read_cofw68, "helen": read_helen,
-    "aflw": read_aflw, "jd106": read_jd106, "lapa": read_jd106, "csv": read_csv, "youtube": read_youtube,
-    "widerface": read_widerface, "folder": read_folder}
+    "wflw": read_wflw, "300w": read_300w, "cofw": read_cofw, "cofw68": read_cofw68,
+    "helen": read_helen, "aflw": read_aflw, "jd106": read_jd106, "lapa": read_jd106,
+    "csv": read_csv, "youtube": read_youtube, "widerface": read_widerface, "folder": read_folder}
 
 
 def read(data: str, root: str, split: str, points: int | None = None) -> list[Face]:
-    """Faces of the set `data`, a key of `READERS`, below `root`; split "train" or "test" (LaPa also "val").
+    """Faces of the set `data`, a key of `READERS`, below `root`; split "train" or "test" (LaPa also
+    "val"); points: the number of points wanted, or None for any.
 
-    points: the number of points wanted, or None for any. Warns if the points cannot be in the order of
-    `SCHEMES`: a large `flip_residual`, or the left eye on the right.
-    Raises: ValueError for an unknown set or split, another number of points, a bad file; FileNotFoundError.
+    Warns if the points cannot be right, as `check_points`.
+    Raises: UserError for an unknown set or split, another number of points, a bad file or points
+    that no image has; FileNotFoundError.
     """
     if data not in READERS:
-        raise ValueError(f"no set {data!r}, there are {', '.join(READERS)}")
+        raise UserError(f"no set {data!r}, there are {', '.join(READERS)}")
     if not root or not os.path.isdir(root):
         raise _missing(READERS[data], root, f"no folder {root}")
-    if split not in ("train", "test", "val")[:3 if READERS[data] is read_jd106 else 2]:
-        raise ValueError(f"--data {data} has no split {split!r}")
+    splits = ("train", "test", "val") if READERS[data] is read_jd106 else ("train", "test")
+    if split not in splits:
+        raise UserError(f"--data {data} has no split {split!r}")
     faces = READERS[data](root, split)
     found = len(faces[0].points)
-    if found != (points or found):
-        raise ValueError(f"--data {data} has {found} points in {root}, wanted {points}")
-    shapes = [face.points for face in faces if np.isfinite(face.points).all()]
-    if found in SCHEMES and len(shapes) >= 50:                       # fewer may all look to one side
-        shapes = np.stack(shapes)
-        residual = flip_residual(shapes, SCHEMES[found].flip)
-        left, right = group_means(shapes.mean(0), SCHEMES[found].pupils)[:, 0]
-        if residual > 0.2 or left > right:
-            warnings.warn(f"{root}: these {found} points are hardly in the order of SCHEMES[{found}]. The "
-                          f"mirrored mean face is off by {residual:.2f} of its box (wanted below 0.2), with "
-                          f"eyes at x = {left:.0f}, {right:.0f} px (wanted the left one first)", stacklevel=2)
+    if points and found != points:
+        raise UserError(f"--data {data} has {found} points in {root}, wanted {points}")
+    check_points(faces, root)
     return faces
 
 
-# ---- Crops -------------------------------------------------------------------------------------------------
+def check_points(faces: list[Face], root: str) -> None:
+    """Points of a set: an error if they are fractions of the image or a face is all at one place; a
+    warning if points stand for missing ones, or the mean face is not in the order of `SCHEMES`: a
+    large `flip_residual`, the left eye on the right, the mouth above the eyes."""
+    faces = [face for face in faces if np.isfinite(face.points).all()]
+    if not faces or len(faces[0].points) < 2:
+        return
+    points = np.stack([face.points for face in faces])  # (M, P, 2)
+    extent = np.ptp(points, axis=1).max(1)
+    if points.max() <= 1.5 and extent.max() <= 1.5:
+        raise UserError(f"{root}: all points lie within {extent.max():.2g} px: they seem to be "
+                        "fractions of the image; wanted pixels")
+    if extent.min() == 0:
+        face = faces[int(extent.argmin())]
+        raise UserError(f"{face.where or face.image}: all points are at one place; correct or "
+                        "leave out that face")
+    # 0 0 or -1 -1 stands for "missing" in some sets; both lose 1 in files that count from 1
+    marks = (points[..., 0] == points[..., 1]) & np.isin(points[..., 0], (0, -1, -2))
+    marked = np.flatnonzero(marks.sum(1) >= 2)
+    if marked.size:
+        face = faces[marked[0]]
+        warnings.warn(f"{face.where or face.image} has several points exactly at 0 0 or -1 -1, "
+                      f"which are used as they stand; so for {marked.size} of {len(faces)} faces",
+                      stacklevel=3)
+    scheme = SCHEMES.get(points.shape[1])
+    if scheme and len(faces) >= 50:  # fewer may all look to one side
+        residual = flip_residual(points, scheme.flip)
+        five = group_means(points.mean(0), scheme.five)  # (5, 2): eyes, nose, mouth corners
+        if residual > 0.2 or five[0, 0] > five[1, 0] or five[:2, 1].mean() > five[3:, 1].mean():
+            warnings.warn(
+                f"{root}: these {len(scheme.flip)} points are hardly in the order of "
+                f"SCHEMES[{len(scheme.flip)}]. The mirrored mean face is off by {residual:.2f} of "
+                f"its box (wanted below 0.2), with eyes at {np.round(five[:2]).tolist()} and mouth "
+                f"corners at {np.round(five[3:]).tolist()} px (wanted left first, eyes above)",
+                stacklevel=3)
+
+
+# ---- Crops ---------------------------------------------------------------------------------------
 
 BORDER = 127  # grey level outside the image
 
 
 def face_boxes(faces: list[Face], kind: str) -> np.ndarray:
-    """Boxes to crop, (M, 4) float64 x0 y0 x1 y1 px: of the true "landmarks", or the set's own "face" box."""
-    if kind not in ("landmarks", "face"):
-        raise ValueError(f"--box {kind}: expected 'landmarks' or 'face'")
-    boxes = np.array([np.concatenate([face.points.min(0), face.points.max(0)]) if kind == "landmarks" else
-                      face.box or (0, 0, 0, 0) for face in faces], np.float64)
+    """Boxes to crop, (M, 4) float64 x0 y0 x1 y1 px: of the true "landmarks", or the set's own
+    "face" box.   Raises: UserError for a box too small or too large to be a face's."""
+    if kind == "landmarks":
+        boxes = [[*face.points.min(0), *face.points.max(0)] for face in faces]
+    elif kind == "face":
+        boxes = [face.box or (0, 0, 0, 0) for face in faces]
+    else:
+        raise UserError(f"--box {kind}: expected 'landmarks' or 'face'")
+    boxes = np.array(boxes, np.float64)
     extent = (boxes[:, 2:] - boxes[:, :2]).max(1)
-    for i in np.flatnonzero(~((extent > 0) & (extent < 20_000)))[:1]:  # a wild point makes a wild crop
+    bad = np.flatnonzero(~((extent >= 1) & (extent < 20_000)))  # a wild point makes a wild crop
+    if bad.size:
+        i = bad[0]
         image = faces[i].image if isinstance(faces[i].image, (str, os.PathLike)) else f"face {i}"
-        raise ValueError(f"{image}: --box {kind} finds a box of {extent[i]:g} px there, wanted 1 to 20,000; "
-                         "correct or leave out that face")
+        raise UserError(f"{image}: --box {kind} finds a box of {extent[i]:g} px there, wanted 1 to "
+                        "20,000; correct or leave out that face")
     return boxes
 
 
-def square_frames(boxes: np.ndarray, size: int, margin: float) -> np.ndarray:
-    """Maps image px -> px of a size x size crop: the square about each box, `margin` times its longer side.
-    Args: boxes (M, 4) x0 y0 x1 y1 px.   Returns: (M, 2, 3) float64.   Raises: ValueError for an empty box."""
-    centre, side = (boxes[:, :2] + boxes[:, 2:]) / 2, margin * (boxes[:, 2:] - boxes[:, :2]).max(1)
+def square_crops(boxes: np.ndarray, size: int, margin: float) -> np.ndarray:
+    """Maps image px -> px of a size x size crop: the square about each box, `margin` times its
+    longer side.   Args: boxes (M, 4) x0 y0 x1 y1 px.   Returns: (M, 2, 3) float64."""
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    side = margin * (boxes[:, 2:] - boxes[:, :2]).max(1)
     flat = np.flatnonzero(~(side > 0))
     if flat.size:
-        raise ValueError(f"face {flat[0]}: box {boxes[flat[0]].tolist()} has no extent (one of {flat.size})")
-    frames = np.zeros((len(boxes), 2, 3))
-    frames[:, 0, 0] = frames[:, 1, 1] = size / side
-    frames[:, :, 2] = (size - 1) / 2 - centre * (size / side)[:, None]
-    return frames
+        raise UserError(f"face {flat[0]}: box {boxes[flat[0]].tolist()} has no extent "
+                        f"(one of {flat.size})")
+    matrices = np.zeros((len(boxes), 2, 3))
+    matrices[:, 0, 0] = matrices[:, 1, 1] = size / side
+    matrices[:, :, 2] = (size - 1) / 2 - centre * (size / side)[:, None]
+    return matrices
+
+
+square_frames = square_crops
 
 
 class Regions:
     """The part of each image that its crops can need, at the resolution that they can use.
 
-    `frames` (M, 2, 3) map image px to crop px; an augmentation may look `reach` times as wide as the crop and
-    enlarge it `zoom` times. What lies outside the image is grey. A region comes from its image every time or,
-    after `keep`, from one memory map or from memory: the same pixels either way, because shrinking (by area,
-    so that nothing aliases) happens here and only the final warp interpolates.
-    Indexing gives RGB uint8 (n, n, 3); `.matrix` (M, 2, 3) maps image px to region px, `.side` (M,) is n.
+    `crop_matrices` (M, 2, 3) map image px to crop px; an augmentation may look `reach` times as
+    wide as the crop and enlarge it `zoom` times. What lies outside the image is grey. A region
+    comes from its image every time or, after `keep`, from one memory map or from memory: the same
+    pixels either way, because shrinking (by area, so that nothing aliases) happens here and only
+    the final warp interpolates. Indexing gives RGB uint8 (n, n, 3); `.matrix` (M, 2, 3) maps image
+    px to region px, `.side` (M,) is n.
     """
 
-    def __init__(self, faces: list[Face], frames: np.ndarray, size: int, reach=1.0, zoom=1.0):
-        frames = torch.as_tensor(frames, dtype=torch.float64)
-        corners = frames.new_tensor([[-1, -1], [1, -1], [-1, 1], [1, 1]]) * reach * size / 2 + (size - 1) / 2
-        around = warp.apply_affine(warp.invert(frames), corners.expand(len(frames), 4, 2)).numpy()
-        low, high = around.min(1), around.max(1)
+    def __init__(self, faces, crop_matrices, size: int, reach=1.0, zoom=1.0):
+        maps = torch.as_tensor(crop_matrices, dtype=torch.float64)
+        corners = maps.new_tensor([[-1, -1], [1, -1], [-1, 1], [1, 1]]) * reach * size / 2
+        corners = (corners + (size - 1) / 2).expand(len(maps), 4, 2)
+        around = warp.apply_affine(warp.invert(maps), corners).numpy()  # (M, 4, 2) image px
         self.images = [face.image for face in faces]
-        self.first = np.floor(low).astype(np.int64) - 1  # (M, 2) image px of the region's top left pixel
-        self.extent = (np.ceil(high).astype(np.int64) + 2 - self.first).max(1)  # (M,) image px
-        scale = zoom * torch.linalg.det(frames[:, :, :2]).abs().sqrt().numpy()
-        self.side = np.maximum(np.ceil(self.extent * np.minimum(scale, 1)), 2).astype(np.int64)
-        ratio = (self.side / self.extent)[:, None]
-        self.matrix = np.zeros((len(frames), 2, 3))
-        self.matrix[:, 0, 0] = self.matrix[:, 1, 1] = ratio[:, 0]
-        self.matrix[:, :, 2] = (0.5 - self.first) * ratio - 0.5  # pixel centres are integers on both sides
+        self.first = np.floor(around.min(1)).astype(np.int64) - 1  # (M, 2) px of the top left
+        last = np.ceil(around.max(1)).astype(np.int64) + 2
+        self.extent = (last - self.first).max(1)                   # (M,) image px
+        scale = zoom * torch.linalg.det(maps[:, :, :2]).abs().sqrt().numpy()
+        self.side = np.ceil(self.extent * np.minimum(scale, 1)).astype(np.int64).clip(2)
+        ratio = self.side / self.extent
+        self.matrix = np.zeros((len(maps), 2, 3))
+        self.matrix[:, 0, 0] = self.matrix[:, 1, 1] = ratio
+        # pixel centres are integers on both sides
+        self.matrix[:, :, 2] = (0.5 - self.first) * ratio[:, None] - 0.5
         self.start = np.concatenate([[0], np.cumsum(3 * self.side**2)])
         self.store: np.ndarray | None = None  # (bytes,) uint8 once kept
 
@@ -874,45 +1111,49 @@ class Regions:
         return len(self.images)
 
     def __getitem__(self, i: int) -> np.ndarray:
+        side = int(self.side[i])
         if self.store is not None:
-            return self.store[self.start[i]:self.start[i + 1]].reshape(self.side[i], self.side[i], 3)
-        image, (x, y), n = load_image(self.images[i]), self.first[i], int(self.extent[i])
+            return self.store[self.start[i]:self.start[i + 1]].reshape(side, side, 3)
+        image = load_image(self.images[i])
         height, width = image.shape[:2]
-        inside = image[min(max(y, 0), height):max(y + n, 0), min(max(x, 0), width):max(x + n, 0)]
+        x, y = self.first[i]
+        n = int(self.extent[i])
+        inside = image[y.clip(0, height):max(y + n, 0), x.clip(0, width):max(x + n, 0)]
         region = np.full((n, n, 3), BORDER, np.uint8)
         if inside.size:
             top, left = max(-y, 0), max(-x, 0)
             region[top:top + inside.shape[0], left:left + inside.shape[1]] = inside
-        side = int(self.side[i])
-        return region if side == n else cv2.resize(region, (side, side), interpolation=cv2.INTER_AREA)
+        if side == n:
+            return region
+        return cv2.resize(region, (side, side), interpolation=cv2.INTER_AREA)
 
     def keep(self, cache: str, verbose: bool = True) -> None:
-        """Decodes every region once: into one file of the folder `cache`, or into memory if it is "device".
-        The file's name is a digest of what it holds: other images, boxes or sizes make another file.
-        Raises: OSError when disk or memory has less room than that takes, before anything is written."""
+        """Decodes every region once: into one file of the folder `cache`, or into memory if it is
+        "device". The file's name is a digest of what it holds: other images, boxes or sizes make
+        another file.   Raises: OSError if disk or memory has less room, before anything is
+        written."""
         total = int(self.start[-1])
         if cache == "device":
-            room, path = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "memory"
+            path, room = "memory", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         else:
             os.makedirs(cache, exist_ok=True)
-            digest = hashlib.sha1(repr([_source(image) for image in self.images]).encode())
-            for array in (self.first, self.extent, self.side):
-                digest.update(array.tobytes())
-            path = os.path.join(cache, digest.hexdigest()[:20] + ".crops")
+            path = os.path.join(cache, self._digest() + ".crops")
             if os.path.exists(path):
                 if os.path.getsize(path) != total:
-                    raise ValueError(f"--cache: {path} has not {total} bytes, as it should: delete it")
+                    raise UserError(f"--cache: {path} has not {total} bytes, as it should: "
+                                    "delete it")
                 self.store = np.memmap(path, np.uint8, "r", shape=(total,))
                 return
             for part in glob.glob(glob.escape(path) + ".*.part"):
                 if time.time() - os.path.getmtime(part) > 3600:  # of a run that was killed
                     os.remove(part)
             room = shutil.disk_usage(cache).free
+        needs = f"{total / 1e6:,.0f} MB"
         if verbose:
-            print(f"cache: {len(self)} faces, {total / 1e6:,.0f} MB, to {path} of {room / 1e6:,.0f} MB")
+            print(f"cache: {len(self)} faces, {needs}, to {path} of {room / 1e6:,.0f} MB")
         if total > 0.9 * room:
-            raise OSError(f"--cache {cache}: needs {total / 1e6:,.0f} MB, there are {room / 1e6:,.0f} MB; "
-                          f"name a folder with more room, or leave out --cache")
+            raise OSError(f"--cache {cache}: needs {needs}, there are {room / 1e6:,.0f} MB; name a "
+                          "folder with more room, or leave out --cache")
         if cache == "device":
             self.store = self._fill(np.empty(total, np.uint8), verbose)
         else:  # renamed when whole: a half cache is never opened
@@ -921,37 +1162,51 @@ class Regions:
             os.replace(part, path)
             self.store = np.memmap(path, np.uint8, "r", shape=(total,))
 
+    def _digest(self) -> str:
+        digest = hashlib.sha1(repr([_source(image) for image in self.images]).encode())
+        for array in (self.first, self.extent, self.side):
+            digest.update(array.tobytes())
+        return digest.hexdigest()[:20]
+
     def _fill(self, store: np.ndarray, verbose: bool) -> np.ndarray:
         def one(i):
             store[self.start[i]:self.start[i + 1]] = self[i].reshape(-1)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter's lock
-            list(tqdm(pool.map(one, range(len(self))), "cache", len(self), disable=not verbose, leave=False))
+            done = pool.map(one, range(len(self)))
+            for _ in tqdm(done, "cache", len(self), disable=not verbose, leave=False):
+                pass
         return store
 
 
 def _source(image) -> tuple:
-    """What identifies an image: a file's path, size and time; an array's digest; a drawing's arguments."""
+    """What identifies an image: a file's path, size and time; an array's digest; of a drawing or a
+    picture inside a file, the function's arguments, files among them likewise."""
     if isinstance(image, np.ndarray):
         return image.shape, hashlib.sha1(image.tobytes()).hexdigest()
     if isinstance(image, functools.partial):
-        return image.func.__qualname__, image.args, sorted(image.keywords.items())
+        args = [_source(arg) if isinstance(arg, str) and os.path.isfile(arg) else arg
+                for arg in image.args]
+        return image.func.__qualname__, args, sorted(image.keywords.items())
     status = os.stat(image)
     return os.path.abspath(image), status.st_size, status.st_mtime_ns
 
 
 def draw_moves(keys, augment, size: int, seed: int, may_mirror: bool, mirror=None):
-    """What `augment` draws for each key, as `CropDataset` says, then the mirror: maps of crop px (B, 2, 3)
-    float64, mirrored or not (B,) bool (`mirror` to begin with), and the extras of the batch."""
+    """What `augment` draws for each key, as `CropDataset` says, then the mirror: maps of crop px
+    (B, 2, 3) float64, mirrored or not (B,) bool (`mirror` to begin with), and the batch's extras.
+    """
     mirror = torch.zeros(len(keys), dtype=torch.bool) if mirror is None else mirror
-    moved, extras = torch.eye(2, 3, dtype=torch.float64).repeat(len(keys), 1, 1), {}
+    moved = torch.eye(2, 3, dtype=torch.float64).repeat(len(keys), 1, 1)
+    extras = {}
     if augment is not None:
         drawn = [augment(np.random.default_rng((seed, *key)), size) for key in keys]
         moved = torch.from_numpy(np.stack([matrix for matrix, _, _ in drawn]))
         if may_mirror:
-            mirror = mirror ^ torch.tensor([m for _, m, _ in drawn])
-        extras = {name: torch.from_numpy(np.stack([extra[name] for _, _, extra in drawn])).float()
-                  for name in drawn[0][2]}
+            mirror = mirror ^ torch.tensor([flipped for _, flipped, _ in drawn])
+        for name in drawn[0][2]:
+            extras[name] = torch.from_numpy(np.stack([extra[name] for _, _, extra in drawn]))
+            extras[name] = extras[name].float()
     mirrored = moved * moved.new_tensor([[-1], [1]])
     mirrored[:, 0, 2] += size - 1  # x -> W - 1 - x
     return torch.where(mirror[:, None, None], mirrored, moved), mirror, extras
@@ -960,73 +1215,95 @@ def draw_moves(keys, augment, size: int, seed: int, may_mirror: bool, mirror=Non
 class CropDataset(torch.utils.data.Dataset):
     """Faces as size x size crops, one warp per image, in batches.
 
-    A key is (epoch, index). With `augment(rng, size) -> (matrix (2, 3), mirror, extras)`, where matrix moves
-    crop px and extras is a dict of small arrays for the batch, a crop is a pure function of (seed, epoch,
-    index), whatever the workers, the ranks or what was drawn before. Mirroring swaps the points by `flip`;
-    without one (a landmark count of no scheme) nothing is mirrored. The attribute `rows` (L, 2) says what
-    each index is: a face and 0, or a face and 1 for its mirror image; by default, every face once.
-    A batch is a dict: image (B, size, size, 3) uint8; points (B, P, 2) float32 crop px, if faces have any;
-    matrix (B, 2, 3) float32, image px -> crop px; index (B,) of the face; and the extras.
+    A key is (epoch, index). With `augment(rng, size) -> (matrix (2, 3), mirror, extras)`, where
+    matrix moves crop px and extras is a dict of small arrays for the batch, a crop is a pure
+    function of (seed, epoch, index), whatever the workers, the ranks or what was drawn before.
+    Mirroring swaps the points by `flip`; without one (a landmark count of no scheme) nothing is
+    mirrored. The attribute `rows` (L, 2) says what each index is: a face and 0, or a face and 1 for
+    its mirror image; by default, every face once.
+    A batch is a dict: image (B, size, size, 3) uint8; points (B, P, 2) float32 crop px, if faces
+    have any; matrix (B, 2, 3) float32, image px -> crop px; index (B,) of the face; the extras.
     """
 
-    def __init__(self, faces, frames, size, augment=None, reach=1.0, zoom=1.0, flip=None, seed=0,
-                 rows=None):
-        self.faces, self.frames, self.size = faces, torch.as_tensor(frames), size
-        self.augment, self.seed = augment, seed
-        self.regions = Regions(faces, frames, size, reach, zoom)
+    def __init__(self, faces, crop_matrices, size, augment=None, reach=1.0, zoom=1.0, flip=None,
+                 seed=0, rows=None):
+        self.faces = faces
+        self.crop_matrices = torch.as_tensor(crop_matrices)
+        self.size = size
+        self.augment = augment
+        self.seed = seed
+        self.regions = Regions(faces, crop_matrices, size, reach, zoom)
         if rows is None:
             rows = [(i, 0) for i in range(len(faces))]
         self.rows = np.array(rows)
         self.flip = None if flip is None else torch.tensor(flip)
-        self.to_frame = warp.compose(self.frames, warp.invert(torch.from_numpy(self.regions.matrix)))
-        has_points = all(face.points is not None for face in faces)
-        self.points = torch.from_numpy(np.stack([f.points for f in faces])).double() if has_points else None
+        to_image = warp.invert(torch.from_numpy(self.regions.matrix))
+        self.from_region = warp.compose(self.crop_matrices, to_image)
+        self.points = None
+        if all(face.points is not None for face in faces):
+            self.points = torch.from_numpy(np.stack([face.points for face in faces])).double()
+
+    @property
+    def frames(self):
+        return self.crop_matrices
 
     def __len__(self):
         return len(self.rows)
 
     def crop_points(self) -> torch.Tensor:
         """Points of every face in its crop without augmentation, (M, P, 2) float32 px."""
-        return warp.apply_affine(self.frames, self.points).float()
+        return warp.apply_affine(self.crop_matrices, self.points).float()
 
     def divisors(self, kind: str) -> torch.Tensor:
         """What errors are divided by, (M,) px of the image, as `normaliser` or "auto"."""
-        boxes = None if any(face.box is None for face in self.faces) else \
-            torch.tensor([face.box for face in self.faces])
-        return normaliser(self.points, norm_kind(kind, self.points.shape[1]), boxes)
+        boxes = None
+        if all(face.box is not None for face in self.faces):
+            boxes = torch.tensor([face.box for face in self.faces])
+        kind = norm_kind(kind, self.points.shape[1], boxes is not None)
+        return normaliser(self.points, kind, boxes)
 
     def geometry(self, keys) -> tuple[dict, torch.Tensor]:
-        """The batch of `keys` without its pixels, and the maps region px -> crop px, (B, 2, 3) float64."""
+        """The batch of `keys` without its pixels, and the maps region px -> crop px, (B, 2, 3)
+        float64."""
         index, mirror = torch.from_numpy(self.rows[[i for _, i in keys]]).unbind(1)
-        moved, mirror, batch = draw_moves(keys, self.augment, self.size, self.seed, self.flip is not None,
-                                          mirror.bool())
-        matrix = warp.compose(moved, self.frames[index])
+        moved, mirror, batch = draw_moves(keys, self.augment, self.size, self.seed,
+                                          self.flip is not None, mirror.bool())
+        matrix = warp.compose(moved, self.crop_matrices[index])
         if self.points is not None:
             points = warp.apply_affine(matrix, self.points[index])
             if self.flip is not None:
                 points = torch.where(mirror[:, None, None], points[:, self.flip], points)
             batch["points"] = points.float()
-        return batch | {"index": index, "matrix": matrix.float()}, warp.compose(moved, self.to_frame[index])
+        batch["index"] = index
+        batch["matrix"] = matrix.float()
+        return batch, warp.compose(moved, self.from_region[index])
 
-    def __getitems__(self, keys) -> dict:  # the name by which a DataLoader asks for a whole batch
+    def __getitems__(self, keys) -> dict:  # by this name a DataLoader asks for a whole batch
         batch, matrix = self.geometry(keys)
         image = np.empty((len(keys), self.size, self.size, 3), np.uint8)
         for out, i, m in zip(image, batch["index"].tolist(), matrix.numpy()):
-            cv2.warpAffine(self.regions[i], m, (self.size, self.size), dst=out, flags=cv2.INTER_LINEAR,
-                           borderMode=cv2.BORDER_CONSTANT, borderValue=(BORDER,) * 3)
-        return batch | {"image": torch.from_numpy(image)}
+            cv2.warpAffine(self.regions[i], m, (self.size, self.size), dst=out,
+                           flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT,
+                           borderValue=(BORDER,) * 3)
+        batch["image"] = torch.from_numpy(image)
+        return batch
 
 
 class EpochBatches:
-    """Batches of (epoch, index): a permutation for each (seed, epoch), each batch cut evenly over the ranks.
-    `batch` is over all ranks; an incomplete last batch is dropped, a set below one batch repeated to fill it.
-    Raises: ValueError when the batch does not divide by the number of processes."""
+    """Batches of (epoch, index): a permutation for each (seed, epoch), each batch cut evenly over
+    the ranks. `batch` is over all ranks; an incomplete last batch is dropped, a set below one batch
+    repeated to fill it.   Raises: UserError if it does not divide by the number of processes."""
 
     def __init__(self, count: int, batch: int, seed: int = 0, rank: int = 0, world: int = 1):
         if batch < 1 or batch % world:
-            raise ValueError(f"--batch-size {batch} does not divide over {world} processes; take a multiple")
-        self.count, self.batch, self.seed = count, batch, seed
-        self.rank, self.world, self.epoch = rank, world, 0
+            raise UserError(f"--batch-size {batch} does not divide over {world} processes; "
+                            "take a multiple")
+        self.count = count
+        self.batch = batch
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.epoch = 0
 
     def __len__(self):
         return max(self.count // self.batch, 1)
@@ -1036,25 +1313,32 @@ class EpochBatches:
         return np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
 
     def __iter__(self):
-        order = np.resize(self.order(), len(self) * self.batch).reshape(len(self), self.world, -1)
-        for mine in order[:, self.rank]:
+        order = np.resize(self.order(), len(self) * self.batch)
+        for mine in order.reshape(len(self), self.world, -1)[:, self.rank]:
             yield [(self.epoch, i) for i in mine.tolist()]
 
 
 class DeviceLoader:
-    """Batches of a CropDataset whose regions lie on the device: the warp runs there, and nothing is decoded.
-    As a DataLoader over the same batches, but image is (B, 3, size, size) float32 in 0..255 on the device."""
+    """Batches of a CropDataset whose regions lie on the device: the warp runs there, and nothing is
+    decoded. As a DataLoader over the same batches, but image is (B, 3, size, size) float32 in
+    0..255 on the device."""
 
     def __init__(self, dataset: CropDataset, batches, device):
-        self.dataset, self.batches, self.device = dataset, batches, device
-        count, side = len(dataset.regions), int(dataset.regions.side.max())  # all as large as the largest
+        self.dataset = dataset
+        self.batches = batches
+        self.device = device
+        count = len(dataset.regions)
+        side = int(dataset.regions.side.max())  # all as large as the largest
+        need = 3 * count * side**2
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
-        if 3 * count * side**2 > 0.8 * free:
-            raise ValueError(f"--cache device: {count} crops take {3 * count * side**2 / 1e9:,.1f} GB, the "
-                             f"GPU has {free / 1e9:,.1f} GB free; name a folder instead, or a smaller --size")
+        if need > 0.8 * free:
+            raise UserError(f"--cache device: {count} crops take {need / 1e9:,.1f} GB, the GPU has "
+                            f"{free / 1e9:,.1f} GB free; name a folder instead, or a smaller "
+                            "--size")
         self.canvas = torch.full((count, 3, side, side), BORDER, dtype=torch.uint8, device=device)
         for i, n in enumerate(dataset.regions.side):
-            self.canvas[i, :, :n, :n] = torch.from_numpy(dataset.regions[i].copy()).permute(2, 0, 1)
+            region = torch.from_numpy(dataset.regions[i].copy())
+            self.canvas[i, :, :n, :n] = region.permute(2, 0, 1)
         dataset.regions.store = None  # the host's copy
 
     def __iter__(self):
@@ -1063,42 +1347,27 @@ class DeviceLoader:
             # non_blocking, or each copy would wait for the training step that the GPU is at
             region = self.canvas[batch["index"].to(self.device, non_blocking=True)].float()
             matrix = matrix.float().to(self.device, non_blocking=True)
-            batch["image"] = warp.warp_affine(region, matrix, (self.dataset.size,) * 2, border=BORDER)
+            size = (self.dataset.size, self.dataset.size)
+            batch["image"] = warp.warp_affine(region, matrix, size, border=BORDER)
             yield batch
 
 
 def make_loader(dataset: CropDataset, batches, workers: int, device, on_device: bool = False):
-    """Loader over `batches` (lists of keys): a DataLoader, or a DeviceLoader if the regions lie on a GPU."""
+    """Loader over `batches` (lists of keys): a DataLoader, or a DeviceLoader if the regions lie on
+    a GPU."""
     if on_device and device.type == "cuda":
         return DeviceLoader(dataset, batches, device)
     if workers:  # they are the parallelism; and a fork that finds OpenCV's threads running can hang
         cv2.setNumThreads(1)
-    # A generator of its own: by default, the first pass takes the seed of its workers from the run's, so that
-    # the dropout of a resumed run would differ.
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=dict,
-                                       persistent_workers=workers > 0, pin_memory=device.type == "cuda",
+    # A generator of its own: by default, the first pass takes the seed of its workers from the
+    # run's, so that the dropout of a resumed run would differ.
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+                                       collate_fn=dict, persistent_workers=workers > 0,
+                                       pin_memory=device.type == "cuda",
                                        generator=torch.Generator())
 
 
 def in_order(count: int, batch: int) -> list[list[tuple[int, int]]]:
     """The keys of a whole set once, in order, for evaluation."""
-    return [[(0, i) for i in range(start, min(start + batch, count))] for start in range(0, count, batch)]
-
-
-def image_paths(paths: Sequence[str]) -> dict[str, str]:
-    """Images of files and folders (with all below them), by name without extension, relative to its folder.
-    Raises: FileNotFoundError for a path that holds none; ValueError for two images of one name."""
-    found = {}
-    for root in paths:
-        files = [root] if os.path.isfile(root) else sorted(
-            path for path in glob.glob(os.path.join(glob.escape(root), "**", "*"), recursive=True)
-            if path.lower().endswith((".jpg", ".jpeg", ".png", ".bmp", ".webp")))
-        if not files:
-            raise FileNotFoundError(f"{root}: no image, and no folder with images")
-        for path in files:
-            name = os.path.splitext(os.path.relpath(path, root if os.path.isdir(root) else
-                                                    os.path.dirname(root) or "."))[0]
-            if name in found:
-                raise ValueError(f"{found[name]} and {path} would both be written as {name}: give one only")
-            found[name] = path
-    return found
+    starts = range(0, count, batch)
+    return [[(0, i) for i in range(start, min(start + batch, count))] for start in starts]

@@ -67,7 +67,7 @@ _PUPILS = "pupil-,pupil+ 0 0 1"
 _BROWS = "brow_upper- 0 4 4; brow_lower- 4 1 4; brow_upper+ 4 0 4; brow_lower+ 1 4 4"
 _LEFT_EYE, _RIGHT_EYE = "eye_upper- 0 4 4; eye_lower- 3 1 4", "eye_upper+ 4 0 4; eye_lower+ 1 3 4"
 _MOUTH = "lip_upper 0 6 6; lip_lower 5 1 6; inner_upper 0 4 4; inner_lower 3 1 4"
-# 106 in LaPa's order; 194 with corners in the upper lips, and eyes and brows from the inner end over the top.
+# 106 in LaPa's order; 194 as in HELEN's files: eyes and brows from the inner end over the top.
 SCHEMES = {points: _plan(text) for points, text in {
     5: f"{_PUPILS}; bridge 1 1 1; lip 0 1 1",
     19: "brow- 0 2 2; brow+ 2 0 2; eye- 0 2 2; eye+ 2 0 2; nose 1 1 4; bridge 1 1 1; nose 3 3 4; lip 0 2 2;"
@@ -82,8 +82,8 @@ SCHEMES = {points: _plan(text) for points, text in {
         + _PUPILS,
     106: f"contour 0 32 32; {_BROWS}; bridge 0 3 3; nose 0 10 10; {_LEFT_EYE}; eye- 1 1 2; {_RIGHT_EYE};"
          f"eye+ 1 1 2; {_MOUTH}; {_PUPILS}",
-    194: "contour 5 45 50; nose 0 16 16; lip_upper 0 13 13; lip_lower 14 1 15; inner_upper 0 13 13;"
-         "inner_lower 14 1 15; eye_upper+ 10 0 10; eye_lower+ 1 9 10; eye_upper- 10 0 10; eye_lower- 1 9 10;"
+    194: "contour 5 45 50; nose 0 16 16; lip_upper 0 13 13; lip_lower 14 1 15; inner_upper 0 13 14;"
+         "inner_lower 14 1 14; eye_upper+ 10 0 10; eye_lower+ 1 9 10; eye_upper- 10 0 10; eye_lower- 1 9 10;"
          "brow_upper+ 10 0 10; brow_lower+ 1 9 9; brow_upper- 10 0 10; brow_lower- 1 9 9"}.items()}
 # The nose's outline: an odd and an even polynomial of c through x / width and y - tip at c = 0, 0.2, ..., 1,
 # from the middle of the base out to the wing and up beside the bridge.

@@ -38,17 +38,17 @@ def turn(rng, size):
 
 def crops(count=4, size=96, augment=None, **options):
     faces = [dotted_face(seed=seed) for seed in range(count)]
-    frames = datasets.square_frames(datasets.face_boxes(faces, "landmarks"), size, 1.5)
+    frames = datasets.square_crops(datasets.face_boxes(faces, "landmarks"), size, 1.5)
     return datasets.CropDataset(faces, frames, size, augment, reach=1.8, zoom=1.1,
                                 flip=[1, 0, 2, 3, 5, 4], **options)
 
 
-def test_square_frames_put_the_box_in_the_middle():
-    frame = datasets.square_frames(np.array([[10.0, 20, 50, 100]]), 64, 1.25)[0]
+def test_square_crops_put_the_box_in_the_middle():
+    frame = datasets.square_crops(np.array([[10.0, 20, 50, 100]]), 64, 1.25)[0]
     np.testing.assert_allclose(frame @ [30, 60, 1], [31.5, 31.5])  # centre of the box, centre of the crop
     np.testing.assert_allclose(frame @ [30, 60 - 50, 1], [31.5, -0.5])  # side 1.25 * 80: to the crop's edge
     with pytest.raises(ValueError, match="face 1: box .* has no extent"):
-        datasets.square_frames(np.array([[0, 0, 1, 1], [5.0, 5, 5, 5]]), 64, 1.25)
+        datasets.square_crops(np.array([[0, 0, 1, 1], [5.0, 5, 5, 5]]), 64, 1.25)
 
 
 def test_face_boxes():
@@ -186,9 +186,9 @@ def test_a_cache_that_does_not_fit_is_refused_with_its_size(tmp_path, monkeypatc
 def test_outside_the_image_is_grey():
     face = datasets.Face(np.full((20, 30, 3), 255, np.uint8), np.array([[0, 0], [29, 19]], np.float32))
     data = datasets.CropDataset(
-        [face], datasets.square_frames(np.array([[-60.0, -60, -30, -30]]), 32, 1.0), 32)
+        [face], datasets.square_crops(np.array([[-60.0, -60, -30, -30]]), 32, 1.0), 32)
     assert (data.__getitems__([(0, 0)])["image"] == datasets.BORDER).all()
-    data = datasets.CropDataset([face], datasets.square_frames(np.array([[-15.0, -15, 15, 15]]), 60, 1.0), 60)
+    data = datasets.CropDataset([face], datasets.square_crops(np.array([[-15.0, -15, 15, 15]]), 60, 1.0), 60)
     image = data.__getitems__([(0, 0)])["image"][0]
     assert (image[:26, :26] == datasets.BORDER).all() and (image[34:, 34:] == 255).all()
 
@@ -197,7 +197,7 @@ def test_shrinking_does_not_alias():
     y, x = np.mgrid[:512, :512]
     stripes = np.repeat((255 * ((x // 2 + y // 2) % 2)).astype(np.uint8)[..., None], 3, 2)
     face = datasets.Face(stripes, np.array([[0, 0], [511, 511]], np.float32))
-    data = datasets.CropDataset([face], datasets.square_frames(np.array([[96.0, 96, 416, 416]]), 37, 1.0), 37)
+    data = datasets.CropDataset([face], datasets.square_crops(np.array([[96.0, 96, 416, 416]]), 37, 1.0), 37)
     image = data.__getitems__([(0, 0)])["image"].float()
     assert (image - 127.5).abs().max() < 40  # a bilinear look at single pixels would give 0 to 255
 
@@ -239,7 +239,7 @@ def test_the_device_loader_gives_the_same_crops():
 
 def test_faces_without_points_are_cropped_too():
     face = datasets.Face(np.zeros((20, 30, 3), np.uint8))
-    data = datasets.CropDataset([face], datasets.square_frames(np.array([[0.0, 0, 29, 19]]), 32, 1.0), 32)
+    data = datasets.CropDataset([face], datasets.square_crops(np.array([[0.0, 0, 29, 19]]), 32, 1.0), 32)
     assert "points" not in data.__getitems__([(0, 0)])
 
 

@@ -1,6 +1,7 @@
 """Records, landmark schemes, file formats and readers, on small trees in the true formats."""
 
 import itertools
+import os
 import struct
 import sys
 import warnings
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import datasets, synthetic
+from common import UserError, datasets, synthetic, warp
+
 from common.datasets import SCHEMES, Face, load_image, normaliser, read, read_mat, read_pts, write_pts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*in the official one")
@@ -123,15 +125,15 @@ PAIRS = {
         "35-44 36-43 37-42 38-50 39-49 40-48 41-47 55-59 56-58 60-72 61-71 62-70 63-69 64-68 65-75 66-74 "
         "67-73 76-82 77-81 78-80 83-87 84-86 88-92 89-91 93-95 96-97",
 }
-MIDLINES = {5: [2], 19: [13, 16, 18], 29: [20, 21, *range(24, 29)], 194: [20, 49],
+MIDLINES = {5: [2], 19: [13, 16, 18], 29: [20, 21, *range(24, 29)], 194: [20, 49, 93, 107],
             68: [8, 27, 28, 29, 30, 33, 51, 57, 62, 66], 98: [16, 51, 52, 53, 54, 57, 79, 85, 90, 94],
             106: [16, 51, 52, 53, 54, 60, 87, 93, 98, 102]}
 # The whole permutations of LaPa and HELEN, blocks read backwards or in place of each other.
 LAPA = [*range(32, -1, -1), 46, 45, 44, 43, 42, 50, 49, 48, 47, 37, 36, 35, 34, 33, 41, 40, 39, 38,
         51, 52, 53, 54, *range(65, 54, -1), 79, 78, 77, 76, 75, 82, 81, 80, 83, 70, 69, 68, 67, 66, 73, 72,
         71, 74, *range(90, 83, -1), *range(95, 90, -1), *range(100, 95, -1), 103, 102, 101, 105, 104]
-HELEN = [*range(40, -1, -1), *range(57, 40, -1), *range(71, 57, -1), *range(85, 71, -1), *range(99, 85, -1),
-         *range(113, 99, -1), *range(134, 154), *range(114, 134), *range(174, 194), *range(154, 174)]
+HELEN = [*range(40, -1, -1), *range(57, 40, -1), *range(71, 57, -1), *range(85, 71, -1), *range(100, 85, -1),
+         *range(113, 100, -1), *range(134, 154), *range(114, 134), *range(174, 194), *range(154, 174)]
 
 
 def test_flips_are_the_published_ones():
@@ -154,6 +156,9 @@ def test_named_groups_mirror_each_other():
         for left, right in ((0, 1), (2, 2), (3, 4)):
             assert sorted(flip[list(scheme.five[left])]) == sorted(scheme.five[right])
         curves = {name: ids for name, ids in scheme.curves.items() if not name.startswith("contour")}
+        if scheme.points == 194:  # the published curves cut the loop of the inner lips before its corner, 100
+            curves["lip_inner_upper"] = range(86, 101)
+            curves["lip_inner_lower"] = range(101, 114)
         for groups in (scheme.anchors, curves):
             for name, ids in groups.items():
                 sides = ("_left", "_right") if "_left" in name else ("_right", "_left")
@@ -194,7 +199,8 @@ def test_anchors_and_special_points():
     table = {"chin": (8, 16, 20), "eye_outer_left": (36, 60, 144), "eye_inner_left": (39, 64, 134),
              "eye_inner_right": (42, 68, 114), "eye_outer_right": (45, 72, 124), "nose_base": (33, 57, 49),
              "mouth_left": (48, 76, 58), "mouth_right": (54, 82, 71), "lip_inner_left": (60, 88, 86),
-             "lip_inner_right": (64, 92, 99), "brow_outer_left": (17, 33, 184),
+             "lip_inner_right": (64, 92, 100), "lip_inner_top": (62, 90, 93), "lip_inner_bottom": (66, 94, 107),
+              "brow_outer_left": (17, 33, 184),
              "brow_outer_right": (26, 46, 164)}
     for name, ids in table.items():
         assert tuple(SCHEMES[points].anchors[name] for points in (68, 98, 194)) == tuple((i,) for i in ids)
@@ -298,6 +304,9 @@ def test_pts_counts_from_one_and_takes_any_white_space(tmp_path):
     assert read_pts(str(path)).dtype == np.float32
     put_text(path, "\ufeff  n_points :3\n{\n\n 1 1\n2.5\t0 \n-3 4e1\n\n}")
     assert read_pts(str(path)).tolist() == [[0, 0], [1.5, -1], [-4, 39]]
+    for text in ("\ufeff12.5 20\r\n  30 40.25 \r\n}\r\n", "12.5 20\n30 40.25", "version: 1\n{\n12.5 20\n30 40.25\n}"):
+        put_text(path, text)  # without the lines before the points, as some public copies of AFW and HELEN
+        assert read_pts(str(path)).tolist() == [[11.5, 19], [29, 39.25]]
 
 
 def test_pts_written_are_the_same_when_read(tmp_path):
@@ -319,8 +328,9 @@ def test_pts_written_are_the_same_when_read(tmp_path):
     ("version: 1\nn_points: 3\n{\n1 2\n3 4\n}\n", r"a.pts: found 2 points, wanted 3"),
     ("version: 1\nn_points: 2\n{\n1 2 3\n4\n}\n", r"a.pts:4: found 3 numbers, wanted 2"),
     ("version: 1\nn_points: 0\n{\n}\n", r"a.pts: found 0 points, wanted 1"),
-    ("version: 1\n{\n1 2\n}\n", r"a.pts: .* wanted lines n_points"),
-    ("version: 1\nn_points: 1\n{\n1 2\n", r"a.pts: .* wanted lines n_points"),
+    ("", r"a.pts: found 0 points, wanted 1"),
+    ("version: 1\nn_points: 2\n{\n1 2\n3 4\n", r"a.pts: found no line }: it is cut short"),
+    ("version: 1\nn_points: 2\n{\n12,5 2\n3 4,25\n}\n", r"a.pts:4: found '12,5 2', with decimal commas"),
 ])
 def test_pts_errors_name_file_and_line(tmp_path, text, message):
     put_text(tmp_path / "a.pts", text)
@@ -590,17 +600,23 @@ def test_helen(tmp_path):
     np.testing.assert_allclose(test[0].points, wanted["a_1"], atol=1e-4)
     datasets.check_images(train + test)
     put_text(tmp_path / "annotation" / "2.txt", "a_1\n1 , 2\n3 , ?\n" + "5 , 6\n" * 192)
-    with pytest.raises(ValueError, match=r"2.txt:3: .*wanted a number"):
+    with pytest.raises(UserError, match=r"2.txt:3: .*wanted a number"):
         datasets.read_helen(str(tmp_path), "test")
-    put_text(tmp_path / "testnames.txt", "a_1\nzz\n")
-    with pytest.raises(FileNotFoundError, match=r"no annotation of zz, which is listed at .*testnames.txt:2"):
-        put_text(tmp_path / "annotation" / "2.txt", "a_1\n" + "5 , 6\n" * 194)
-        datasets.read_helen(str(tmp_path), "test")
+    put_text(tmp_path / "trainnames.txt", "b_1\nzz\n100032540_1\nyy\n")  # a part of the images, as some have
+    with pytest.warns(UserWarning, match=r"no image of zz \(.*trainnames.txt:2\), nor of 1 others: left out"):
+        assert len(read("helen", str(tmp_path), "train")) == 2
+    put_text(tmp_path / "trainnames.txt", "zz\n")
+    with pytest.raises(FileNotFoundError, match=r"no image of zz \(.*trainnames.txt:1\)"):
+        datasets.read_helen(str(tmp_path), "train")
+    put_image(tmp_path / "train_2" / "b_1.jpg")
+    put_text(tmp_path / "trainnames.txt", "b_1\n")
+    with pytest.raises(UserError, match=r"train_1/b_1.jpg and .*train_2/b_1.jpg are both b_1: keep one"):
+        datasets.read_helen(str(tmp_path), "train")
 
 
 def test_aflw(tmp_path):
     count, mat = 20002, Mat()
-    data, boxes = np.zeros((count, 38)), np.tile([1.0, 2.0, 30.0, 40.0], (count, 1))
+    data, boxes = np.tile(np.arange(38.0), (count, 1)), np.tile([1.0, 2.0, 30.0, 40.0], (count, 1))
     data[7], boxes[7] = np.arange(38) - 5, (10, 90, 20, 60)             # xmin xmax ymin ymax
     seen = np.ones((count, 19))
     order = np.roll(np.arange(1, count + 1), 12)
@@ -648,6 +664,13 @@ def test_lapa_and_jd_landmark(tmp_path):
         datasets.read_jd106(str(jd), "train")
     with pytest.raises(FileNotFoundError, match="Wanted below .*/jd, which has Test_data1, Train:\nTree"):
         read("jd106", str(jd), "val")
+    other = tmp_path / "2019"
+    for place in ("AFW", "HELEN", "LFPW"):
+        put_text(other / "Training_data" / place / "landmark" / f"{place}_1.jpg.txt", f"106\n{rows}")
+        put_image(other / "Training_data" / place / "picture" / f"{place}_1.jpg")
+    faces = read("jd106", str(other), "train")
+    assert [face.image.rpartition("/")[2] for face in faces] == ["AFW_1.jpg", "HELEN_1.jpg", "LFPW_1.jpg"]
+    datasets.check_images(faces)
 
 
 def test_csv(tmp_path):
@@ -769,3 +792,113 @@ def test_read_warns_of_another_order_of_the_points(tmp_path):
             warnings.simplefilter("always")
             read("lapa", str(tmp_path), "test")
         assert ["hardly in the order of SCHEMES" in str(w.message) for w in caught] == [True] * wrong
+
+
+@pytest.mark.parametrize("table, name, base", [
+    ("face_landmarks_300w_train.csv", "afw/1.jpg", 1), ("train.csv", "helen/trainset/1_1.jpg", 1),
+    ("face_landmarks_wflw_train.csv", "37--Soccer/a.jpg", 0), ("train.csv", "37--Soccer/a.jpg", 0),
+    ("face_landmarks_aflw_train.csv", "0/a.jpg", 0), ("train.csv", "mine/a.jpg", None)])
+def test_csv_counts_from_where_its_set_does(tmp_path, table, name, base):
+    put_text(tmp_path / table, "image_name,scale,center_w,center_h,original_0_x,original_0_y,original_1_x,"
+             f"original_1_y\n{name},0.5,60,70,20,30,40.5,50\n")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        face, = read("csv", str(tmp_path), "train")
+    said = ["nothing says whether" in str(w.message) and table in str(w.message) for w in caught]
+    assert said == [True] * (base is None)
+    base = base or 0
+    assert face.points.tolist() == [[20 - base, 30 - base], [40.5 - base, 50 - base]]
+    assert face.box == (10 - base, 20 - base, 110 - base, 120 - base)
+
+
+def test_csv_of_300w(tmp_path):
+    """HRNet's face_landmarks_300w_valid.csv is the full set; ..._test.csv is the private one."""
+    header = "image_name,scale,center_w,center_h,original_0_x,original_0_y\n"
+    put_text(tmp_path / "face_landmarks_300w_test.csv", header + "Test/01_Indoor/indoor_001.png,1,60,70,20,30\n")
+    with pytest.warns(UserWarning, match="300w_test.csv is the private set of 600 images; the full set .*valid"):
+        face, = read("csv", str(tmp_path), "test")
+    assert face.points.tolist() == [[19, 29]] and face.tags == ()
+    put_text(tmp_path / "face_landmarks_300w_valid.csv",
+             header + "lfpw/testset/image_1.png,1,60,70,20,30\nibug/image_2.jpg,1,60,70,21,30\n")
+    for extra in ("challenge", "common"):
+        put_text(tmp_path / f"face_landmarks_300w_valid_{extra}.csv", header)
+    faces = read("csv", str(tmp_path), "test")
+    assert [(face.points.tolist(), face.tags) for face in faces] == [
+        ([[19, 29]], ("common",)), ([[20, 29]], ("challenging",))]
+
+
+def test_norm_auto_is_the_papers_normaliser():
+    wanted = {5: "ip", 11: "box", 19: "face", 29: "io", 68: "io", 194: "io"}
+    assert {points: datasets.norm_kind("auto", points) for points in wanted} == wanted
+    assert datasets.norm_kind("auto", 19, boxed=False) == "box" and datasets.norm_kind("ip", 68) == "ip"
+    face = Face("a.jpg", RNG.uniform(0, 9, (19, 2)).astype(np.float32), (0, 0, 20, 5))
+    matrix = np.eye(2, 3)[None]
+    assert datasets.CropDataset([face], matrix, 8).divisors("auto").tolist() == [10]
+
+
+def test_every_point_of_a_drawn_mean_face_is_near_its_mirror():
+    """Mirrored, renamed by the flip and fitted back by a similarity: no point is 2 % of the face off."""
+    for points, scheme in SCHEMES.items():
+        faces = synthetic.read_faces("train", 400, size=256, points=points)
+        shapes = torch.from_numpy(np.stack([face.points for face in faces])).double()
+        mean = shapes[0]
+        for _ in range(3):
+            mean = warp.apply_affine(warp.fit_similarity(shapes, mean.expand_as(shapes)), shapes).mean(0)
+        mirror = mean[scheme.flip] * mean.new_tensor([-1, 1])
+        off = (warp.apply_affine(warp.fit_similarity(mirror, mean), mirror) - mean).norm(dim=1)
+        assert off.max() < 0.02 * (mean.amax(0) - mean.amin(0)).prod().sqrt(), points
+
+
+# ---- Folders and points that cannot be right ---------------------------------------------------------------
+
+
+def test_walk_follows_links_and_passes_over_what_is_hidden(tmp_path):
+    for name in ("b/2.JPG", "a.png", ".cache/3.jpg", "._a.png", "__MACOSX/a.png", "b/.x/4.jpg", "b/note.txt"):
+        put_text(tmp_path / "set" / name, "")
+    put_text(tmp_path / "elsewhere" / "5.bmp", "")
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
+    found = [os.path.relpath(path, tmp_path / "set") for path in datasets.walk(str(tmp_path / "set"))]
+    assert found == ["a.png", "b/2.JPG", "link/5.bmp"]
+    assert len(datasets.walk(str(tmp_path / "set"), (".txt",))) == 1
+    (tmp_path / "elsewhere" / "up").symlink_to(tmp_path / "set")
+    with pytest.raises(UserError, match="link/up is a link to a folder that holds it"):
+        datasets.walk(str(tmp_path / "set"))
+
+
+def test_walk_names_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    def scandir(folder):
+        raise PermissionError(13, "Permission denied", folder)
+    monkeypatch.setattr(datasets.os, "scandir", scandir)  # root may read anything
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be read: Permission denied"):
+        datasets.walk(str(tmp_path))
+
+
+def test_one_pts_belongs_to_one_image(tmp_path):
+    for name in ("300w/afw/1.jpg", "set/train/1.jpg"):
+        put_image(tmp_path / name)
+        put_image((tmp_path / name).with_suffix(".png"))
+        put_pts((tmp_path / name).with_suffix(".pts"), draw_points(68))
+    for data, root in (("300w", "300w"), ("folder", "set")):
+        with pytest.raises(UserError, match=r"1.jpg and .*1.png differ only in their endings: keep one"):
+            read(data, str(tmp_path / root), "train")
+
+
+def own_set(root, faces):
+    for i, points in enumerate(faces):
+        put_image(root / "train" / f"{i}.png")
+        put_pts(root / "train" / f"{i}.pts", points)
+
+
+def test_points_that_cannot_be_right(tmp_path):
+    points = draw_points(11)
+    own_set(tmp_path / "fractions", [points / 100 - 1, points / 90 - 1])  # put_pts adds 1
+    with pytest.raises(UserError, match="fractions: all points lie within .* fractions of the image"):
+        read("folder", str(tmp_path / "fractions"), "train")
+    own_set(tmp_path / "one", [points, np.full((11, 2), 7.0)])
+    with pytest.raises(UserError, match="1.pts: all points are at one place"):
+        read("folder", str(tmp_path / "one"), "train")
+    lost = points.copy()
+    lost[[2, 5]] = -1  # 0 0 in the file
+    own_set(tmp_path / "lost", [points, lost])
+    with pytest.warns(UserWarning, match="1.pts has several points exactly at 0 0 or -1 -1.* for 1 of 2 faces"):
+        read("folder", str(tmp_path / "lost"), "train")
