@@ -1,4 +1,4 @@
-"""Faces on disk as plain records: landmark schemes, one reader for each public set, and crops.
+"""Faces on disk as plain records: one reader for each public set; and crops of them in batches.
 
 A reader is `read_<name>(root, split) -> list[Face]`, reached by name through `read`. It opens the
 files of annotations, never pixels, and checks them. Its docstring shows the files that it wants and
@@ -10,7 +10,6 @@ so files that count from 1 (`.pts`, MATLAB arrays) lose 1 here, once. "left" is 
 smaller x. Points outside the image are legal. None is missing: hidden ones stand where the
 annotators put them, unmarked; but WIDER FACE has faces without any, whose points are nan.
 """
-
 import functools
 import glob
 import hashlib
@@ -18,13 +17,12 @@ import math
 import os
 import re
 import shutil
-import struct
 import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Callable, Iterator, Sequence
+from typing import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -32,8 +30,15 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, warp
+# Some of these names are only passed on: the scripts say datasets.SCHEMES, datasets.read_pts.
+from common.formats import (IMAGE_SUFFIXES, beside, image_paths, load_image, numbers, open_h5,
+                            point_rows, read_mat, read_points_csv, read_pts, text_lines, walk,
+                            write_image, write_pts)
+from common.schemes import (ARCFACE_5, SCHEMES, Scheme, flip_residual, group_means, norm_kind,
+                            normaliser)
 
-# ---- Records and images --------------------------------------------------------------------------
+
+# ---- Records -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -45,44 +50,6 @@ class Face:
     identity: str | None = None                           # the person
     tags: tuple[str, ...] = ()                            # subsets of its split: ("pose", "blur")
     where: str = ""                                       # file:line of the list that names it
-
-
-def load_image(image: str | np.ndarray | Callable[[], np.ndarray], upright=False) -> np.ndarray:
-    """Pixels of a `Face.image`: RGB uint8 (H, W, 3), C-contiguous.
-
-    The orientation tag of a photograph is obeyed only if `upright`: the points of every public set
-    were marked on the pixels as they are stored.
-    Raises: FileNotFoundError; UserError naming the file if it is empty, damaged or no image;
-    ValueError for an array that is no image."""
-    if isinstance(image, (str, os.PathLike)):
-        flags = cv2.IMREAD_COLOR if upright else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-        try:  # not imread, to which some names of files are fatal
-            with open(image, "rb") as file:
-                pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), flags)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"no image file {image}") from None
-        except cv2.error:  # no bytes at all, or more pixels than cv2 allows
-            pixels = None
-        if pixels is None:
-            raise UserError(f"{image} cannot be decoded: empty, damaged, too large or no image")
-        return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
-    pixels = np.asarray(image() if callable(image) else image)
-    colour = pixels.ndim == 3 and pixels.shape[2] == 3
-    if pixels.dtype != np.uint8 or not pixels.size or not (colour or pixels.ndim == 2):
-        raise ValueError(f"found an array {pixels.dtype} {pixels.shape}, "
-                         "wanted uint8 (H, W, 3) or (H, W)")
-    return np.ascontiguousarray(pixels) if colour else np.stack([pixels] * 3, -1)
-
-
-def write_image(path: str, image: np.ndarray) -> None:
-    """Writes RGB uint8 (H, W, 3) as the kind of file that the suffix names.
-    Raises: UserError for a suffix that cv2 does not know; OSError."""
-    try:
-        _, data = cv2.imencode(os.path.splitext(path)[1], cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    except cv2.error:
-        raise UserError(f"{path}: wanted a name that ends as images do, as .png or .jpg") from None
-    with open(path, "wb") as file:
-        file.write(data.tobytes())
 
 
 # What an image file begins with -> what its last bytes hold.
@@ -124,459 +91,10 @@ def check_images(faces: Sequence[Face]) -> None:
                       stacklevel=2)
 
 
-# ---- Folders -------------------------------------------------------------------------------------
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-
-
-def walk(root: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
-    """Sorted paths of all files below root whose names end in one of the suffixes, in either case.
-
-    Links are followed. Hidden files and folders (.ipynb_checkpoints, ._x.jpg, __MACOSX) are passed
-    over.   Raises: UserError naming a folder that cannot be read, or a link to a folder above."""
-    found = []
-
-    def enter(folder: str, above: frozenset) -> None:
-        try:
-            status = os.stat(folder)
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            raise UserError(f"{folder} cannot be read: {error.strerror}") from None
-        here = (status.st_dev, status.st_ino)
-        if here in above:
-            raise UserError(f"{folder} is a link to a folder that holds it, so that its files "
-                            "would never end: remove the link")
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
-            if entry.is_dir():
-                enter(entry.path, above | {here})
-            elif entry.name.lower().endswith(suffixes):
-                found.append(entry.path)
-
-    enter(root, frozenset())
-    return sorted(found)
-
-
-def beside(root: str) -> list[tuple[str, str]]:
-    """(image, .pts) paths of all files below root; "" where one of the two is not there.
-    Raises: UserError, as `walk`, and for two images that one .pts would belong to."""
-    pairs: dict[str, list[str]] = {}
-    for path in walk(root, (*IMAGE_SUFFIXES, ".pts")):
-        stem, suffix = os.path.splitext(path)
-        pair = pairs.setdefault(stem, ["", ""])
-        place = 1 if suffix.lower() == ".pts" else 0
-        if pair[place]:
-            raise UserError(f"{pair[place]} and {path} differ only in their endings: keep one")
-        pair[place] = path
-    return [(image, pts) for image, pts in pairs.values()]
-
-
-def image_paths(paths: Sequence[str]) -> dict[str, str]:
-    """Images of files and folders (with all below them), by name without suffix, relative to its
-    folder.   Raises: FileNotFoundError for a path without any; UserError for two of one name."""
-    found = {}
-    for root in paths:
-        if os.path.isfile(root):
-            base, files = os.path.dirname(root) or ".", [root]
-        else:
-            base, files = root, walk(root) if os.path.isdir(root) else []
-        if not files:
-            raise FileNotFoundError(f"{root}: no image, and no folder with images")
-        for path in files:
-            name = os.path.splitext(os.path.relpath(path, base))[0]
-            if name in found:
-                raise UserError(f"{found[name]} and {path} would both be written as {name}: "
-                                "give one only")
-            found[name] = path
-    return found
-
-
-# ---- Landmark schemes ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Scheme:
-    """What the P points of a scheme mean: indices, image-left first. A group is for its mean."""
-    points: int
-    flip: np.ndarray                   # (P,) after x -> W-1-x, points[flip] is in order again
-    eyes: tuple[int, int]              # outer eye corners; of 5 points, the eye centres
-    eyes_published: tuple[int, int] | None  # 194: LDDMM-Face's, beside the corners (1.5 % shorter)
-    pupils: tuple[tuple[int, ...], ...]     # two groups: pupils, or eye centres without any
-    five: tuple[tuple[int, ...], ...]       # groups: eye, eye, nose tip, mouth corner, corner
-    curves: dict[str, list[int]]       # open curves, in LDDMM-Face's order for 68, 98, 194
-    parts: dict[str, list[int]]        # contour, brows, nose, eyes, mouth
-    anchors: dict[str, tuple[int, ...]]     # groups: a name is the same place in all schemes
-
-
-# Flip tables. "s: i j-k": the mirror of each of these i is s - i; "+s: i j-k": it is i + s, and
-# back. Points not named are on the midline.
-_FLIPS = {
-    5: "1: 0 1; 7: 3 4",
-    19: "5: 0-5; 17: 6-11; 26: 12 14; 32: 15 17",
-    29: "+1: 0 2 8 10 16 18 22; +2: 4 5 12 13",
-    68: "16: 0-16; 43: 17-26; 66: 31-35; 81: 36-39 42-45; 87: 40 41 46 47; 102: 48-54; 114: 55-59;"
-        "124: 60-64; 132: 65-67",
-    98: "32: 0-32; 79: 33-37 42-46; 88: 38-41 47-50; 114: 55-59; 132: 60-64 68-72; 158: 76-82;"
-        "140: 65-67 73-75; 170: 83-87; 180: 88-92; 188: 93-95; +1: 96",
-    106: "32: 0-32; 79: 33-37 42-46; 88: 38-41 47-50; 120: 55-65; 145: 66-70 75-79; 157: 74 83;"
-         "153: 71-73 80-82; 174: 84-90; 186: 91-95; 196: 96-100; 204: 101-103; +1: 104",
-    194: "40: 0-40; 98: 41-57; 129: 58-71; 157: 72-85; 186: 86-100; 214: 101-113;"
-         "+20: 114-133 154-173"}
-
-# 19 is AFLW without its ear points, 29 COFW, 68 300-W, 98 WFLW (published curves leave out its
-# pupils), 106 LaPa (74, 83 eye centres and 104, 105 pupils, in the same places), 194 HELEN in the
-# order of its files. There the inner lips are one loop with corners 86 and 100; published curves
-# cut it before 100. Published tables call 114-133 and 154-173 the right eye and brow: they are
-# image-right. Each of these four loops starts at the inner corner.
-_CURVES = """
-points           5    19     29           68     98     106      194
-contour_left     .    .      .            0-8    0-16   0-16     0-20
-contour_right    .    .      .            9-16   17-32  17-32    21-40
-brow_left        .    0-2    0,4,2,5      17-21  33-41  33-41    174-193
-brow_right       .    3-5    1,6,3,7      22-26  42-50  42-50    154-173
-nose             .    .      .            .      .      .        41-57
-nose_bridge      .    .      .            27-30  51-54  51-54    .
-nose_tip         2    .      20           .      .      .        .
-nose_base        .    12-14  18,21,19     31-35  55-59  55-65    .
-eye_left         0    6-8    8,12,10,13   36-41  60-67  66-73    134-153
-eye_right        1    9-11   9,14,11,15   42-47  68-75  75-82    114-133
-eye_center_left  .    .      .            .      .      74       .
-eye_center_right .    .      .            .      .      83       .
-pupil_left       .    .      16           .      .      104      .
-pupil_right      .    .      17           .      .      105      .
-mouth            3,4  15-17  .            .      .      .        .
-lip_outer        .    .      22,24,23,27  .      .      .        .
-lip_outer_upper  .    .      .            48-54  76-82  84-90    58-71
-lip_outer_lower  .    .      .            55-59  83-87  91-95    72-85
-lip_inner_upper  .    .      25           60-64  88-92  96-100   86-99
-lip_inner_lower  .    .      26           65-67  93-95  101-103  100-113
-chin             .    18     28           .      .      .        ."""
-
-# A name with * is the image-left one of a pair; the flip gives the right one.
-_ANCHORS = """
-points            5    19    29     68     98     106     194
-chin              .    18    28     8      16     16      20
-contour_end*      .    .     .      0      0      0       .
-brow_outer*       .    0     0      17     33     33      184
-brow_middle*      .    1     4,5    19     35,40  35,40   179,189
-brow_inner*       .    2     2      21     37,38  37,38   174
-eye_outer*        .    6     8      36     60     66      144
-eye_inner*        .    8     10     39     64     70      134
-eye_top*          .    .     12     37,38  62     68      .
-eye_bottom*       .    .     13     40,41  66     72      .
-pupil*            0    7     16     36-41  96     104     134-153
-nose_top          .    .     .      27     51     51      .
-nose_tip          2    13    20     30     54     54      .
-nose_base         .    .     21     33     57     60      49
-nose_wing*        .    12    18     .      .      .       .
-nostril*          .    .     .      31     55     .       .
-mouth*            3    15    22     48     76     84      58
-mouth_center      .    16    25,26  62,66  90,94  98,102  93,107
-lip_top           .    .     24     51     79     87      64,65
-lip_bottom        .    .     27     57     85     93      78,79
-lip_inner*        .    .     .      60     88     96      86
-lip_inner_top     .    .     25     62     90     98      93
-lip_inner_bottom  .    .     26     66     94     102     107"""
-_PARTS = {"contour": ("contour", "chin"), "brows": ("brow",), "nose": ("nose",),
-          "eyes": ("eye", "pupil"), "mouth": ("lip", "mouth")}
-
-
-def _ids(text: str) -> list[int]:
-    """[36, 37, 38, 42] from "36-38 42" or "36-38,42"."""
-    spans = [[int(end) for end in word.split("-")] for word in text.replace(",", " ").split()]
-    return [index for span in spans for index in range(span[0], span[-1] + 1)]
-
-
-def _column(table: str, points: int) -> dict[str, list[int]]:
-    """Name -> indices of one scheme in `_CURVES` or `_ANCHORS`."""
-    header, *rows = (line.split() for line in table.strip().split("\n"))
-    column = header.index(str(points))
-    return {row[0]: _ids(row[column]) for row in rows if row[column] != "."}
-
-
-def _scheme(points: int) -> Scheme:
-    flip = np.arange(points)
-    for entry in _FLIPS[points].split(";"):
-        rule, text = entry.split(":")
-        ids = np.array(_ids(text))
-        mirror = ids + int(rule) if "+" in rule else int(rule) - ids
-        flip[ids] = mirror
-        flip[mirror] = ids
-    anchors = {}
-    for name, ids in _column(_ANCHORS, points).items():
-        if name.endswith("*"):
-            anchors[name[:-1] + "_left"] = tuple(ids)
-            anchors[name[:-1] + "_right"] = tuple(flip[ids].tolist())
-        else:
-            anchors[name] = tuple(ids)
-    pupils = (anchors["pupil_left"], anchors["pupil_right"])
-    eyes = tuple(anchors.get(f"eye_outer_{side}", pupil)[0]
-                 for side, pupil in zip(("left", "right"), pupils))
-    # HELEN's nose is a U without a tip: the middle between the wings is nearest to it.
-    nose = anchors.get("nose_tip", (45, 53))
-    five = (*pupils, nose, anchors["mouth_left"], anchors["mouth_right"])
-    curves = dict(sorted(_column(_CURVES, points).items(), key=lambda curve: min(curve[1])))
-    parts = {}
-    for part, starts in _PARTS.items():
-        parts[part] = sorted(sum((ids for name, ids in curves.items() if name.startswith(starts)),
-                                 []))
-    published = (145, 125) if points == 194 else None
-    return Scheme(points, flip, eyes, published, pupils, five, curves, parts, anchors)
-
-
-SCHEMES: dict[int, Scheme] = {points: _scheme(points) for points in _FLIPS}
-"""Schemes by number of points. 106 is LaPa's order. Other orders of 106 points exist (SDFL's,
-2d106det) and no file says which it has: none is guessed, but `flip_residual` shows a wrong one."""
-
-
-# Five points in a 112 px crop, to which recognition networks align faces.
-# Source: insightface's face_align.
-ARCFACE_5 = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366],
-                      [41.5493, 92.3655], [70.7299, 92.2041]])
-
-
-def group_means(points, groups: Sequence[Sequence[int]]):
-    """Mean of each group of points, as of `Scheme.five`: (..., P, 2) -> (..., G, 2), numpy or
-    torch."""
-    stack = torch.stack if isinstance(points, torch.Tensor) else np.stack
-    return stack([points[..., list(group), :].mean(-2) for group in groups], -2)
-
-
-def flip_residual(points: np.ndarray, flip: np.ndarray) -> float:
-    """Largest distance of a point from its mirror in the mean face of (M, P, 2), as a fraction of
-    the face box. The right flip (P,) gives below 0.1 on a set that looks both ways, a wrong one 0.6
-    or more."""
-    points = np.asarray(points, np.float64)
-    low = points.min(1, keepdims=True)
-    high = points.max(1, keepdims=True)
-    mean = ((points - low) / (high - low)).mean(0)  # (P, 2) in the unit box
-    return float(np.linalg.norm((mean * [-1, 1] + [1, 0])[flip] - mean, axis=1).max())
-
-
-def normaliser(points: torch.Tensor, kind: str, boxes: torch.Tensor | None = None) -> torch.Tensor:
-    """The length that the error of each face is divided by: (M, P, 2) ground truth px -> (M,) px.
-
-    kind: "io" inter-ocular, of `Scheme.eyes`; "io-published" of `Scheme.eyes_published`; "ip"
-        inter-pupil, of `Scheme.pupils`; "box" sqrt(w h) of the box of the points; "face" sqrt(w h)
-        of `boxes`, the set's own (M, 4) x0 y0 x1 y1 px. io is about 1.4 times ip: errors under
-        different kinds must not be compared.
-    Raises: UserError if the scheme has no such length (5 points have no "io"), or one is not > 0.
-    """
-    points = torch.as_tensor(points)
-    scheme = SCHEMES.get(points.shape[-2])
-    pairs = {}
-    if scheme:
-        pairs["ip"] = scheme.pupils
-        if "eye_outer_left" in scheme.anchors:
-            pairs["io"] = [[index] for index in scheme.eyes]
-        if scheme.eyes_published:
-            pairs["io-published"] = [[index] for index in scheme.eyes_published]
-    if kind in pairs:
-        ends = group_means(points, pairs[kind])  # (M, 2, 2)
-        length = (ends[:, 0] - ends[:, 1]).norm(dim=-1)
-    elif kind == "box":
-        length = (points.amax(1) - points.amin(1)).prod(-1).sqrt()
-    elif kind == "face" and boxes is not None:
-        boxes = torch.as_tensor(boxes).to(points)
-        length = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(-1).sqrt()
-    else:
-        works = ", ".join([*pairs, "box", "face (with the set's boxes)"])
-        raise UserError(f"no normaliser {kind!r} for {points.shape[-2]} points; "
-                        f"what works: {works}")
-    bad = (~(length > 0)).nonzero().flatten().tolist()
-    if bad:
-        raise UserError(f"normaliser {kind!r} is {length[bad[0]]:g} px for face {bad[0]}, wanted "
-                        f"more than 0; so for {len(bad)} of {len(length)} faces")
-    return length
-
-
-def norm_kind(kind: str, points: int, boxed: bool = True) -> str:
-    """What "auto" means for so many points: the papers' normaliser of the set that has them; "box"
-    without a scheme, or for AFLW's 19 (profiles have hardly any eye distance) without boxes."""
-    if kind != "auto":
-        return kind
-    if points == 19 and boxed:
-        return "face"
-    if points == 19 or points not in SCHEMES:
-        return "box"
-    return "ip" if points == 5 else "io"
-
-
-def subsets(faces: Sequence[Face]) -> dict[str, np.ndarray]:
-    """The whole set under "" and each subset under its tag, in the order of the papers' tables:
-    (M,) bool."""
-    tags = {tag for face in faces for tag in face.tags}
-    order = [tag for tag in (*WFLW_TAGS, "common", "challenging") if tag in tags]
-    chosen = {"": np.ones(len(faces), bool)}
-    for tag in order + sorted(tags - set(order)):
-        chosen[tag] = np.array([tag in face.tags for face in faces])
-    return chosen
-
-
-# ---- File formats --------------------------------------------------------------------------------
-
-
-def _lines(path: str) -> list[tuple[str, str]]:
-    """("path:number", line) of the lines of a text file that are not blank."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        numbered = [(f"{path}:{number}", line.strip()) for number, line in enumerate(file, 1)]
-    return [(where, line) for where, line in numbered if line]
-
-
-def _numbers(fields: Sequence[str], wanted: int, where: str) -> np.ndarray:
-    """(wanted,) float64; the UserError begins with `where`, file:line."""
-    if len(fields) != wanted:
-        raise UserError(f"{where}: found {len(fields)} numbers, wanted {wanted}")
-    try:
-        values = np.array(fields, np.float64)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}, wanted a number") from None
-    if not np.isfinite(values).all():
-        raise UserError(f"{where}: found {values[~np.isfinite(values)][0]}, wanted a finite number")
-    return values
-
-
-def _point_rows(path: str, rows: list[tuple[str, str]], wanted: int) -> np.ndarray:
-    """(wanted, 2) float64 from rows "x y" or "x , y" of `_lines`."""
-    if len(rows) != wanted:
-        raise UserError(f"{path}: found {len(rows)} points, wanted {wanted}")
-    pairs = [line.replace(",", " ").split() for _, line in rows]
-    try:                                  # all rows at once, for speed,
-        points = np.array(pairs, np.float64)
-        if points.shape == (wanted, 2) and np.isfinite(points).all():
-            return points
-    except ValueError:                    # then row by row, to name the bad line
-        pass
-    for pair, (where, line) in zip(pairs, rows):
-        if len(pair) > 2 and re.search(r"\d,\d", line):
-            raise UserError(f"{where}: found {line!r}, with decimal commas; wanted 12.5 34.0")
-    return np.stack([_numbers(pair, 2, where) for pair, (where, _) in zip(pairs, rows)])
-
-
-def read_pts(path: str) -> np.ndarray:
-    """(P, 2) float32 px, 0-based, of a `.pts`: `version: 1`, `n_points: P`, `{`, P rows "x y" from
-    1, `}`. The three lines before the rows may be missing, as in some public copies.
-    Raises: FileNotFoundError; UserError naming the file, and the line where it is one, if it is cut
-    short, n_points is not the number of rows, or a number is not finite."""
-    lines = _lines(path)
-    marks = [line for _, line in lines]
-    if "}" in marks:
-        lines = lines[:marks.index("}")]
-    elif "{" in marks:
-        raise UserError(f"{path}: found no line }}: it is cut short")
-    start = marks.index("{") + 1 if "{" in marks else 0
-    rows = [row for row in lines[start:] if not re.match(r"(version|n_points)\s*:", row[1])]
-    counts = re.findall(r"^n_points\s*:\s*(\d+)$", "\n".join(marks), re.M)
-    points = _point_rows(path, rows, max(1, int(counts[0]) if counts else len(rows)))
-    return (points - 1).astype(np.float32)
-
-
-def write_pts(path: str, points) -> None:
-    """Writes (P, 2) px, 0-based, array or tensor, as a `.pts`, which counts from 1."""
-    points = torch.as_tensor(points).detach().double().cpu().numpy()
-    if points.ndim != 2 or points.shape[1] != 2 or not len(points) or not np.isfinite(points).all():
-        raise ValueError(f"{path}: found points {points.shape}, wanted (P, 2), all finite")
-    rows = "".join(f"{x:.4f} {y:.4f}\n" for x, y in points + 1)
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.write(f"version: 1\nn_points: {len(points)}\n{{\n{rows}}}\n")
-
-
-def read_points_csv(path: str) -> dict[str, np.ndarray]:
-    """Landmarks of many images, as a detector's: rows image,x0,y0,x1,y1,... px from 0; a header is
-    skipped.
-    Returns: {image: (n, P, 2) float32}, n faces in it.   Raises: UserError naming the line."""
-    found: dict[str, list[np.ndarray]] = {}
-    count = 0
-    for number, (where, line) in enumerate(_lines(path)):
-        name, *fields = [field.strip() for field in line.split(",")]
-        first = fields[0].lower() if fields else ""
-        if number == 0 and first[:1].isalpha() and first not in ("nan", "inf"):
-            continue
-        count = count or len(fields) // 2
-        if not count:
-            raise UserError(f"{where}: found {line[:40]!r}, wanted image,x0,y0,x1,y1,...")
-        points = _numbers(fields, 2 * count, where).reshape(-1, 2).astype(np.float32)
-        found.setdefault(os.path.normpath(name), []).append(points)
-    if not found:
-        raise UserError(f"{path} has no row image,x0,y0,x1,y1,...")
-    return {name: np.stack(rows) for name, rows in found.items()}
-
-
-_MAT_NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8",
-                13: "u8", 16: "u1", 17: "u2"}
-_MAT_MATRIX, _MAT_COMPRESSED = 14, 15
-
-
-def _mat_elements(data: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
-    """(type, bytes) of the data elements that follow one another, compressed ones unpacked."""
-    at = 0
-    while at + 8 <= len(data):
-        kind, size = struct.unpack_from(order + "II", data, at)
-        if kind >> 16:  # small: type and size share a word, 4 bytes of data
-            start, kind, size, step = at + 4, kind & 0xFFFF, kind >> 16, 8
-        else:           # only compressed elements are not padded to 8 bytes
-            start, step = at + 8, 8 + size + (0 if kind == _MAT_COMPRESSED else -size % 8)
-        if start + size > len(data):
-            raise ValueError("the file ends inside an element")
-        content = data[start:start + size]
-        at += step
-        if kind == _MAT_COMPRESSED:
-            yield from _mat_elements(memoryview(zlib.decompress(content)), order)
-        else:
-            yield kind, content
-
-
-def _mat_array(data: memoryview, order: str) -> tuple[str, np.ndarray | str | None]:
-    """Name and value of a matrix element: float64 array, str, object array (cell), None of other
-    classes."""
-    if not len(data):
-        return "", None
-    (_, flags), (_, shape), (_, name), *rest = _mat_elements(data, order)
-    kind = struct.unpack_from(order + "I", flags)[0] & 0xFF
-    value = None
-    if kind == 1:                        # cell
-        value = np.empty(len(rest), object)
-        value[:] = [_mat_array(content, order)[1] for _, content in rest]
-    elif kind == 4 or 6 <= kind <= 15:   # char, double ... uint64, stored in any type that fits
-        value = np.frombuffer(rest[0][1], order + _MAT_NUMBERS[rest[0][0]])
-        value = "".join(map(chr, value)) if kind == 4 else value.astype(np.float64)
-    if isinstance(value, np.ndarray):
-        value = value.reshape(np.frombuffer(shape, order + "i4"), order="F")
-    return bytes(name).decode("ascii"), value
-
-
-def read_mat(path: str) -> dict[str, np.ndarray | str]:
-    """Variables of a MATLAB 5 to 7 `.mat` file: float64 arrays, strings, cells as object arrays; no
-    structs.   Raises: UserError if it is damaged or of another kind (7.3 files are HDF5)."""
-    with open(path, "rb") as file:
-        data = file.read()
-    order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
-    if order is None or data.startswith(b"MATLAB 7.3"):
-        raise UserError(f"{path} begins {data[:10]!r}, wanted a MATLAB 5 to 7 file (save -v7)")
-    try:
-        elements = _mat_elements(memoryview(data)[128:], order)
-        variables = dict(_mat_array(data, order) for kind, data in elements if kind == _MAT_MATRIX)
-    except (ValueError, KeyError, IndexError, struct.error, zlib.error) as error:
-        raise UserError(f"{path} is a damaged MATLAB file: {error!r}") from error
-    return {name: value for name, value in variables.items() if value is not None}
-
-
-def _h5(path: str):
-    """A MATLAB 7.3 file opened by h5py, which only COFW needs and which is not required."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError(f"{path} is an HDF5 file: pip install h5py, or export COFW as images "
-                          "with train.tsv and test.tsv to --data-root; --data faces needs no "
-                          "download") from error
-    return h5py.File(path, "r")
-
-
 # ---- Readers -------------------------------------------------------------------------------------
 
 
-def _missing(reader: Callable, root: str, what: str, flag="--data-root", drawn="faces"):
+def missing(reader: Callable, root: str, what: str, flag="--data-root", drawn="faces"):
     """The FileNotFoundError of a set: what was looked for, then the reader's account of it."""
     account = reader.__doc__[reader.__doc__.index("Tree:"):].rstrip().replace("\n    ", "\n")
     there = sorted(os.listdir(root))[:6] if os.path.isdir(root) else []
@@ -586,18 +104,18 @@ def _missing(reader: Callable, root: str, what: str, flag="--data-root", drawn="
         f"--data {drawn} needs no download.")
 
 
-def _below(reader: Callable, root: str, *parts: str, flag="--data-root") -> str:
+def below(reader: Callable, root: str, *parts: str, flag="--data-root") -> str:
     """Path of a file or folder below root, which must exist."""
     path = os.path.join(root, *parts)
     if not os.path.exists(path):
-        raise _missing(reader, root, f"no {path}", flag)
+        raise missing(reader, root, f"no {path}", flag)
     return path
 
 
 def _counted(reader: Callable, root: str, split: str, faces: list[Face], **official: int):
     """`faces`, after an error if there are none, a warning if not as many as officially."""
     if not faces:
-        raise _missing(reader, root, f"no face in the {split} split of {root}")
+        raise missing(reader, root, f"no face in the {split} split of {root}")
     if len(faces) != official.get(split, len(faces)):
         warnings.warn(f"{reader.__name__}: {len(faces)} faces in the {split} split of {root}, "
                       f"{official[split]} in the official one", stacklevel=3)
@@ -620,13 +138,13 @@ def read_wflw(root: str, split: str) -> list[Face]:
           WFLW_images/0--Parade/*.jpg, WFLW_images/1--Handshaking/*.jpg, ...
     Source: https://wywu.github.io/projects/LAB/WFLW.html, for research.
     """
-    table = _below(read_wflw, root, "WFLW_annotations", "list_98pt_rect_attr_train_test",
+    table = below(read_wflw, root, "WFLW_annotations", "list_98pt_rect_attr_train_test",
                    f"list_98pt_rect_attr_{split}.txt")
-    images = _below(read_wflw, root, "WFLW_images")
+    images = below(read_wflw, root, "WFLW_images")
     faces = []
-    for where, line in _lines(table):
+    for where, line in text_lines(table):
         *fields, name = line.split()
-        values = _numbers(fields, 206, where)
+        values = numbers(fields, 206, where)
         points = values[:196].reshape(98, 2).astype(np.float32)
         tags = tuple(tag for tag, flag in zip(WFLW_TAGS, values[200:]) if flag)
         faces.append(Face(os.path.join(images, name), points, tuple(values[196:200].tolist()),
@@ -649,11 +167,11 @@ def read_300w(root: str, split: str) -> list[Face]:
                    "ibug": ("challenging",)}
     faces = []
     for name, tags in folders.items():
-        for image, pts in beside(_below(read_300w, root, *name.split("/"))):
+        for image, pts in beside(below(read_300w, root, *name.split("/"))):
             if not pts or "_mirror" in os.path.basename(pts):
                 continue
             if not image:
-                raise _missing(read_300w, root, f"no image beside {pts}")
+                raise missing(read_300w, root, f"no image beside {pts}")
             points = read_pts(pts)
             if len(points) != 68:
                 raise UserError(f"{pts}: found {len(points)} points, wanted 68")
@@ -664,7 +182,7 @@ def read_300w(root: str, split: str) -> list[Face]:
 def _cofw_image(path: str, key: str, index: int) -> np.ndarray:
     """Image `index` of a COFW file, gray (H, W) or RGB (H, W, 3): HDF5 has MATLAB's axes
     reversed."""
-    with _h5(path) as file:
+    with open_h5(path) as file:
         return np.ascontiguousarray(file[file[key][()].ravel()[index]][()].T)
 
 
@@ -682,16 +200,16 @@ def read_cofw(root: str, split: str) -> list[Face]:
     if os.path.exists(table):
         _base_unknown(table)
         faces = []
-        for where, line in _lines(table)[1:]:
+        for where, line in text_lines(table)[1:]:
             name, _, points, *place = (line.split("\t") + [""] * 6)[:6]
-            points = _numbers(points.split(","), 58, where).reshape(29, 2).astype(np.float32)
-            place = _numbers(place, 3, where)
+            points = numbers(points.split(","), 58, where).reshape(29, 2).astype(np.float32)
+            place = numbers(place, 3, where)
             path = os.path.join(root, name if "/" in name else f"{split}/{name}")
             faces.append(Face(path, points, _square(place[1:], 200 * place[0]), where=where))
         return _counted(read_cofw, root, split, faces, train=1345, test=507)
-    path = _below(read_cofw, root, f"COFW_{split}_color.mat")
+    path = below(read_cofw, root, f"COFW_{split}_color.mat")
     keys = [stem + ("Tr" if split == "train" else "T") for stem in ("phis", "bboxes", "Is")]
-    with _h5(path) as file:
+    with open_h5(path) as file:
         arrays = [file[key][()].T for key in keys if key in file]
     shapes = [array.shape for array in arrays]
     if len(shapes) != 3 or shapes[:2] != [(arrays[2].size, 87), (arrays[2].size, 4)]:
@@ -720,12 +238,12 @@ def read_cofw68(root: str, split: str) -> list[Face]:
     Source: https://github.com/golnazghiasi/cofw68-benchmark.
     """
     if split == "train":
-        return read_300w(_below(read_cofw68, root, "300w"), "train")
+        return read_300w(below(read_cofw68, root, "300w"), "train")
     with warnings.catch_warnings():  # of the 29 points, which are not used
         warnings.simplefilter("ignore")
-        faces = read_cofw(_below(read_cofw68, root, "cofw"), "test")
+        faces = read_cofw(below(read_cofw68, root, "cofw"), "test")
     for number, face in enumerate(faces, 1):
-        path = _below(read_cofw68, root, "cofw68", "test_annotations", f"{number}_points.mat")
+        path = below(read_cofw68, root, "cofw68", "test_annotations", f"{number}_points.mat")
         points = read_mat(path).get("Points")
         if np.shape(points) != (68, 2) or not np.isfinite(points).all():
             raise UserError(f"{path}: found Points {np.shape(points)}, wanted finite (68, 2)")
@@ -742,26 +260,26 @@ def read_helen(root: str, split: str) -> list[Face]:
           NAME.jpg in any folders, as train_1/ ... train_4/ and test/
     Source: http://www.ifp.illinois.edu/~vuongle2/helen.
     """
-    listing = _below(read_helen, root, f"{split}names.txt")
+    listing = below(read_helen, root, f"{split}names.txt")
     annotations = {}
-    for path in walk(_below(read_helen, root, "annotation"), (".txt",)):
-        (_, name), *rows = _lines(path) or [("", "")]
+    for path in walk(below(read_helen, root, "annotation"), (".txt",)):
+        (_, name), *rows = text_lines(path) or [("", "")]
         annotations[name] = (path, rows)
     images: dict[str, list[str]] = {}
     for path in walk(root):
         images.setdefault(os.path.splitext(os.path.basename(path))[0], []).append(path)
     faces, lost = [], []
-    for where, name in _lines(listing):
+    for where, name in text_lines(listing):
         if name not in images or name not in annotations:
             lost.append(f"{'annotation' if name in images else 'image'} of {name} ({where})")
             continue
         if len(images[name]) > 1:
             raise UserError(f"{images[name][0]} and {images[name][1]} are both {name}: keep one")
         path, rows = annotations[name]
-        points = _point_rows(path, rows, 194).astype(np.float32)
+        points = point_rows(path, rows, 194).astype(np.float32)
         faces.append(Face(images[name][0], points, where=where))
     if lost and not faces:
-        raise _missing(read_helen, root, f"no {lost[0]}")
+        raise missing(read_helen, root, f"no {lost[0]}")
     if lost:
         warnings.warn(f"read_helen: no {lost[0]}, nor of {len(lost) - 1} others: left out",
                       stacklevel=2)
@@ -777,8 +295,8 @@ def read_aflw(root: str, split: str) -> list[Face]:
           flickr/0/*.jpg, flickr/2/*.jpg, flickr/3/*.jpg
     Source: TU Graz, by agreement; the .mat: Zhu et al., Unconstrained Face Alignment, CVPR 2016.
     """
-    path = _below(read_aflw, root, "AFLWinfo_release.mat")
-    images = _below(read_aflw, root, "flickr")
+    path = below(read_aflw, root, "AFLWinfo_release.mat")
+    images = below(read_aflw, root, "flickr")
     variables = read_mat(path)
     arrays = [variables.get(name) for name in ("nameList", "ra", "data", "bbox", "mask_new")]
     shapes = [np.shape(array) for array in arrays]
@@ -816,19 +334,19 @@ def read_jd106(root: str, split: str) -> list[Face]:
     pictures, marks = ("picture", "landmark") if bases else ("images", "landmarks")
     faces = []
     for base in bases or [split]:
-        for path in walk(_below(read_jd106, root, base, marks), (".txt",)):
+        for path in walk(below(read_jd106, root, base, marks), (".txt",)):
             name = os.path.basename(path)[:-4]
             if not name.lower().endswith(IMAGE_SUFFIXES):
                 name += ".jpg"
-            (where, count), *rows = _lines(path) or [(f"{path}:1", "")]
+            (where, count), *rows = text_lines(path) or [(f"{path}:1", "")]
             if count != "106":
                 raise UserError(f"{where}: found {count!r}, wanted the number of points, 106")
-            points = _point_rows(path, rows, 106).astype(np.float32)
+            points = point_rows(path, rows, 106).astype(np.float32)
             box = None
             rect = os.path.join(root, base, "rect", f"{name}.rect")
             if os.path.exists(rect):
-                fields = " ".join(line for _, line in _lines(rect)).split()
-                box = tuple(_numbers(fields, 4, rect).tolist())
+                fields = " ".join(line for _, line in text_lines(rect)).split()
+                box = tuple(numbers(fields, 4, rect).tolist())
             faces.append(Face(os.path.join(root, base, pictures, name), points, box))
     return _counted(read_jd106, root, split, faces)
 
@@ -857,13 +375,13 @@ def read_csv(root: str, split: str) -> list[Face]:
     for pattern in patterns:
         tables = tables or glob.glob(os.path.join(glob.escape(root), pattern))
     if len(tables) != 1:
-        raise _missing(read_csv, root, f"found {len(tables)} tables {' or '.join(patterns)}, "
+        raise missing(read_csv, root, f"found {len(tables)} tables {' or '.join(patterns)}, "
                        "wanted one")
     if tables[0].endswith("300w_test.csv"):
         warnings.warn(f"{tables[0]} is the private set of 600 images; the full set of the papers "
                       "is face_landmarks_300w_valid.csv", stacklevel=2)
     images = os.path.join(root, "images") if os.path.isdir(os.path.join(root, "images")) else root
-    (where, header), *rows = _lines(tables[0]) or [(f"{tables[0]}:1", "")]
+    (where, header), *rows = text_lines(tables[0]) or [(f"{tables[0]}:1", "")]
     columns = header.replace(" ", "").split(",")
     sized = ["box_size"] if "box_size" in columns else []
     wanted = ["image_name", "scale", *sized, "center_w", "center_h"]
@@ -879,7 +397,7 @@ def read_csv(root: str, split: str) -> list[Face]:
     faces = []
     for where, line in rows:
         name, *fields = line.split(",")
-        values = _numbers(fields, len(columns) - 1, where)
+        values = numbers(fields, len(columns) - 1, where)
         center = values[start - 3:start - 1] - base
         box = _square(center, values[1] if sized else 200 * values[0])
         points = (values[start - 1:] - base).reshape(-1, 2).astype(np.float32)
@@ -898,12 +416,12 @@ def read_youtube(root: str, split: str) -> list[Face]:
     Tree: data/training_frames_keypoints.csv, data/training/First_Last_VF.jpg
     Source: git clone https://github.com/udacity/P1_Facial_Keypoints
     """
-    table = _below(read_youtube, root, "data", "training_frames_keypoints.csv")
-    images = _below(read_youtube, root, "data", "training")
+    table = below(read_youtube, root, "data", "training_frames_keypoints.csv")
+    images = below(read_youtube, root, "data", "training")
     faces = []
-    for where, line in _lines(table)[1:]:
+    for where, line in text_lines(table)[1:]:
         name, *fields = line.split(",")
-        points = _numbers(fields, 136, where).reshape(68, 2).astype(np.float32)
+        points = numbers(fields, 136, where).reshape(68, 2).astype(np.float32)
         faces.append(Face(os.path.join(images, name), points, identity=name.rpartition("_")[0],
                           where=where))
     people = sorted({face.identity for face in faces},
@@ -920,12 +438,12 @@ def read_folder(root: str, split: str) -> list[Face]:
     Tree: train/PERSON/NAME.jpg and train/PERSON/NAME.pts, test/PERSON/...; at any depth
     Source: you. A .pts counts from 1: lines "version: 1", "n_points: P", "{", P of "x y", "}".
     """
-    base = _below(read_folder, root, split)
+    base = below(read_folder, root, split)
     faces = []
     for image, pts in beside(base):
         if not image or not pts:
             kind = "image" if pts else ".pts"
-            raise _missing(read_folder, root, f"no {kind} beside {pts or image}")
+            raise missing(read_folder, root, f"no {kind} beside {pts or image}")
         person = os.path.relpath(os.path.dirname(image), base)
         faces.append(Face(image, read_pts(pts), identity=None if person == "." else person,
                           where=pts))
@@ -945,10 +463,10 @@ def read_widerface(root: str, split: str) -> list[Face]:
           train/images/0--Parade/*.jpg, ...
     Source: http://shuoyang1213.me/WIDERFACE; label.txt: insightface, detection/retinaface.
     """
-    table = _below(read_widerface, root, "train", "label.txt")
-    images = _below(read_widerface, root, "train", "images")
+    table = below(read_widerface, root, "train", "label.txt")
+    images = below(read_widerface, root, "train", "images")
     faces, name = [], ""
-    for where, line in _lines(table):
+    for where, line in text_lines(table):
         if line.startswith("#"):
             name = line[1:].strip()
             continue
@@ -957,7 +475,7 @@ def read_widerface(root: str, split: str) -> list[Face]:
                             "first face")
         if (zlib.crc32(name.encode()) % 10 == 0) != (split == "test"):
             continue
-        values = _numbers(line.split(), 20, where)
+        values = numbers(line.split(), 20, where)
         x, y, w, h = values[:4].tolist()
         points = values[4:19].reshape(5, 3)
         if (points[:, 2] < 0).any():
@@ -966,6 +484,17 @@ def read_widerface(root: str, split: str) -> list[Face]:
             faces.append(Face(os.path.join(images, name), points[:, :2].astype(np.float32),
                               (x, y, x + w, y + h), where=where))
     return _counted(read_widerface, root, split, faces)
+
+
+def subsets(faces: Sequence[Face]) -> dict[str, np.ndarray]:
+    """The whole set under "" and each subset under its tag, in the order of the papers' tables:
+    (M,) bool."""
+    tags = {tag for face in faces for tag in face.tags}
+    order = [tag for tag in (*WFLW_TAGS, "common", "challenging") if tag in tags]
+    chosen = {"": np.ones(len(faces), bool)}
+    for tag in order + sorted(tags - set(order)):
+        chosen[tag] = np.array([tag in face.tags for face in faces])
+    return chosen
 
 
 READERS: dict[str, Callable[[str, str], list[Face]]] = {
@@ -985,7 +514,7 @@ def read(data: str, root: str, split: str, points: int | None = None) -> list[Fa
     if data not in READERS:
         raise UserError(f"no set {data!r}, there are {', '.join(READERS)}")
     if not root or not os.path.isdir(root):
-        raise _missing(READERS[data], root, f"no folder {root}")
+        raise missing(READERS[data], root, f"no folder {root}")
     splits = ("train", "test", "val") if READERS[data] is read_jd106 else ("train", "test")
     if split not in splits:
         raise UserError(f"--data {data} has no split {split!r}")

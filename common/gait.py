@@ -105,7 +105,7 @@ def _pose(path: str) -> np.ndarray:
     """(17, 3) x y score of a frame's text."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         fields = file.read().split(",")
-    return datasets._numbers(fields[2:], 3 * JOINTS, f"{path}, after the first two").reshape(JOINTS, 3)
+    return datasets.numbers(fields[2:], 3 * JOINTS, f"{path}, after the first two").reshape(JOINTS, 3)
 
 
 def _frames(silhouettes: str, poses: str) -> np.ndarray:
@@ -169,7 +169,7 @@ def read_gait3d(root: str, split: str) -> list[Sequence]:
     Source: Gait3D, gait3d.github.io, by a signed agreement; Gait3D.json from OpenGait's datasets/Gait3D.
     Raises: FileNotFoundError; ValueError. When loaded: ValueError for what is not as above, refused pickles.
     """
-    need = functools.partial(datasets._missing, read_gait3d, root, drawn="walkers")
+    need = functools.partial(datasets.missing, read_gait3d, root, drawn="walkers")
     listed, *bases = (os.path.join(root, name) for name in ("Gait3D.json", "2D_Silhouettes", "2D_Poses"))
     for path in (listed, *bases):
         if not os.path.exists(path):

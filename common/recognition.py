@@ -271,7 +271,7 @@ def read_identities(root: str) -> list[Face]:
         name, or fewer than two people.
     """
     if not os.path.isdir(root):
-        raise datasets._missing(read_identities, root, f"no folder {root}")
+        raise datasets.missing(read_identities, root, f"no folder {root}")
     images: dict[str, str] = {}
     for path in datasets.walk(root):
         other = images.setdefault(os.path.splitext(path)[0], path)
@@ -292,7 +292,7 @@ def read_identities(root: str) -> list[Face]:
                                 "wanted as many in all")
         faces.append(Face(image, points, identity=person))
     if not faces:
-        raise datasets._missing(read_identities, root, f"no image in {root}")
+        raise datasets.missing(read_identities, root, f"no image in {root}")
     faces.sort(key=lambda face: (natural(face.identity), natural(face.image)))
     if faces[0].identity == faces[-1].identity:
         raise UserError(f"{root}: all {len(faces)} images are of one identity, "
@@ -517,7 +517,7 @@ def with_landmarks(test, path: str, size: int = 112):
 
 
 def _need(reader: Callable, root: str, *parts: str) -> str:
-    return datasets._below(reader, root, *parts, flag="--test")
+    return datasets.below(reader, root, *parts, flag="--test")
 
 
 def _listing(folder: str) -> list[str]:
@@ -710,7 +710,7 @@ def read_lfw(root: str) -> VerificationSet:
     if os.path.exists(os.path.join(root, "pairs.txt")) or not os.path.exists(listed):
         listed = _need(read_lfw, root, "pairs.txt")
     base = os.path.join(root, "lfw") if os.path.isdir(os.path.join(root, "lfw")) else root
-    (where, head), *rows = datasets._lines(listed) or [(listed, "")]
+    (where, head), *rows = datasets.text_lines(listed) or [(listed, "")]
     folds, half = map(int, head.split()) if re.fullmatch(r"\d+\s+\d+", head) else (0, 0)
     if len(rows) != 2 * folds * half or not rows:
         raise UserError(f"{where}: found {head!r} and {len(rows)} pairs, wanted the number of "
@@ -743,7 +743,7 @@ def read_ytf(root: str, frames: int | None = None) -> VerificationSet:
     if not os.path.isdir(base):
         base = _need(read_ytf, root, "aligned_images_DB")
     rows = []
-    for number, (where, line) in enumerate(datasets._lines(listed)):
+    for number, (where, line) in enumerate(datasets.text_lines(listed)):
         fields = [field.strip() for field in line.split(",")]
         if number == 0 and not fields[0].isdecimal():               # the header
             continue
@@ -763,7 +763,7 @@ def read_ytf(root: str, frames: int | None = None) -> VerificationSet:
         found = _listing(_need(read_ytf, base, video))
         if not found:
             folder = os.path.join(base, video)
-            raise datasets._missing(read_ytf, root, f"no image in {folder}", "--test")
+            raise datasets.missing(read_ytf, root, f"no image in {folder}", "--test")
         if frames is not None and frames < len(found):
             found = [found[i] for i in np.linspace(0, len(found) - 1, frames).round().astype(int)]
         names += [f"{video}/{name}" for name in found]
@@ -787,7 +787,7 @@ def read_cfp(root: str, kind: str = "FP") -> VerificationSet:
     for letter in "FP":
         lists[letter] = {}
         listed = _need(read_cfp, root, "Protocol", f"Pair_list_{letter}.txt")
-        for _, line in datasets._lines(listed):
+        for _, line in datasets.text_lines(listed):
             number, _, name = line.partition(" ")
             lists[letter][number] = os.path.normpath(os.path.join("Protocol", name.strip()))
     pairs = []
@@ -796,7 +796,7 @@ def read_cfp(root: str, kind: str = "FP") -> VerificationSet:
         for name in ("same", "diff"):
             split = f"Protocol/Split/{kind}/{number:02d}/{name}.txt"
             listed = _need(read_cfp, root, *split.split("/"))
-            for where, line in datasets._lines(listed):
+            for where, line in datasets.text_lines(listed):
                 i, _, j = line.replace(" ", "").partition(",")
                 if i not in lists[kind[0]] or j not in lists[kind[1]]:
                     raise UserError(f"{where}: found {line!r}, wanted i,j, numbers of those lists")
@@ -816,7 +816,7 @@ def read_calfw(root: str, name: str = "CALFW") -> VerificationSet:
     """
     listed = _need(read_calfw, root, f"pairs_{name}.txt")
     rows = []
-    for where, line in datasets._lines(listed):
+    for where, line in datasets.text_lines(listed):
         file, _, label = line.rpartition(" ")
         if not file or not label.lstrip("-").isdecimal():
             raise UserError(f"{where}: found {line!r}, wanted FILE LABEL")
@@ -985,8 +985,8 @@ def read_ijb(root: str, kind: str) -> TemplateSet:
         base = root
     faces, marks, listed = (_need(read_ijb, base, "meta", f"ijb{kind.lower()}_{name}.txt")
                             for name in ("face_tid_mid", "name_5pts_score", "template_pair_label"))
-    names = [line.split(None, 1)[0] for _, line in datasets._lines(faces)]
-    again = [line.split(None, 1)[0] for _, line in datasets._lines(marks)]
+    names = [line.split(None, 1)[0] for _, line in datasets.text_lines(faces)]
+    again = [line.split(None, 1)[0] for _, line in datasets.text_lines(marks)]
     if names != again:
         raise UserError(f"{faces} has {len(names)} images, {marks} {len(again)}; wanted the same "
                         "in order")

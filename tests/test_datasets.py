@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import UserError, datasets, synthetic, warp
+from common import UserError, datasets, formats, synthetic, warp
 
 from common.datasets import SCHEMES, Face, load_image, normaliser, read, read_mat, read_pts, write_pts
 
@@ -384,7 +384,7 @@ class Mat:
         return self.element(14, flags + dims + self.element(1, name.encode()) + b"".join(content))
 
     def numbers(self, name, array, kind=9, array_class=6):
-        data = np.asarray(array).astype(self.order + datasets._MAT_NUMBERS[kind]).tobytes("F")
+        data = np.asarray(array).astype(self.order + formats._MAT_NUMBERS[kind]).tobytes("F")
         return self.matrix(name, np.shape(array), array_class, self.element(kind, data))
 
     def text(self, name, text, kind=4):
@@ -868,7 +868,7 @@ def test_walk_follows_links_and_passes_over_what_is_hidden(tmp_path):
 def test_walk_names_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
     def scandir(folder):
         raise PermissionError(13, "Permission denied", folder)
-    monkeypatch.setattr(datasets.os, "scandir", scandir)  # root may read anything
+    monkeypatch.setattr(formats.os, "scandir", scandir)  # root may read anything
     with pytest.raises(UserError, match=f"{tmp_path} cannot be read: Permission denied"):
         datasets.walk(str(tmp_path))
 

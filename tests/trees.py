@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from common import datasets, synthetic
+from common import datasets, formats, synthetic
 
 TRAIN = 12  # faces of a training split, of three people
 TEST = 8    # faces of a test split, of two people
@@ -55,7 +55,7 @@ class Mat:
         return self.element(14, flags + dims + self.element(1, name.encode()) + b"".join(content))
 
     def numbers(self, name, array, kind=9, array_class=6):
-        data = np.asarray(array).astype(self.order + datasets._MAT_NUMBERS[kind]).tobytes("F")
+        data = np.asarray(array).astype(self.order + formats._MAT_NUMBERS[kind]).tobytes("F")
         return self.matrix(name, np.shape(array), array_class, self.element(kind, data))
 
     def text(self, name, text, kind=4):
