@@ -2302,6 +2302,9 @@ def begin_run(args, name: str, folder: Path | None, state: dict | None, what: st
         return folder
     folder, done = make_run(args, name, folder), state["epoch"] if state else 0
     print(f"run: {folder}, {what}, processes: {world}, epochs done: {done} of {args.epochs}", flush=True)
+    if 2 * args.warmup > args.epochs:
+        print(f"note: the rate rises for {args.warmup:g} of {args.epochs} epochs; a run this short wants a "
+              f"smaller --warmup")
     if state and state["world"] != world:
         print(f"the run had {state['world']} processes: batch norms now see other shares, numbers change")
     cut_log(folder / "log.jsonl", done)

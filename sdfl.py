@@ -1356,6 +1356,10 @@ def train(args) -> dict:
     if rank == 0:  # only the first process evaluates and writes
         folder = make_run(args, "sdfl", folder)
         print(f"run: {folder}, processes: {world}, epochs done: {start} of {args.epochs}", flush=True)
+        between = args.epochs / (args.drops + 1)  # epochs from one drop of the rate to the next
+        if args.drops > 1 and between < 4:
+            print(f"note: --drops {args.drops} leaves {between:.1f} of {args.epochs} epochs at the full rate; "
+                  f"in a short run fewer drops learn more")
         if state and state["world"] != world:
             print(f"the run had {state['world']} processes: batch norms now see other shares, numbers change")
         cut_log(folder / "log.jsonl", start)

@@ -21,12 +21,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*in the official one")
 
 # What the size of a test forces: few px, few channels, few faces a step. All else is the preset's.
 TINY = {
-    "sdfl": "--limit 8 --size 64 --batch-size 4 --backbone mobilenetv2",
-    "heatmap_landmarks": "--limit 8 --size 64 --batch-size 4 --backbone mobilenetv2_0.25 --filters 8",
-    "lddmm_face": "--limit 8 --size 64 --batch-size 4 --backbone mobilenetv2",
-    "stn_align": "--limit 12 --size 32 --batch-size 4 --depth 10 --width 8",
-    "kprpe": "--limit 12 --size 32 --batch-size 4 --model own --dim 16 --depth 1 --heads 2",
-    "kprpe-dfa": "--limit 8 --size 64 --batch-size 4",
+    "sdfl": "--limit 8 --size 64 --batch-size 6 --backbone mobilenetv2",
+    "heatmap_landmarks": "--limit 8 --size 64 --batch-size 6 --backbone mobilenetv2_0.25 --filters 8",
+    "lddmm_face": "--limit 8 --size 64 --batch-size 6 --backbone mobilenetv2",
+    "stn_align": "--limit 12 --size 32 --batch-size 6 --depth 10 --width 8",
+    "kprpe": "--limit 12 --size 32 --batch-size 6 --model own --dim 16 --depth 1 --heads 2",
+    "kprpe-dfa": "--limit 8 --size 64 --batch-size 6",
     "kprpe-gait": "--limit 2 --batch-size 8 --dim 16 --heads 2",
 }
 LANDMARKS = {"vggface2": "landmarks.csv", "ms1m": "ldmk_5points.csv", "ms1m-small": "ldmk_5points.csv",
@@ -93,8 +93,24 @@ def killed(kind, *flags):
             go(kind, *flags)
 
 
+def check_schedule(kind, args, state, printed):
+    """A rate that two epochs are too few for is said in one line; an epoch has the rows that it should have."""
+    wanted = ""
+    if kind == "sdfl":
+        wanted = f"note: --drops {args.drops} leaves "
+    if kind == "stn_align" or kind.startswith("kprpe") and args.warmup > args.epochs / 2:
+        wanted = f"note: the rate rises for {args.warmup:g} "
+    noted = [line for line in printed.splitlines() if line.startswith("note: ")]
+    assert len(noted) == bool(wanted) and all(line.startswith(wanted) for line in noted)
+    if kind == "sdfl":
+        assert state["faces"][0] > args.limit if args.pdb else state["faces"][0] == args.limit  # balanced
+    if kind == "heatmap_landmarks":
+        assert state["faces"][0] == 2 * args.limit and args.flip_copies  # with its mirror images
+
+
 @pytest.mark.parametrize("kind, data", CASES)
-def test_a_preset_trains_goes_on_after_a_kill_and_is_evaluated(kind, data, tree_of, tmp_path, monkeypatch):
+def test_a_preset_trains_goes_on_after_a_kill_and_is_evaluated(kind, data, tree_of, tmp_path, monkeypatch,
+                                                               capsys):
     monkeypatch.chdir(tmp_path)
     root = tree_of(data)
     flags = flags_of(kind, data, root, epochs=2)
@@ -104,6 +120,8 @@ def test_a_preset_trains_goes_on_after_a_kill_and_is_evaluated(kind, data, tree_
     typed = {word[2:].replace("-", "_") for word in flags if word.startswith("--")}
     for key, value in presets_of(kind)[data].items():
         assert key in typed or state["args"][key] == value, key
+    args = argparse.Namespace(**state["args"])
+    check_schedule(kind, args, state, capsys.readouterr().out)
 
     task = ["--task", kind.partition("-")[2]] if "-" in kind else []
     again = [*task, "--data", data, "--device", "cpu"]
@@ -120,3 +138,82 @@ def test_a_preset_trains_goes_on_after_a_kill_and_is_evaluated(kind, data, tree_
     assert found and np.isfinite(list(found.values())).all()
     for name in found.keys() & scores.keys():
         assert found[name] == pytest.approx(scores[name]), name
+
+
+@pytest.mark.parametrize("kind, data", [("sdfl", "wflw"), ("kprpe", "webface-base")])
+def test_two_processes_train_and_go_on(kind, data, tree_of, tmp_path):
+    root = tree_of(data)
+    script = [sys.executable, str(ROOT / f"{kind.partition('-')[0]}.py")]
+    flags = [*flags_of(kind, data, root, epochs=1), "--gpus", "2", "--output", str(tmp_path / "run")]
+    done = subprocess.run([*script, *flags], capture_output=True, text=True, cwd=tmp_path,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "processes: 2" in done.stdout
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 1
+
+
+# ---- Commands that are shown -------------------------------------------------------------------------------
+
+
+def shown_commands(text, indent):
+    """Command lines of the blocks that are indented by so many blanks: those of python, torchrun, and what
+    follows pip's; lines that end in a backslash are joined."""
+    commands = []
+    for line in text.replace("\\\n", " ").splitlines():
+        line = re.sub(r"(^|\s)#.*", "", line)  # a remark
+        if not line.startswith(" " * indent):
+            continue
+        for command in line[indent:].split("&&"):
+            if command.strip().startswith(("python ", "torchrun ")):
+                commands.append(" ".join(command.split()))
+    return commands
+
+
+def alternatives(command):
+    """["a", "a --x 1", "a --y"] of "a [--x 1 | --y]": without what is optional, then with each of it."""
+    choices = [choice for group in re.findall(r"\[(.*?)\]", command) for choice in group.split("|")]
+    plain = re.sub(r"\[.*?\]", "", command)
+    return [plain, *(f"{plain} {choice}" for choice in choices)]
+
+
+class Parsed(Exception):
+    """The argument parser of a module in tests/ has taken the words."""
+
+
+README = (ROOT / "README.md").read_text()
+SHOWN = {command: "README.md" for command in shown_commands(README, 4)}
+SHOWN |= {command: "README.md" for command in re.findall(r"`(python [\w-]+\.py[^`]*)`", README)}
+for path in sorted(ROOT.glob("*.py")):
+    SHOWN |= {command: path.name for command in shown_commands(path.read_text().partition('"""\nimport')[0], 2)}
+
+
+def test_readme_shows_commands():
+    scripts = {name for name in SHOWN for name in re.findall(r"\w+\.py", name)}
+    assert {path.name for path in ROOT.glob("*.py")} <= scripts
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_a_shown_command_has_flags_that_exist(command, tmp_path, monkeypatch):
+    """The files that it names need not."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os.path, "isfile", lambda path: True)
+    for line in alternatives(command):
+        words = shlex.split(line)
+        if words[:2] == ["python", "-m"]:
+            module = importlib.import_module(words[2])
+            parse = argparse.ArgumentParser.parse_args
+
+            def parse_only(parser, argv=None, namespace=None):
+                parse(parser, argv, namespace)
+                raise Parsed
+
+            with monkeypatch.context() as patch, pytest.raises(Parsed):
+                patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+                module.main(words[3:])
+            continue
+        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        module = importlib.import_module(words[script].removesuffix(".py"))
+        try:
+            module.parse_args(words[script + 1:])
+        except SystemExit as end:
+            assert end.code == 0, f"{SHOWN[command]}: {line}"  # --help

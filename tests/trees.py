@@ -223,16 +223,16 @@ def helen(root):
 
 
 def aflw(root):
-    """24,386 rows, as the table's order gives the split; images for the first of each split."""
-    count = 24386
+    """20,000 rows of the training split, of which the first have images, and those of the test split."""
+    count = 20000 + TEST
     names = [f"0/image{i:05d}.jpg" for i in range(count)]
-    data = np.tile(np.arange(38, dtype=np.float32), (count, 1))
-    boxes = np.tile(np.float32([0, 9, 0, 9]), (count, 1))
+    data = np.empty((count, 38), np.float32)
+    boxes = np.empty((count, 4), np.float32)
     for first, split in ((0, "train"), (20000, "test")):
         for i, (pixels, points, box, _) in enumerate(drawn(split, 19), first):
             put_image(root / "flickr" / names[i], pixels)
-            data[i] = points.T.ravel()  # 19 x, 19 y
-            boxes[i] = np.array(box)[[0, 2, 1, 3]]
+            data[i::TRAIN] = points.T.ravel()  # 19 x, 19 y
+            boxes[i::TRAIN] = np.array(box)[[0, 2, 1, 3]]
     mat = Mat()
     mat.file(root / "AFLWinfo_release.mat",
              mat.matrix("nameList", (count, 1), 1, *(mat.text("", name, 16) for name in names)),
