@@ -306,18 +306,19 @@ def records(root):
     it, for --landmarks."""
     rows = ["idx," + ",".join(f"ldmk_{i}" for i in range(10))]
     images = []
-    pairs = []
+    pictures = []
     for i, (pixels, points, _, person) in enumerate(drawn("train", 5, 112)):
         encoded = cv2.imencode(".jpg", pixels[..., ::-1])[1].tobytes()
         images.append(payload(int(person.rpartition("-")[2]), encoded))
-        pairs.append(encoded)
+        pictures.append(encoded)
         rows.append(f"{i},{joined((points + 0.5) / 112, ',')}")
     put_records(root, [payload((TRAIN + 1, TRAIN + 1)), *images])
     put_text(root / "ldmk_5points.csv", "\n".join(rows) + "\n")
-    # Two images of one person, then of two, and so on: 20 pairs
-    order = [(i + step) % TRAIN for i in range(0, TRAIN - 2, 1) for step in (0, 1, 0, 5)]
-    same = [a // 4 == b // 4 for a, b in zip(order[::2], order[1::2])]
-    (root / "lfw.bin").write_bytes(pickle.dumps(([pairs[i] for i in order], same), 2))
+    listed = []  # ten folds of two pairs: two images of one person, of whom there are four; one of the next
+    for fold in range(10):
+        i = fold % TRAIN
+        listed += [pictures[j] for j in (i, i ^ 1, i, (i + 4) % TRAIN)]
+    (root / "lfw.bin").write_bytes(pickle.dumps((listed, 10 * [True, False]), 2))
 
 
 def widerface(root):
