@@ -248,3 +248,26 @@ def mean_inverse_negative_penalty(distance, query_ids, gallery_ids):
     """mINP: a query's number of mates over the place of its last one, averaged. Arguments as for mAP."""
     mate, place = _sorted_mates(distance, query_ids, gallery_ids)
     return (mate.sum(1) / (mate * place).amax(1)).mean().item()
+
+
+def landmark_scores(errors, subsets, threshold):
+    """"nme", "fr" and "auc" of the NME of each image (B,), as fractions; of a subset as "nme/NAME".
+    Args: subsets {name: (B,) bool}, "" for all images; threshold, above which an image fails."""
+    scores = {}
+    for name, chosen in subsets.items():
+        end = f"/{name}" if name else ""
+        scores[f"nme{end}"] = float(errors[chosen].mean())
+        scores[f"fr{end}"] = failure_rate(errors[chosen], threshold)
+        scores[f"auc{end}"] = auc(errors[chosen], threshold)
+    return scores
+
+
+def landmark_table(scores, rows):
+    """Scores as text: a row for each {title: name of a score}, in % if the title says so, a column for each subset."""
+    columns = [key[2:] for key in scores if key == "fr" or key.startswith("fr/")]
+    lines = [" " * 16 + "".join(f"{column[1:] or 'full':>14}" for column in columns)]
+    for title, name in rows.items():
+        percent = title.endswith("(%)")
+        cells = [f"{100 * scores[name + c]:>14.2f}" if percent else f"{scores[name + c]:>14.4f}" for c in columns]
+        lines.append(f"{title:16}" + "".join(cells))
+    return "\n".join(lines)

@@ -1,0 +1,148 @@
+"""Files of tensors: a run's checkpoint, and published weights. They stay data: nothing in them is executed.
+
+A checkpoint is a dict: script, model and optimizer (state dicts), epoch, args (the flags), world (processes), data
+(what was trained on), and what a script adds. It is read whole and checked before any of it is used.
+"""
+import contextlib
+import os
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common import UserError
+
+# What a checkpoint must hold, and of which kind.
+KINDS = dict(model=dict, optimizer=dict, args=dict, data=list, epoch=int, world=int)
+
+# Flags of the command and the machine, never taken over from a checkpoint.
+COMMAND = {"output", "gpus", "device", "workers", "compile", "resume", "eval", "predict", "weights",
+           "init", "detector", "given", "boxes", "script"}
+# Flags that describe the data: another --data brings its own.
+DATA = {"data", "data_root", "limit", "norm", "threshold", "points"}
+
+
+def restore_args(args, saved: dict, path, data_flags: Sequence[str] = ()):
+    """Gives `args` the flags of a checkpoint's run, but for what was typed now, and for COMMAND.
+    Where --data names another set, its own DATA and `data_flags` stand."""
+    kept = COMMAND | set(args.given)
+    if "data" in args.given and args.data != saved.get("data"):
+        kept |= DATA | set(data_flags)
+    for key in vars(args).keys() - kept:
+        value = saved.get(key, getattr(args, key))
+        kinds = {type(value), type(getattr(args, key))}
+        if len(kinds) > 1 and kinds != {int, float}:
+            raise UserError(f"{path}: --{key.replace('_', '-')} is {value!r}: the file was changed")
+        setattr(args, key, value)
+
+
+def save(path: Path, **state):
+    """Writes tensors and plain values beside `path`, then renames the file: it is whole, or not there.
+    Raises: UserError where it cannot be written; an older file stays as it was."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer has its own error for a full disk
+        size = part.stat().st_size if part.exists() else 0
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written, after {size:,} bytes: {error}") from None
+
+
+def read_tensors(path) -> dict:
+    """A file's dict of tensors and plain values, on the CPU.   Raises: UserError."""
+    if not os.path.isfile(path):
+        hint = ", but a folder: name the last.pt in it" if os.path.isdir(path) else ""
+        raise UserError(f"no checkpoint {path}{hint}")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch itself does not look at the checksums
+            if damaged:
+                raise ValueError(f"wrong checksum of {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and storage errors all mean the same here
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} is damaged, or holds more than tensors and plain values: "
+                        f"{reason}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, expected a dict of tensors")
+    return state
+
+
+def load(path, script: str) -> dict:
+    """A checkpoint of `script`, on the CPU.   Raises: UserError."""
+    state = read_tensors(path)
+    if state.get("script") != script:
+        origin = state.get("script", "something else")
+        raise UserError(f"{path} is no checkpoint of {script}.py, but of {origin}")
+    for name, kind in KINDS.items():
+        if not isinstance(state.get(name), kind):
+            raise UserError(f"{path}: its {name} is {type(state.get(name)).__name__}, expected "
+                            f"{kind.__name__}; the file was changed")
+    return state
+
+
+def load_weights(net: nn.Module, weights: dict, path):
+    """Gives a network a checkpoint's tensors.   Raises: UserError if a name, shape or value does not fit."""
+    own = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    found = {name: tuple(getattr(value, "shape", ())) for name, value in weights.items()}
+    wrong = [name for name in own | found if own.get(name) != found.get(name)]
+    if wrong:
+        raise UserError(f"{path}: {len(wrong)} tensors do not fit the network that the flags describe; "
+                        f"the first, {wrong[0]}, is {found.get(wrong[0], 'missing')}, expected "
+                        f"{own.get(wrong[0], 'none')}")
+    broken = not_finite(weights)
+    if broken:
+        raise UserError(f"{path}: {broken[0]} and {len(broken) - 1} more tensors are not finite")
+    net.load_state_dict(weights)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path):
+    """Gives an optimizer a checkpoint's state.   Raises: UserError where a shape is not its parameter's: a fused
+    optimizer would write beyond it."""
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: the optimizer's state does not fit ({error})") from None
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
+                raise UserError(f"{path}: the optimizer's {name} is {tuple(value.shape)} for a parameter "
+                                f"of {tuple(parameter.shape)}; the file was changed")
+
+
+def not_finite(tensors: dict) -> list[str]:
+    """Names of the tensors that hold a value that is not finite."""
+    return [name for name, value in tensors.items() if not value.isfinite().all()]
+
+
+def init_backbone(backbone: nn.Module, path: str) -> str:
+    """Loads what a published state dict and the backbone share by name; returns what matched.
+    Raises: UserError when nothing matches, or a shared name has another shape."""
+    state = read_tensors(path)
+    state = state.get("state_dict", state.get("model", state))
+    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+        raise UserError(f"--init {path}: expected tensors by name, alone or under state_dict or model")
+    state = {re.sub(r"^(module\.|backbone\.)+", "", name): value for name, value in state.items()}
+    own = backbone.state_dict()
+    shared = {name: state[name] for name in own if name in state}
+    if not shared:
+        raise UserError(f"--init {path}: none of its {len(state)} names ({', '.join(list(state)[:3])}, "
+                        f"...) is one of the backbone's {len(own)} ({', '.join(list(own)[:3])}, ...)")
+    for name, value in shared.items():
+        if value.shape != own[name].shape:
+            raise UserError(f"--init {path}: {name} is {tuple(value.shape)}, the backbone's is "
+                            f"{tuple(own[name].shape)}")
+    backbone.load_state_dict(own | shared)
+    missing = [name for name in own if name not in state]
+    unused = [name for name in state if name not in own]
+    return (f"--init: {len(shared)} of {len(own)} backbone tensors from {path}; "
+            f"not in the file: {', '.join(missing[:4]) or 'none'}; "
+            f"in the file only: {', '.join(unused[:4]) or 'none'}")
