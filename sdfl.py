@@ -462,9 +462,10 @@ def train(args) -> dict:
             f"faces, {points} landmarks")
     if points not in datasets.SCHEMES:
         job.say(f"{points} landmarks are no known scheme: no mirroring, errors over their box")
-    if args.epochs < 5 * (args.drops + 1):
-        job.say(f"note: --drops {args.drops} in --epochs {args.epochs} leaves the full rate for "
-                f"{args.epochs / (args.drops + 1):.1f} epochs; fewer drops learn more in a short run")
+    between = args.epochs / (args.drops + 1)  # epochs from one drop of the rate to the next
+    if args.drops > 1 and between < 4:
+        job.say(f"note: --drops {args.drops} leaves {between:.1f} of {args.epochs} epochs at the full "
+                "rate; in a short run fewer drops learn more")
     # Network and optimizer
     mask = job.state["model"]["mask"] if job.state else neighbour_mask(landmarks, args.k)
     net = build(args, mask, job.device)
