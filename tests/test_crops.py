@@ -1,4 +1,4 @@
-"""Crops of common/datasets.py: one warp, points that follow, the same pixels from any cache, pure batches."""
+"""Crops of common/datasets.py: one warp, points that follow, the same pixels from any cache."""
 import os
 from types import SimpleNamespace
 
@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import datasets, warp
+from common import UserError, datasets, warp
+
+FLIP = [1, 0, 2, 3, 5, 4]  # of the six dots
 
 
 def dotted_face(size=300, seed=0):
@@ -16,11 +18,12 @@ def dotted_face(size=300, seed=0):
               + rng.uniform(-8, 8, (6, 2))).astype(np.float32)
     y, x = np.mgrid[:size, :size]
     dots = sum(np.exp(-((x - px) ** 2 + (y - py) ** 2) / 18) for px, py in points)
-    return datasets.Face(np.repeat((255 * np.clip(dots, 0, 1)).astype(np.uint8)[..., None], 3, 2), points)
+    pixels = (255 * np.clip(dots, 0, 1)).astype(np.uint8)
+    return datasets.Face(np.repeat(pixels[..., None], 3, 2), points)
 
 
 def dot_at(image, point, radius):
-    """Centroid of the brightness within `radius` px of a point that is at least so far from the border."""
+    """Centroid of the brightness within `radius` px of a point at least so far inside."""
     x0, y0 = np.round(point).astype(int) - radius
     patch = image[y0:y0 + 2 * radius + 1, x0:x0 + 2 * radius + 1, 0].astype(float)
     y, x = np.mgrid[y0:y0 + patch.shape[0], x0:x0 + patch.shape[1]]
@@ -32,7 +35,8 @@ def turn(rng, size):
     a, s = rng.uniform(-0.5, 0.5), rng.uniform(0.9, 1.1)
     linear = s * np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]])
     middle = np.full(2, (size - 1) / 2)
-    matrix = np.concatenate([linear, (middle - linear @ middle + rng.uniform(-5, 5, 2))[:, None]], 1)
+    shift = middle - linear @ middle + rng.uniform(-5, 5, 2)
+    matrix = np.concatenate([linear, shift[:, None]], 1)
     return matrix, rng.random() < 0.5, {"extra": rng.random(3)}
 
 
@@ -40,14 +44,14 @@ def crops(count=4, size=96, augment=None, **options):
     faces = [dotted_face(seed=seed) for seed in range(count)]
     frames = datasets.square_crops(datasets.face_boxes(faces, "landmarks"), size, 1.5)
     return datasets.CropDataset(faces, frames, size, augment, reach=1.8, zoom=1.1,
-                                flip=[1, 0, 2, 3, 5, 4], **options)
+                                flip=FLIP, **options)
 
 
 def test_square_crops_put_the_box_in_the_middle():
     frame = datasets.square_crops(np.array([[10.0, 20, 50, 100]]), 64, 1.25)[0]
-    np.testing.assert_allclose(frame @ [30, 60, 1], [31.5, 31.5])  # centre of the box, centre of the crop
-    np.testing.assert_allclose(frame @ [30, 60 - 50, 1], [31.5, -0.5])  # side 1.25 * 80: to the crop's edge
-    with pytest.raises(ValueError, match="face 1: box .* has no extent"):
+    np.testing.assert_allclose(frame @ [30, 60, 1], [31.5, 31.5])  # the centres
+    np.testing.assert_allclose(frame @ [30, 60 - 50, 1], [31.5, -0.5])  # side 1.25 * 80: to the edge
+    with pytest.raises(UserError, match="face 1: box .* has no extent"):
         datasets.square_crops(np.array([[0, 0, 1, 1], [5.0, 5, 5, 5]]), 64, 1.25)
 
 
@@ -55,13 +59,15 @@ def test_face_boxes():
     face = dotted_face()
     np.testing.assert_allclose(datasets.face_boxes([face], "landmarks")[0],
                                [*face.points.min(0), *face.points.max(0)], rtol=1e-6)
-    with pytest.raises(ValueError, match="face 0: --box face finds a box of 0 px there"):
+    with pytest.raises(UserError, match="face 0: --box face finds a box of 0 px there"):
         datasets.face_boxes([face], "face")
-    with pytest.raises(ValueError, match="a.jpg: --box landmarks finds a box of 0 px there, wanted 1 to"):
-        datasets.face_boxes([face, datasets.Face("a.jpg", np.ones((5, 2), np.float32))], "landmarks")
+    for points in (np.ones((5, 2)), np.linspace(0, 0.9, 10).reshape(5, 2)):
+        flat = datasets.Face("a.jpg", points.astype(np.float32))
+        with pytest.raises(UserError, match="a.jpg: --box landmarks finds a box of 0.* wanted 1 to"):
+            datasets.face_boxes([face, flat], "landmarks")
     face.box = (1, 2, 3, 4)
     assert datasets.face_boxes([face], "face").tolist() == [[1, 2, 3, 4]]
-    with pytest.raises(ValueError, match="--box head"):
+    with pytest.raises(UserError, match="--box head"):
         datasets.face_boxes([face], "head")
 
 
@@ -71,13 +77,14 @@ def test_points_follow_the_image(size):
     batch = data.__getitems__([(3, i) for i in range(4)])
     mirrored = 0
     for b in range(4):
-        image, points, flip = batch["image"][b].numpy(), batch["points"][b].numpy(), [1, 0, 2, 3, 5, 4]
+        image, points = batch["image"][b].numpy(), batch["points"][b].numpy()
         mirror = float(torch.linalg.det(batch["matrix"][b, :, :2])) < 0
         mirrored += mirror
-        placed = warp.apply_affine(batch["matrix"][b], torch.from_numpy(data.faces[b].points)).numpy()
-        np.testing.assert_allclose(points, placed[flip] if mirror else placed, atol=1e-3)
-        radius = int(np.ceil(11 * np.abs(np.linalg.det(batch["matrix"][b, :, :2])) ** 0.5))  # dots: sigma 3
-        inside = [point for point in points if (point > radius).all() and (point < size - 1 - radius).all()]
+        placed = warp.apply_affine(batch["matrix"][b], torch.from_numpy(data.faces[b].points))
+        np.testing.assert_allclose(points, placed[FLIP] if mirror else placed, atol=1e-3)
+        scale = np.abs(np.linalg.det(batch["matrix"][b, :, :2])) ** 0.5
+        radius = int(np.ceil(11 * scale))  # the dots have sigma 3
+        inside = points[((points > radius) & (points < size - 1 - radius)).all(1)]
         assert len(inside) >= 2
         for point in inside:
             assert np.abs(dot_at(image, point, radius) - point).max() < 0.06
@@ -91,12 +98,14 @@ def test_a_crop_is_a_function_of_seed_epoch_and_index():
     for key in ("image", "points", "matrix", "extra"):
         assert torch.equal(one[key][2], other[key][1]) and torch.equal(one[key][1], other[key][2])
         assert not torch.equal(one[key][2], other[key][0])
-    assert not torch.equal(crops(augment=turn, seed=1).__getitems__([(0, 1)])["points"][0], one["points"][1])
+    reseeded = crops(augment=turn, seed=1).__getitems__([(0, 1)])
+    assert not torch.equal(reseeded["points"][0], one["points"][1])
 
 
 def test_copies_are_drawn_apart():
     batch = crops(augment=turn, rows=[(2, 0), (2, 0)]).__getitems__([(0, 0), (0, 1)])
-    assert batch["index"].tolist() == [2, 2] and not torch.equal(batch["points"][0], batch["points"][1])
+    assert batch["index"].tolist() == [2, 2]
+    assert not torch.equal(batch["points"][0], batch["points"][1])
 
 
 def with_mirrored_copies(augment=None):
@@ -108,24 +117,26 @@ def test_mirrored_copies_are_the_crop_seen_in_a_mirror():
     batch = with_mirrored_copies().__getitems__([(0, i) for i in range(8)])
     assert batch["index"].tolist() == [0, 1, 2, 3] * 2
     points, mirrored = batch["points"].chunk(2)
-    mirror = points[:, [1, 0, 2, 3, 5, 4]] * torch.tensor([-1.0, 1]) + torch.tensor([95.0, 0])
+    mirror = points[:, FLIP] * torch.tensor([-1.0, 1]) + torch.tensor([95.0, 0])
     torch.testing.assert_close(mirrored, mirror, atol=1e-4, rtol=0)
     image, copy = batch["image"].float().chunk(2)
     assert (image.flip(2) - copy).abs().mean() < 0.5 and (image - copy).abs().mean() > 4
-    assert torch.equal(batch["image"][:4], crops().__getitems__([(0, i) for i in range(4)])["image"])
+    plain = crops().__getitems__([(0, i) for i in range(4)])
+    assert torch.equal(batch["image"][:4], plain["image"])
     determinant = torch.linalg.det(batch["matrix"][:, :, :2])
     torch.testing.assert_close(determinant[4:], -determinant[:4])
 
 
 def test_points_follow_the_image_of_a_mirrored_copy_that_is_turned():
     data, keys = with_mirrored_copies(turn), [(epoch, i) for epoch in range(3) for i in range(8)]
-    batch, flip = data.__getitems__(keys), [1, 0, 2, 3, 5, 4]
+    batch = data.__getitems__(keys)
     drawn = [turn(np.random.default_rng((0, *key)), 96)[1] for key in keys]
     for b, (_, i) in enumerate(keys):
         mirror = float(torch.linalg.det(batch["matrix"][b, :, :2])) < 0
-        assert mirror == (drawn[b] != (i >= 4))  # drawn mirrored, a mirrored copy is as the face was
+        assert mirror == (drawn[b] != (i >= 4))  # a mirrored copy drawn mirrored is as it was
         placed = warp.apply_affine(batch["matrix"][b], torch.from_numpy(data.faces[i % 4].points))
-        torch.testing.assert_close(batch["points"][b], placed[flip] if mirror else placed, atol=1e-3, rtol=0)
+        wanted = placed[FLIP] if mirror else placed
+        torch.testing.assert_close(batch["points"][b], wanted, atol=1e-3, rtol=0)
         image, points, radius = batch["image"][b].numpy(), batch["points"][b].numpy(), 11
         for point in points[((points > radius + 1) & (points < 94 - radius)).all(1)]:
             assert np.abs(dot_at(image, point, radius) - point).max() < 0.1
@@ -164,7 +175,7 @@ def test_a_cache_of_the_wrong_length_is_named(tmp_path):
     crops().regions.keep(str(tmp_path), verbose=False)
     [file] = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=f"{file.name} has not .* bytes, as it should: delete it"):
+    with pytest.raises(UserError, match=f"{file.name} has not .* bytes, as it should: delete it"):
         crops().regions.keep(str(tmp_path), verbose=False)
 
 
@@ -183,22 +194,26 @@ def test_a_cache_that_does_not_fit_is_refused_with_its_size(tmp_path, monkeypatc
     assert "cache: 8 faces, 1 MB" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+def crop(pixels, box, size):
+    """The crop of a face that has no points."""
+    matrices = datasets.square_crops(np.array([box], float), size, 1.0)
+    data = datasets.CropDataset([datasets.Face(pixels)], matrices, size)
+    batch = data.__getitems__([(0, 0)])
+    assert "points" not in batch
+    return batch["image"][0]
+
+
 def test_outside_the_image_is_grey():
-    face = datasets.Face(np.full((20, 30, 3), 255, np.uint8), np.array([[0, 0], [29, 19]], np.float32))
-    data = datasets.CropDataset(
-        [face], datasets.square_crops(np.array([[-60.0, -60, -30, -30]]), 32, 1.0), 32)
-    assert (data.__getitems__([(0, 0)])["image"] == datasets.BORDER).all()
-    data = datasets.CropDataset([face], datasets.square_crops(np.array([[-15.0, -15, 15, 15]]), 60, 1.0), 60)
-    image = data.__getitems__([(0, 0)])["image"][0]
+    white = np.full((20, 30, 3), 255, np.uint8)
+    assert (crop(white, [-60, -60, -30, -30], 32) == datasets.BORDER).all()
+    image = crop(white, [-15, -15, 15, 15], 60)
     assert (image[:26, :26] == datasets.BORDER).all() and (image[34:, 34:] == 255).all()
 
 
 def test_shrinking_does_not_alias():
     y, x = np.mgrid[:512, :512]
     stripes = np.repeat((255 * ((x // 2 + y // 2) % 2)).astype(np.uint8)[..., None], 3, 2)
-    face = datasets.Face(stripes, np.array([[0, 0], [511, 511]], np.float32))
-    data = datasets.CropDataset([face], datasets.square_crops(np.array([[96.0, 96, 416, 416]]), 37, 1.0), 37)
-    image = data.__getitems__([(0, 0)])["image"].float()
+    image = crop(stripes, [96, 96, 416, 416], 37).float()
     assert (image - 127.5).abs().max() < 40  # a bilinear look at single pixels would give 0 to 255
 
 
@@ -216,7 +231,7 @@ def test_batches_are_a_permutation_cut_over_the_ranks():
     assert [i for batch in alone for _, i in batch] != indices
     few = datasets.EpochBatches(2, 6)
     assert len(few) == 1 and sorted(i for _, i in next(iter(few))) == [0, 0, 0, 1, 1, 1]
-    with pytest.raises(ValueError, match="--batch-size 7 does not divide over 2 processes"):
+    with pytest.raises(UserError, match="--batch-size 7 does not divide over 2 processes"):
         datasets.EpochBatches(23, 7, world=2)
 
 
@@ -237,19 +252,10 @@ def test_the_device_loader_gives_the_same_crops():
     assert difference.abs().mean() < 0.5 and difference.abs().max() < 12
 
 
-def test_faces_without_points_are_cropped_too():
-    face = datasets.Face(np.zeros((20, 30, 3), np.uint8))
-    data = datasets.CropDataset([face], datasets.square_crops(np.array([[0.0, 0, 29, 19]]), 32, 1.0), 32)
-    assert "points" not in data.__getitems__([(0, 0)])
-
-
-def test_image_paths(tmp_path):
-    for name in ("a b.jpg", "sub/c.PNG", "sub/note.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert set(datasets.image_paths([str(tmp_path)])) == {"a b", "sub/c"}
-    assert set(datasets.image_paths([str(tmp_path / "sub/c.PNG")])) == {"c"}
-    with pytest.raises(FileNotFoundError, match="no image"):
-        datasets.image_paths([str(tmp_path / "nothing")])
-    with pytest.raises(ValueError, match="would both be written as c"):
-        datasets.image_paths([str(tmp_path / "sub"), str(tmp_path / "sub/c.PNG")])
+def test_divisors():
+    face = datasets.Face("a.jpg", np.mgrid[:19, :2][0].T.reshape(19, 2), (0, 0, 20, 5))
+    matrix = np.eye(2, 3)[None]
+    assert datasets.CropDataset([face], matrix, 8).divisors("auto").tolist() == [10]  # of AFLW
+    face.box = None
+    box = np.ptp(face.points, axis=0).prod() ** 0.5
+    assert datasets.CropDataset([face], matrix, 8).divisors("auto").tolist() == [box]
