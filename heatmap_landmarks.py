@@ -44,9 +44,9 @@ Differs from the paper, or settles what it leaves open:
     face (paper: the centre-most). Without it training and test crops are placed by the true points with
     Gaussian noise of 3 % of the face's scale, one draw for each face: a stand-in for a detector.
     --align two-pass and box, for those who have only a box, are not the paper's.
-  - Random erasing: in the second half of the run, as the paper's [AID] erases in a second stage; half of the
-    images, 2 to 15 % of the area, filled with the mean colour. Rotation: up to 15 degrees; the paper tried 1 to 15 and
-    does not say which it kept.
+  - Random erasing: in the second half of the run, as the paper's [AID] erases in a second stage; half of
+    the images, 2 to 15 % of the area, filled with the mean colour. Rotation: up to 15 degrees; the paper
+    tried 1 to 15 and does not say which it kept.
   - Colour: one affine map of RGB for each image holds the PCA shift, the jitter in its random order and the
     normalisation; nothing is clipped between them. No weight decay (not mentioned).
   - The flip test doubles the cost (MNetV2-1.0 SDD: 0.87 G multiply-adds), and the challenge forbade it: it is
@@ -195,7 +195,7 @@ def check_flags(args, error: Callable[[str], None]):
     wanted = [("size", args.size >= 32 and args.size % 32 == 0, "a multiple of 32, the backbones' stride"),
               ("kernel", args.kernel > 0 and args.kernel % 2 == 1, "an odd number"),
               ("erase", 0 <= args.erase <= 1, "a chance, 0 to 1"),
-              ("erase_from", 0 <= args.erase_from <= 1, "a part of the run, 0 to 1 (0.5: half of the epochs)"),
+              ("erase_from", 0 <= args.erase_from <= 1, "a part of the run, 0 to 1"),
               ("jitter", 0 <= args.jitter <= 1, "0 to 1"),
               ("rotate", 0 <= args.rotate <= 180, "0 to 180 degrees"),
               ("scale", 0 <= args.scale < 1, "0 to below 1")]

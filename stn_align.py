@@ -1349,8 +1349,8 @@ def train(args) -> tuple[dict, Path]:
         print(f"run: {folder}, processes: {world}, epochs done: {start} of {args.epochs}", flush=True)
         first_drop = float(min(drop_at, default=1) * args.epochs * steps)
         if args.warmup > first_drop:
-            print(f"note: the rate rises for {args.warmup} steps but drops after {first_drop:.0f}: it never is "
-                  f"--lr {args.lr:g}; a run this short wants a smaller --warmup")
+            print(f"note: the rate rises for {args.warmup} steps but drops after {first_drop:.0f}: it "
+                  f"never is --lr {args.lr:g}; a run this short wants a smaller --warmup")
         if state and state["world"] != world:
             print(f"the run had {state['world']} processes: batch norms now see other shares, numbers change")
         cut_log(folder / "log.jsonl", start)

@@ -1,5 +1,6 @@
-"""Every preset of every script, whole, on a tiny tree in the true layout of its set; every command of README.md."""
+"""Every preset whole, on a tiny tree in the true layout of its set; every command that is shown."""
 import argparse
+import ast
 import importlib
 import json
 import os
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from common import datasets
 from tests import trees
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,15 +22,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*in the official one")
 # What the size of a test forces: few px, few channels, few faces a step. All else is the preset's.
 TINY = {
     "sdfl": "--limit 8 --size 64 --batch-size 6 --backbone mobilenetv2",
-    "heatmap_landmarks": "--limit 8 --size 64 --batch-size 6 --backbone mobilenetv2_0.25 --filters 8",
+    "heatmap_landmarks": "--limit 8 --size 64 --batch-size 6 --backbone mobilenetv2_0.25 "
+                         "--filters 8",
     "lddmm_face": "--limit 8 --size 64 --batch-size 6 --backbone mobilenetv2",
     "stn_align": "--limit 12 --size 32 --batch-size 6 --depth 10 --width 8",
     "kprpe": "--limit 12 --size 32 --batch-size 6 --model own --dim 16 --depth 1 --heads 2",
     "kprpe-dfa": "--limit 8 --size 64 --batch-size 6",
     "kprpe-gait": "--limit 2 --batch-size 8 --dim 16 --heads 2",
 }
-LANDMARKS = {"vggface2": "landmarks.csv", "ms1m": "ldmk_5points.csv", "ms1m-small": "ldmk_5points.csv",
-             "webface-base": "ldmk_5points.csv"}  # of sets that have none of their own
+# Beside the sets that have no landmarks of their own.
+LANDMARKS = {"vggface2": "landmarks.csv", "ms1m": "ldmk_5points.csv",
+             "ms1m-small": "ldmk_5points.csv", "webface-base": "ldmk_5points.csv"}
 
 
 def presets_of(kind):
@@ -94,7 +96,7 @@ def killed(kind, *flags):
 
 
 def check_schedule(kind, args, state, printed):
-    """A rate that two epochs are too few for is said in one line; an epoch has the rows that it should have."""
+    """One line says if two epochs are too few for the rate; an epoch has the rows that it should."""
     wanted = ""
     if kind == "sdfl":
         wanted = f"note: --drops {args.drops} leaves "
@@ -103,14 +105,13 @@ def check_schedule(kind, args, state, printed):
     noted = [line for line in printed.splitlines() if line.startswith("note: ")]
     assert len(noted) == bool(wanted) and all(line.startswith(wanted) for line in noted)
     if kind == "sdfl":
-        assert state["faces"][0] > args.limit if args.pdb else state["faces"][0] == args.limit  # balanced
+        assert (state["faces"][0] > args.limit) == bool(args.pdb)  # balanced by repetition
     if kind == "heatmap_landmarks":
         assert state["faces"][0] == 2 * args.limit and args.flip_copies  # with its mirror images
 
 
 @pytest.mark.parametrize("kind, data", CASES)
-def test_a_preset_trains_goes_on_after_a_kill_and_is_evaluated(kind, data, tree_of, tmp_path, monkeypatch,
-                                                               capsys):
+def test_a_preset_runs_whole(kind, data, tree_of, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     root = tree_of(data)
     flags = flags_of(kind, data, root, epochs=2)
@@ -127,7 +128,8 @@ def test_a_preset_trains_goes_on_after_a_kill_and_is_evaluated(kind, data, tree_
     again = [*task, "--data", data, "--device", "cpu"]
     scores = go(kind, *again, "--output", "run", "--resume")
     rows = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
-    assert {row["epoch"] for row in rows} == {1, 2} and np.isfinite([row.get("loss", 0) for row in rows]).all()
+    assert {row["epoch"] for row in rows} == {1, 2}
+    assert np.isfinite([row.get("loss", 0) for row in rows]).all()
 
     again += TINY[kind].split()[:2]  # --limit
     if root:
@@ -144,7 +146,8 @@ def test_a_preset_trains_goes_on_after_a_kill_and_is_evaluated(kind, data, tree_
 def test_two_processes_train_and_go_on(kind, data, tree_of, tmp_path):
     root = tree_of(data)
     script = [sys.executable, str(ROOT / f"{kind.partition('-')[0]}.py")]
-    flags = [*flags_of(kind, data, root, epochs=1), "--gpus", "2", "--output", str(tmp_path / "run")]
+    flags = flags_of(kind, data, root, epochs=1)
+    flags += ["--gpus", "2", "--output", str(tmp_path / "run")]
     done = subprocess.run([*script, *flags], capture_output=True, text=True, cwd=tmp_path,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -152,12 +155,12 @@ def test_two_processes_train_and_go_on(kind, data, tree_of, tmp_path):
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 1
 
 
-# ---- Commands that are shown -------------------------------------------------------------------------------
+# ---- Commands that are shown ---------------------------------------------------------------------
 
 
 def shown_commands(text, indent):
-    """Command lines of the blocks that are indented by so many blanks: those of python, torchrun, and what
-    follows pip's; lines that end in a backslash are joined."""
+    """Commands of python and torchrun, also behind pip's, in lines that are indented by so many blanks;
+    lines that end in a backslash are joined."""
     commands = []
     for line in text.replace("\\\n", " ").splitlines():
         line = re.sub(r"(^|\s)#.*", "", line)  # a remark
@@ -170,7 +173,7 @@ def shown_commands(text, indent):
 
 
 def alternatives(command):
-    """["a", "a --x 1", "a --y"] of "a [--x 1 | --y]": without what is optional, then with each of it."""
+    """["a", "a --x 1", "a --y"] of "a [--x 1 | --y]"."""
     choices = [choice for group in re.findall(r"\[(.*?)\]", command) for choice in group.split("|")]
     plain = re.sub(r"\[.*?\]", "", command)
     return [plain, *(f"{plain} {choice}" for choice in choices)]
@@ -184,7 +187,8 @@ README = (ROOT / "README.md").read_text()
 SHOWN = {command: "README.md" for command in shown_commands(README, 4)}
 SHOWN |= {command: "README.md" for command in re.findall(r"`(python [\w-]+\.py[^`]*)`", README)}
 for path in sorted(ROOT.glob("*.py")):
-    SHOWN |= {command: path.name for command in shown_commands(path.read_text().partition('"""\nimport')[0], 2)}
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    SHOWN |= {command: path.name for command in shown_commands(docstring, 2)}
 
 
 def test_readme_shows_commands():
@@ -198,7 +202,7 @@ def test_a_shown_command_has_flags_that_exist(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os.path, "isfile", lambda path: True)
     for line in alternatives(command):
-        words = [word for word in shlex.split(line.replace("x0,y0,x1,y1", "1,2,3,4")) if word != "..."]
+        words = shlex.split(line.replace("x0,y0,x1,y1", "1,2,3,4").replace(" ...", ""))
         if words[:2] == ["python", "-m"]:
             module = importlib.import_module(words[2])
             parse = argparse.ArgumentParser.parse_args

@@ -1,4 +1,4 @@
-"""Tiny data sets in the true layout of the public ones, with drawn faces, so that landmarks are real."""
+"""Tiny data sets in the true layout of the public ones, of drawn faces."""
 import json
 import pickle
 import struct
@@ -14,7 +14,7 @@ TRAIN = 12  # faces of a training split, of three people
 TEST = 8    # faces of a test split, of two people
 SIZE = 96   # px, side of a drawn image
 
-# ---- Files -------------------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 def put_text(path, text):
@@ -59,7 +59,8 @@ class Mat:
         return self.matrix(name, np.shape(array), array_class, self.element(kind, data))
 
     def text(self, name, text, kind=4):
-        data = text.encode({"<": "utf-16-le", ">": "utf-16-be"}[self.order] if kind in (4, 17) else "utf-8")
+        wide = {"<": "utf-16-le", ">": "utf-16-be"}[self.order]
+        data = text.encode(wide if kind in (4, 17) else "utf-8")
         return self.matrix(name, (1, len(text)), 4, self.element(kind, data))
 
     def file(self, path, *variables, compressed=False):
@@ -122,7 +123,7 @@ def put_mnist(root, count=12):
 
 
 def walker(height=90, at=(40, 10), size=(120, 100)):
-    """A raw silhouette with a head, a trunk and two legs, and 17 joints (x, y, score) px, on its limbs."""
+    """A raw silhouette with head, trunk and legs, and 17 joints (x, y, score) px on its limbs."""
     image, joints = np.zeros(size, np.uint8), np.ones((17, 3), np.float32)
     x, y = at
     h = height / 90
@@ -138,8 +139,9 @@ def walker(height=90, at=(40, 10), size=(120, 100)):
 
 
 def put_gait3d(root, people, probes):
-    """Gait3D with four frames a sequence, single images and texts; people: {"TRAIN_SET": [...], "TEST_SET":
-    [...]}, each with two sequences.   Returns: {name: [(silhouette, joints)]}."""
+    """Gait3D with four frames a sequence, single images and texts.
+    people: {"TRAIN_SET": [...], "TEST_SET": [...]}, each with two sequences.
+    Returns: {name: [(silhouette, joints)]}."""
     put_text(root / "Gait3D.json", json.dumps(people | {"PROBE_SET": probes}))
     made = {}
     for person in sorted({*people["TRAIN_SET"], *people["TEST_SET"]}):
@@ -155,12 +157,13 @@ def put_gait3d(root, people, probes):
     return made
 
 
-# ---- Sets --------------------------------------------------------------------------------------------------
+# ---- Sets ----------------------------------------------------------------------------------------
 
 
 def drawn(split, points, size=SIZE):
     """The drawn faces of a split, four of each person: (pixels, landmarks, box, person) each."""
-    faces = synthetic.read_faces(split, TRAIN if split == "train" else TEST, size, points, per_identity=4)
+    count = TRAIN if split == "train" else TEST
+    faces = synthetic.read_faces(split, count, size, points, per_identity=4)
     return [(face.image(), face.points, face.box, face.identity) for face in faces]
 
 
@@ -196,8 +199,9 @@ def cofw(root):
             put_image(root / split / f"{i}.jpg", pixels)
             centre = (np.array(box[:2]) + box[2:]) / 2
             five = datasets.group_means(points, datasets.SCHEMES[29].five)
-            rows.append("\t".join([f"{i}.jpg", joined(five, ","), joined(points, ","),
-                                   f"{(box[3] - box[1]) / 200:.4f}", *(f"{v:.2f}" for v in centre)]))
+            scale = (box[3] - box[1]) / 200
+            row = [f"{i}.jpg", joined(five, ","), joined(points, ","), joined([scale, *centre], "\t")]
+            rows.append("\t".join(row))
         put_text(root / f"{split}.tsv", "\n".join(rows) + "\n")
 
 
@@ -223,7 +227,7 @@ def helen(root):
 
 
 def aflw(root):
-    """20,000 rows of the training split, of which the first have images, and those of the test split."""
+    """20,000 rows of the training split, the first with images, then those of the test split."""
     count = 20000 + TEST
     names = [f"0/image{i:05d}.jpg" for i in range(count)]
     data = np.empty((count, 38), np.float32)
@@ -241,13 +245,16 @@ def aflw(root):
 
 
 def jd106(root):
-    for split, folder in (("train", "Train"), ("test", "Test_data1")):
+    sources = ("AFW", "HELEN", "IBUG", "LFPW")
+    for split in ("train", "test"):
         for i, (pixels, points, box, _) in enumerate(drawn(split, 106)):
-            name = f"AFW_{split}_{i}.jpg"
-            put_image(root / folder / "picture" / name, pixels)
+            source = sources[i % 4]
+            folder = root / ("Test_data1" if split == "test" else f"Training_data/{source}")
+            name = f"{source}_{split}_{i}.jpg"
+            put_image(folder / "picture" / name, pixels)
             rows = "\n".join(joined(point, " ") for point in points)
-            put_text(root / folder / "landmark" / f"{name}.txt", f"106\n{rows}\n")
-            put_text(root / folder / "rect" / f"{name}.rect", joined(box, " "))
+            put_text(folder / "landmark" / f"{name}.txt", f"106\n{rows}\n")
+            put_text(folder / "rect" / f"{name}.rect", joined(box, " "))
 
 
 def lapa(root):
@@ -302,8 +309,8 @@ def vggface2(root):
 
 
 def records(root):
-    """insightface's record folder: train.rec, lfw.bin for --test; and CVLface's table of five points beside
-    it, for --landmarks."""
+    """insightface's record folder, with lfw.bin for --test; beside it CVLface's table of five points,
+    for --landmarks."""
     rows = ["idx," + ",".join(f"ldmk_{i}" for i in range(10))]
     images = []
     pictures = []
@@ -314,7 +321,7 @@ def records(root):
         rows.append(f"{i},{joined((points + 0.5) / 112, ',')}")
     put_records(root, [payload((TRAIN + 1, TRAIN + 1)), *images])
     put_text(root / "ldmk_5points.csv", "\n".join(rows) + "\n")
-    listed = []  # ten folds of two pairs: two images of one person, of whom there are four; one of the next
+    listed = []  # ten folds of two pairs: two images of one person, who has four; one, the next person's
     for fold in range(10):
         i = fold % TRAIN
         listed += [pictures[j] for j in (i, i ^ 1, i, (i + 4) % TRAIN)]
@@ -324,13 +331,16 @@ def records(root):
 def widerface(root):
     """Training faces and, by hash of the name, the tenth of them that is the test split."""
     rows = []
-    numbers = {split: [n for n in range(200) if (zlib.crc32(f"0--Parade/{n}.jpg".encode()) % 10 == 0) ==
-                       (split == "test")] for split in ("train", "test")}
+    names = {"train": [], "test": []}
+    for number in range(200):
+        name = f"0--Parade/{number}.jpg"
+        names["train" if zlib.crc32(name.encode()) % 10 else "test"].append(name)
     for split in ("train", "test"):
-        for number, (pixels, points, (x0, y0, x1, y1), _) in zip(numbers[split], drawn(split, 5)):
-            put_image(root / "train" / "images" / "0--Parade" / f"{number}.jpg", pixels)
+        for name, (pixels, points, (x0, y0, x1, y1), _) in zip(names[split], drawn(split, 5)):
+            put_image(root / "train" / "images" / name, pixels)
+            box = f"{x0:.0f} {y0:.0f} {x1 - x0:.0f} {y1 - y0:.0f}"
             marks = " ".join(f"{x:.3f} {y:.3f} 0.0" for x, y in points)
-            rows.append(f"# 0--Parade/{number}.jpg\n{x0:.0f} {y0:.0f} {x1 - x0:.0f} {y1 - y0:.0f} {marks} 0.8")
+            rows.append(f"# {name}\n{box} {marks} 0.8")
     put_text(root / "train" / "label.txt", "\n".join(rows) + "\n")
 
 
@@ -339,15 +349,16 @@ def gait3d(root):
                ["0002-camid3_videoid1-seq0", "0007-camid10_videoid2-seq0"])
 
 
-WRITERS = {"wflw": wflw, "300w": ibug_300w, "cofw": cofw, "cofw68": cofw68, "helen": helen, "aflw": aflw,
-           "jd106": jd106, "lapa": lapa, "csv": csv, "youtube": youtube, "folder": folder,
-           "vggface2": vggface2, "ms1m": records, "ms1m-small": records, "webface-base": records,
+WRITERS = {"wflw": wflw, "300w": ibug_300w, "cofw": cofw, "cofw68": cofw68, "helen": helen,
+           "aflw": aflw, "jd106": jd106, "lapa": lapa, "csv": csv, "youtube": youtube,
+           "folder": folder, "vggface2": vggface2, "ms1m": records, "ms1m-small": records,
+           "webface-base": records,
            "widerface": widerface, "affnist": put_mnist, "gait3d": gait3d}
 
 
 def make(name, root):
-    """Writes the set `name`, a --data of any script, below the new folder `root`; returns the folder as text.
-    Drawn sets need no files: for them the answer is ""."""
+    """Writes the set `name`, a --data of any script, below the new folder `root`.
+    Returns: the folder as text, "" for drawn sets, which need no files."""
     if name in ("faces", "walkers"):
         return ""
     root = Path(root)
