@@ -5,11 +5,11 @@ Image Processing 30, 2021. https://arxiv.org/abs/1912.04530
 
 The method. A backbone turns a 256 px face into an 8 x 8 feature map. Two convolutions give every
 landmark four channels of it, which become the features of one graph node (map-to-node). The graph
-joins each landmark to the k landmarks whose coordinates correlate most with its own over the training
-set; a small network weighs these edges anew for every image, so that an occluded landmark can be muted.
-Ten graph convolutions, residual in pairs, pass features along the edges and end in the coordinates. The
-loss is a soft wing on the coordinates and, by the graph's Laplacian, on each landmark's place among its
-neighbours.
+joins each landmark to the k landmarks whose coordinates correlate most with its own over the
+training set; a small network weighs these edges anew for every image, so that an occluded landmark
+can be muted. Ten graph convolutions, residual in pairs, pass features along the edges and end in
+the coordinates. The loss is a soft wing on the coordinates and, by the graph's Laplacian, on each
+landmark's place among its neighbours.
 
 Train on WFLW on four GPUs (the paper: NME 4.35 %; not run here, see README):
   python sdfl.py --data wflw --data-root WFLW --gpus 4 --amp --cache device
@@ -31,33 +31,36 @@ Where each equation is:
   Eq. (11)      wing                             wing
   Eq. (12)      NME                              common.metrics.nme
 
-Where the paper is silent, or the authors' code (BeierZhu/Sturcture-Coherency-Face-Alignment at 97513e9)
-differs from it:
-  - sigma in Eq. (4) is a softmax over the edges of a node. Over the zeros of A as well it would join
-    every pair. The code takes it over the edges too, but then transposes A, so that columns sum to 1.
-  - We have one W a graph layer, k + 1 entries in each row of M, and edge weights from the image, as the
-    paper does. The code has two W (for the node and for its neighbours), makes M symmetric, and its
-    released model learns fixed edge weights.
-  - We average the loss over the coordinates, as the code does; Eq. (10) sums, which is 2N times larger
-    and does not train at lr 0.01. Both terms use one l(.), as in the paper; the code's second term is
-    always a soft wing.
+Where the paper is silent, or the authors' code (BeierZhu/Sturcture-Coherency-Face-Alignment at
+97513e9) differs from it:
+  - sigma in Eq. (4) is a softmax over the edges of a node. Over the zeros of A as well it would
+    join every pair. The code takes it over the edges too, but then transposes A, so that columns
+    sum to 1.
+  - We have one W a graph layer, k + 1 entries in each row of M, and edge weights from the image, as
+    the paper does. The code has two W (for the node and for its neighbours), makes M symmetric, and
+    its released model learns fixed edge weights.
+  - We average the loss over the coordinates, as the code does; Eq. (10) sums, which is 2N times
+    larger and does not train at lr 0.01. Both terms use one l(.), as in the paper; the code's
+    second term is always a soft wing.
   - The loss sees coordinates in px of a 256 px crop whatever --size is, for which the constants of
     Eq. (9) are made.
-  - The head's output is added to the mean training face; paper and code add it to zero. All nodes share
-    the last layer's weights and bias, so each landmark's mean place would have to grow out of the batch
-    norms of the node embedding, which takes tens of epochs. The FC head is treated alike.
-  - A crop is the square about the true landmarks, 1.25 times as wide, cut from the image by one warp,
-    grey outside. The paper says "center-cropped"; the code reads files that were cropped beforehand.
-  - From the code, as the paper is silent: z-score of each image and channel; 256 channels in map-to-node;
-    2N hidden units in the weighting network (there with a batch norm); an occluder of one random colour
-    in half of the images, 20 % of the area, aspect 0.4 to 2.5; even bins of the absolute pose value.
-  - Pose balancing aligns the shapes before it takes the principal component, as the paper's [2] does;
-    the code does not align them.
+  - The head's output is added to the mean training face; paper and code add it to zero. All nodes
+    share the last layer's weights and bias, so each landmark's mean place would have to grow out of
+    the batch norms of the node embedding, which takes tens of epochs. The FC head is treated alike.
+  - A crop is the square about the true landmarks, 1.25 times as wide, cut from the image by one
+    warp, grey outside. The paper says "center-cropped"; the code reads files that were cropped
+    beforehand.
+  - From the code, as the paper is silent: z-score of each image and channel; 256 channels in
+    map-to-node; 2N hidden units in the weighting network (there with a batch norm); an occluder of
+    one random colour in half of the images, 20 % of the area, aspect 0.4 to 2.5; even bins of the
+    absolute pose value.
+  - Pose balancing aligns the shapes before it takes the principal component, as the paper's [2]
+    does; the code does not align them.
   - Images are RGB and a mirrored x is W - 1 - x; in the code BGR and W - x.
   - We report the last epoch; the code the best of all epochs on the test set.
   - With --gpus N each process normalises its own share of the batch, as is usual for batch norms.
-  - Table V's 5.165 GFLOPs counts a multi-scale node embedding that the paper does not describe; with
-    the one that it does, ResNet34 has 4.918 G multiply-adds in its convolutions.
+  - Table V's 5.165 GFLOPs counts a multi-scale node embedding that the paper does not describe;
+    with the one that it does, ResNet34 has 4.918 G multiply-adds in its convolutions.
 """
 import itertools
 import math
@@ -76,11 +79,11 @@ from common import UserError, datasets, metrics, photos, run, synthetic, warp
 
 # ---- Settings ------------------------------------------------------------------------------------
 
-# Sec. IV-B. The paper names no backbone for its best rows; Table I has HRNetW18C at Table II's 4.35 %.
+# Sec. IV-B. The paper names no backbone for its best rows; HRNetW18C has their 4.35 % in Table I.
 PAPER = dict(size=256, epochs=500, batch_size=64, lr=0.01, weight_decay=5e-4, backbone="hrnet_w18",
              k=3, lam=1.0, pdb=9, drops=4, norm="io", threshold=0.10, margin=1.25, eval_every=10)
-SMALL = dict(size=128, epochs=30, batch_size=32, pdb=0, drops=2, backbone="mobilenetv2", norm="auto",
-             cache="device", eval_every=1)
+SMALL = dict(size=128, epochs=30, batch_size=32, pdb=0, drops=2, backbone="mobilenetv2",
+             norm="auto", cache="device", eval_every=1)
 PRESETS = {
     "wflw": {},  # Table II
     "300w": {},  # Table IV
@@ -98,24 +101,24 @@ DRAWN = {"train": 1600, "test": 400}  # faces of --data faces
 
 
 def parse_args(argv=None):
-    """The flags of all scripts and this paper's, with the defaults of the preset that --data names."""
+    """The flags of all scripts and this paper's, with the defaults of --data's preset."""
     parser = run.make_parser("sdfl", "Structure-coherent face alignment", PAPER, PRESETS, argv)
     run.add_landmark_flags(parser)
     add = parser.add_argument_group("SDFL").add_argument
-    add("--backbone", default="hrnet_w18", choices=BACKBONES, help="convolutional network (Table I)")
-    add("--head", default="graph", choices=["graph", "fc"], help="graph layers, or Table I's baseline")
-    add("--loss", default="softwing", choices=LOSSES, help="l(.) of Eq. (10), for both of its terms")
-    add("--epsilon", type=run.above_zero, default=0.5, help="curvature of the wing losses (Table VII)")
-    add("--lam", type=run.nonnegative, default=1.0, help="lambda of Eq. (10), weight of the relative "
-        "location loss")
+    add("--backbone", default="hrnet_w18", choices=BACKBONES, help="Table I's network")
+    add("--head", default="graph", choices=["graph", "fc"], help="graph, or Table I's baseline")
+    add("--loss", default="softwing", choices=LOSSES, help="l(.) of Eq. (10), for both terms")
+    add("--epsilon", type=run.above_zero, default=0.5, help="curvature of the wings (Table VII)")
+    add("--lam", type=run.nonnegative, default=1.0, help="lambda of Eq. (10), weight of the "
+        "relative location loss")
     add("--k", type=run.natural, default=3, help="neighbours of a landmark (Fig. 8)")
-    add("--adjacency", default="dynamic", choices=["dynamic", "binary"], help="edge weights by face, or "
-        "equal ones (Table VI)")
+    add("--adjacency", default="dynamic", choices=["dynamic", "binary"], help="edge weights from "
+        "the image, or equal ones (Table VI)")
     add("--pdb", type=run.natural, default=9, help="bins of pose-based data balancing, 0: none; an "
         "epoch gets longer")
-    add("--drops", type=run.natural, default=4, help="how often the rate is divided by 5, evenly over "
-        "the run; a run of a few epochs wants one or none")
-    add("--flip-test", action="store_true", help="average with the prediction of the mirrored image")
+    add("--drops", type=run.natural, default=4, help="how often the rate is divided by 5, evenly "
+        "over the run; a run of a few epochs wants one or none")
+    add("--flip-test", action="store_true", help="average with the mirrored image's prediction")
     return run.parse(parser, argv)
 
 
@@ -127,40 +130,46 @@ EXPANSION = 4  # n of Sec. III-A: channels of the feature map that become one no
 def neighbour_mask(landmarks: torch.Tensor, k: int) -> torch.Tensor:
     """The neighbourhood M of Eq. (2): each landmark's k most correlated others, and itself.
 
-    Args: landmarks (M, N, 2), the training set in a common frame (crops, before augmentation: in the images'
-        own pixels every landmark correlates with every other). k: 0 <= k < N.
+    Args: landmarks (M, N, 2), the training set in a common frame (crops, before augmentation: in
+        the images' own pixels every landmark correlates with every other). k: 0 <= k < N.
     Returns: (N, N) bool, True on the diagonal, k + 1 True in each row; in general not symmetric.
-    Raises: ValueError for fewer than 2 images, k out of range, or a landmark that never moves in x nor in y.
-        One that moves in x or y only (a crop's box can pin the other) is uncorrelated there, with a warning.
+    Raises: ValueError for fewer than 2 images, k out of range, or a landmark that never moves in x
+        nor in y. One that moves in x or y only (a crop's box can pin the other) is uncorrelated
+        there, with a warning.
     """
     count, points = landmarks.shape[:2]
     if count < 2:
-        raise ValueError(f"neighbours are mined from landmarks of at least 2 training images, found {count}")
+        raise UserError(f"neighbours are mined from at least 2 training images, found {count}")
     if not 0 <= k < points:
-        raise ValueError(f"--k {k}: expected 0 to {points - 1}, one less than the {points} landmarks")
+        raise UserError(f"--k {k}: expected 0 to {points - 1}, less than the {points} landmarks")
     centred = landmarks.double() - landmarks.double().mean(0)  # (M, N, 2)
     if not centred.isfinite().all():
-        raise ValueError("the training landmarks hold values that are not finite")
+        raise UserError("the training landmarks hold values that are not finite")
     scale = centred.norm(dim=0)  # (N, 2)
     still = scale <= 1e-9 * landmarks.double().abs().amax().clamp(min=1) * math.sqrt(count)
     if still.all(1).any():
-        raise ValueError(f"landmark {int(still.all(1).nonzero()[0])} has the same place in all {count} "
-                         f"training images, so it has no neighbours; check the annotation, or train on more")
+        first = int(still.all(1).nonzero()[0])
+        raise UserError(f"landmark {first} has the same place in all {count} training images, so "
+                        "it has no neighbours; check the annotation, or train on more images")
     if still.any():
-        warnings.warn(f"landmark {int(still.any(1).nonzero()[0])} is constant in one coordinate over the "
-                      f"training set: taken as correlation 0 there", stacklevel=2)
+        first = int(still.any(1).nonzero()[0])
+        warnings.warn(f"landmark {first} is constant in one coordinate over the training set: "
+                      "taken as correlation 0 there", stacklevel=2)
     unit = torch.where(still, 0, centred / scale).permute(2, 1, 0)  # (2, N, M): zero mean, length 1
     correlation = unit @ unit.mT  # (2, N, N): Pearson's C_x and C_y
     correlation = correlation.abs().mean(0)  # Eq. (1): C = (abs(C_x) + abs(C_y)) / 2
-    # Eq. (2): the k + 1 largest of each row. A landmark is its own first, so that ties cannot displace it.
+    # Eq. (2): the k + 1 largest of each row. A landmark is its own first, so that ties cannot
+    # displace it.
     correlation.fill_diagonal_(math.inf)
     nearest = correlation.argsort(dim=1, descending=True, stable=True)[:, :k + 1]
-    return torch.zeros(points, points, dtype=torch.bool, device=landmarks.device).scatter_(1, nearest, True)
+    mask = torch.zeros(points, points, dtype=torch.bool, device=landmarks.device)
+    return mask.scatter_(1, nearest, True)
 
 
 class MapToNode(nn.Module):
     """Sec. III-A: feature map -> node features, by two blocks of convolution, batch norm and ReLU.
-    (B, C, h, w) -> (B, 4N, h, w); node i owns channels 4i to 4i + 3, so `.reshape(B, N, -1)` is H^0."""
+    (B, C, h, w) -> (B, 4N, h, w); node i owns channels 4i to 4i + 3, so `.reshape(B, N, -1)` is
+    H^0."""
 
     def __init__(self, in_channels: int, points: int):
         super().__init__()
@@ -172,13 +181,15 @@ class MapToNode(nn.Module):
 
 
 class DynamicAdjacency(nn.Module):
-    """Sec. III-B: a weight for each edge of M from the image: global average pooling and two linear layers.
-    (B, 4N, h, w) -> sigma(A) (B, N, N), the softmax over a row's edges: rows sum to 1, the rest is 0."""
+    """Sec. III-B: a weight for each edge of M from the image: global average pooling and two linear
+    layers. (B, 4N, h, w) -> sigma(A) (B, N, N), the softmax over a row's edges: rows sum to 1, the
+    rest is 0."""
 
     def __init__(self, mask: torch.Tensor):
         super().__init__()
-        self.points, nodes = len(mask), EXPANSION * len(mask)
-        self.register_buffer("edges", mask.flatten().nonzero()[:, 0])  # row by row, in the flattened matrix
+        self.points = len(mask)
+        nodes = EXPANSION * len(mask)
+        self.register_buffer("edges", mask.flatten().nonzero()[:, 0])  # row by row
         # Hidden width: code, which has a batch norm behind it as well.
         self.mlp = nn.Sequential(nn.Linear(nodes, nodes // 2), nn.ReLU(inplace=True),
                                  nn.Linear(nodes // 2, len(self.edges)))
@@ -191,7 +202,8 @@ class DynamicAdjacency(nn.Module):
 
 
 class GraphConv(nn.Module):
-    """sigma(A) H W of Eq. (4): (B, N, in), (B, N, N) -> (B, N, out); all nodes share `.weight` (in, out)."""
+    """sigma(A) H W of Eq. (4): (B, N, in), (B, N, N) -> (B, N, out); all nodes share `.weight` (in,
+    out)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__()
@@ -204,15 +216,18 @@ class GraphConv(nn.Module):
 
 
 class GraphLayer(nn.Module):
-    """Eq. (3): H^(l+1) = f(H^l, A), a graph convolution, then batch norm over images and nodes, then ReLU."""
+    """Eq. (3): H^(l+1) = f(H^l, A), a graph convolution, then batch norm over images and nodes,
+    then ReLU."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.conv, self.norm = GraphConv(in_features, out_features, bias=False), nn.BatchNorm1d(out_features)
+        self.conv = GraphConv(in_features, out_features, bias=False)
+        self.norm = nn.BatchNorm1d(out_features)
 
     def forward(self, nodes, sigma_A):
         # Eq. (4): H^(l+1) = psi(sigma(A) H^l W^l), psi = batch norm and ReLU
-        return F.relu(self.norm(self.conv(nodes, sigma_A).flatten(0, 1))).view(*nodes.shape[:2], -1)
+        nodes = self.conv(nodes, sigma_A)                                  # (B, N, out)
+        return F.relu(self.norm(nodes.flatten(0, 1))).view(nodes.shape)
 
 
 class GraphBlock(nn.Module):
@@ -220,7 +235,8 @@ class GraphBlock(nn.Module):
 
     def __init__(self, features: int):
         super().__init__()
-        self.first, self.second = GraphLayer(features, features), GraphLayer(features, features)
+        self.first = GraphLayer(features, features)
+        self.second = GraphLayer(features, features)
 
     def forward(self, nodes, sigma_A):
         # Eq. (5): H^(l+1) = f(H^l, A);  H^(l+2) = f(H^(l+1), A) + H^l
@@ -228,8 +244,9 @@ class GraphBlock(nn.Module):
 
 
 class GraphHead(nn.Module):
-    """Fig. 3 right of the backbone, and Fig. 5: map-to-node, a graph layer, four blocks, a graph convolution.
-    (B, C, h, w), `cells` = h w -> (B, N, 2) px of a 256 px crop, from the mean face on; one softmax of A."""
+    """Fig. 3 right of the backbone, and Fig. 5: map-to-node, a graph layer, four blocks, a graph
+    convolution. (B, C, h, w), `cells` = h w -> (B, N, 2) px of a 256 px crop, from the mean face
+    on; one softmax of A."""
 
     def __init__(self, in_channels: int, mask: torch.Tensor, cells: int, dynamic: bool = True):
         super().__init__()
@@ -244,9 +261,12 @@ class GraphHead(nn.Module):
 
     def forward(self, features):
         maps = self.map_to_node(features)  # (B, 4N, h, w)
-        with torch.autocast(maps.device.type, enabled=False):  # bfloat16 rounds 200 px to a whole pixel
+        with torch.autocast(maps.device.type, enabled=False):  # bfloat16 rounds to whole px
             maps = maps.float()
-            sigma_A = self.adjacency(maps) if self.adjacency else self.uniform.expand(len(maps), -1, -1)
+            if self.adjacency:
+                sigma_A = self.adjacency(maps)  # (B, N, N)
+            else:
+                sigma_A = self.uniform.expand(len(maps), -1, -1)
             nodes = maps.reshape(len(maps), sigma_A.shape[1], -1)  # (B, N, 4hw)
             nodes = self.first(nodes, sigma_A)  # (B, N, 128)
             for block in self.blocks:
@@ -255,24 +275,28 @@ class GraphHead(nn.Module):
 
 
 class FCHead(nn.Module):
-    """Table I's baseline: feature map (B, C, h, w) -> 256 units with ReLU -> (B, N, 2) px, like GraphHead."""
+    """Table I's baseline: feature map (B, C, h, w) -> 256 units with ReLU -> (B, N, 2) px, like
+    GraphHead."""
 
     def __init__(self, in_channels: int, points: int, cells: int):
         super().__init__()
-        self.hidden, self.last = nn.Linear(in_channels * cells, 256), nn.Linear(256, 2 * points)
+        self.hidden = nn.Linear(in_channels * cells, 256)
+        self.last = nn.Linear(256, 2 * points)
 
     def forward(self, features):
         hidden = F.relu(self.hidden(features.flatten(1)))
-        with torch.autocast(hidden.device.type, enabled=False):  # coordinates in float32, as in GraphHead
+        with torch.autocast(hidden.device.type, enabled=False):  # float32, as in GraphHead
             return self.last(hidden.float()).unflatten(1, (-1, 2))
 
 
 class SDFL(nn.Module):
     """Fig. 3: image (B, 3, size, size), normalised -> landmarks (B, N, 2) in px of the crop.
 
-    Args: backbone, a name of BACKBONES; mask (N, N) bool, a buffer, so that a checkpoint brings its graph
-        along; size, the crop's side in px; head, "graph" or "fc"; dynamic, edge weights by image or equal.
-    Buffer: mean_face (N, 2) px of a 256 px crop, to which the head adds; until it is set, the crop's middle.
+    Args: backbone, a name of BACKBONES; mask (N, N) bool, a buffer, so that a checkpoint brings its
+        graph along; size, the crop's side in px; head, "graph" or "fc"; dynamic, edge weights by
+        image or equal.
+    Buffer: mean_face (N, 2) px of a 256 px crop, to which the head adds; until it is set, the
+        crop's middle.
     Raises: ValueError for a backbone or head that does not exist.
     """
 
@@ -283,12 +307,15 @@ class SDFL(nn.Module):
             raise ValueError(f"backbone {backbone!r}: expected one of {', '.join(BACKBONES)}")
         if head not in ("graph", "fc"):
             raise ValueError(f"head {head!r}: expected 'graph' or 'fc'")
-        self.size, cells = size, (size // 32) ** 2
+        self.size = size
+        cells = (size // 32) ** 2  # of the feature map
         self.register_buffer("mask", mask)
         self.register_buffer("mean_face", torch.full((len(mask), 2), 127.5))
         self.backbone = BACKBONES[backbone]()
-        self.head = GraphHead(self.backbone.channels, mask, cells, dynamic) if head == "graph" else \
-            FCHead(self.backbone.channels, len(mask), cells)
+        if head == "graph":
+            self.head = GraphHead(self.backbone.channels, mask, cells, dynamic)
+        else:
+            self.head = FCHead(self.backbone.channels, len(mask), cells)
 
     def forward(self, image):
         return (self.mean_face + self.head(self.backbone(image))) * (self.size / 256)
@@ -297,7 +324,8 @@ class SDFL(nn.Module):
 # ---- Loss: Sec. III-D ----------------------------------------------------------------------------
 
 def laplacian(mask: torch.Tensor) -> torch.Tensor:
-    """Uniform Laplacian L of Eq. (7) for M (N, N): (N, N) float32. Rows sum to 0, to 1 without neighbours."""
+    """Uniform Laplacian L of Eq. (7) for M (N, N): (N, N) float32. Rows sum to 0, to 1 without
+    neighbours."""
     neighbours = mask.float()
     neighbours.fill_diagonal_(0)  # N_i holds the others only: k of them
     omega = neighbours / neighbours.sum(1, keepdim=True).clamp(min=1)  # omega_ij = 1 / |N_i|
@@ -305,14 +333,15 @@ def laplacian(mask: torch.Tensor) -> torch.Tensor:
     return torch.eye(len(mask), device=mask.device) - omega
 
 
-def soft_wing(x: torch.Tensor, omega1: float = 2.0, omega2: float = 20.0, eps: float = 0.5) -> torch.Tensor:
-    """Soft wing loss of each element of x, px of a 256 px crop: linear below omega1, a logarithm above."""
+def soft_wing(x: torch.Tensor, omega1=2.0, omega2=20.0, eps=0.5) -> torch.Tensor:
+    """Soft wing loss of each element of x, px of a 256 px crop: linear below omega1, a logarithm
+    above."""
     x = x.abs()
     B = omega1 - omega2 * math.log(1 + omega1 / eps)
     return torch.where(x < omega1, x, omega2 * torch.log1p(x / eps) + B)  # Eq. (9)
 
 
-def wing(x: torch.Tensor, omega: float = 20.0, eps: float = 0.5) -> torch.Tensor:
+def wing(x: torch.Tensor, omega=20.0, eps=0.5) -> torch.Tensor:
     """Wing loss [2] of every element of x, in px of a 256 px crop; omega as in Fig. 6."""
     x = x.abs()
     C = omega - omega * math.log(1 + omega / eps)
@@ -322,11 +351,13 @@ def wing(x: torch.Tensor, omega: float = 20.0, eps: float = 0.5) -> torch.Tensor
 LOSSES = {"softwing": soft_wing, "wing": wing, "l1": lambda x, eps=None: x.abs()}
 
 
-def sdfl_loss(pred: torch.Tensor, target: torch.Tensor, L: torch.Tensor, lam: float, loss) -> torch.Tensor:
+def sdfl_loss(pred: torch.Tensor, target: torch.Tensor, L: torch.Tensor, lam: float,
+              loss: Callable) -> torch.Tensor:
     """The overall loss, a scalar: the mean over images and coordinates of both terms.
 
-    Args: pred, target (B, N, 2) px of a 256 px crop; L (N, N) of `laplacian`; lam, the weight lambda; loss, a
-        callable on (B, N, 2) that works on every element (`soft_wing`, `wing`, abs).
+    Args: pred, target (B, N, 2) px of a 256 px crop; L (N, N) of `laplacian`; lam, the weight
+        lambda; loss, a callable on (B, N, 2) that works on every element (`soft_wing`, `wing`,
+        abs).
     """
     error = pred - target
     relative = L @ error  # Eq. (8): Delta = L P, and hence L P^ - L P = L (P^ - P)
@@ -335,31 +366,42 @@ def sdfl_loss(pred: torch.Tensor, target: torch.Tensor, L: torch.Tensor, lam: fl
 
 # ---- Data: augmentation and pose balancing of Sec. IV-B ------------------------------------------
 
-ROTATION, ZOOM, SHIFT, HIDDEN = 40.0, 0.10, 30 / 256, 0.20  # degrees; of 1; of the crop's side; of its area
-# How far beyond the crop its own corners can come to lie: rotated by 40 degrees, shifted, zoomed out.
+ROTATION = 40.0  # degrees, both ways
+ZOOM = 0.10  # sizes 0.9 to 1.1
+SHIFT = 30 / 256  # of the crop's side, both ways
+HIDDEN = 0.20  # of the crop's area, by the occluder
+# How far beyond the crop its own corners can come to lie: rotated by 40 degrees, shifted, zoomed
+# out.
 REACH = math.sqrt(2) * math.cos(math.radians(45 - ROTATION)) * (1 + 2 * SHIFT) / (1 - ZOOM)
 
 
 def augment(rng: np.random.Generator, size: int):
     """Draws rotation, scale, shift, mirror and an occluding rectangle for one face.
-    Returns: matrix (2, 3) crop px -> crop px; whether to mirror; {"occluder": (7,) x0 y0 x1 y1 px r g b}."""
-    angle, zoom = math.radians(rng.uniform(-ROTATION, ROTATION)), rng.uniform(1 - ZOOM, 1 + ZOOM)
-    c, s, middle = zoom * math.cos(angle), zoom * math.sin(angle), (size - 1) / 2
+    Returns: matrix (2, 3) crop px -> crop px; whether to mirror; {"occluder": (7,) x0 y0 x1 y1 px r
+        g b}."""
+    angle = math.radians(rng.uniform(-ROTATION, ROTATION))
+    zoom = rng.uniform(1 - ZOOM, 1 + ZOOM)
+    c = zoom * math.cos(angle)
+    s = zoom * math.sin(angle)
+    middle = (size - 1) / 2
     shift = rng.uniform(-SHIFT, SHIFT, 2) * size
     matrix = np.array([[c, s, middle - (c + s) * middle + shift[0]],
                        [-s, c, middle - (c - s) * middle + shift[1]]])
     mirror, hide = rng.random(2) < 0.5
-    aspect, x, y = rng.uniform(0.4, 2.5), *rng.uniform(0, size, 2)
-    w, h = size * math.sqrt(HIDDEN * aspect) / 2, size * math.sqrt(HIDDEN / aspect) / 2
+    aspect = rng.uniform(0.4, 2.5)
+    x, y = rng.uniform(0, size, 2)
+    w = size * math.sqrt(HIDDEN * aspect) / 2
+    h = size * math.sqrt(HIDDEN / aspect) / 2
     colour = rng.integers(0, 256, 3)
     occluder = np.array([x - w, y - h, x + w, y + h, *colour]) if hide else np.full(7, -1.0)
     return matrix, mirror, {"occluder": occluder}
 
 
 def prepare(batch: dict, device: torch.device) -> torch.Tensor:
-    """Network input (B, 3, H, W) from a batch: occluded if it says so, each image and channel z-scored."""
+    """Network input (B, 3, H, W) from a batch: occluded if it says so, each image and channel
+    z-scored."""
     image = batch["image"].to(device, non_blocking=True)
-    if image.dtype == torch.uint8:  # (B, H, W, 3) of the loader; permuted, it is channels_last as it stands
+    if image.dtype == torch.uint8:  # (B, H, W, 3) of the loader; permuted, it is channels_last
         image = image.permute(0, 3, 1, 2).float()
     if "occluder" in batch:
         image = occlude(image, batch["occluder"].to(device, non_blocking=True))
@@ -369,17 +411,21 @@ def prepare(batch: dict, device: torch.device) -> torch.Tensor:
 
 def occlude(image: torch.Tensor, occluder: torch.Tensor) -> torch.Tensor:
     """Fills the rectangles (B, 7) x0 y0 x1 y1 r g b of images (B, 3, H, W) in 0..255."""
-    y, x = (torch.arange(n, device=image.device, dtype=torch.float32) for n in image.shape[2:])
+    y = torch.arange(image.shape[2], device=image.device, dtype=torch.float32)
+    x = torch.arange(image.shape[3], device=image.device, dtype=torch.float32)
     x0, y0, x1, y1 = occluder[:, :4, None].unbind(1)  # (B, 1) each
-    columns, rows = (x >= x0) & (x < x1), (y >= y0) & (y < y1)  # (B, W), (B, H)
-    return torch.where(columns[:, None, None] & rows[:, None, :, None], occluder[:, 4:, None, None], image)
+    columns = (x >= x0) & (x < x1)  # (B, W)
+    rows = (y >= y0) & (y < y1)  # (B, H)
+    inside = columns[:, None, None] & rows[:, None, :, None]  # (B, 1, H, W)
+    return torch.where(inside, occluder[:, 4:, None, None], image)
 
 
 def pose_bins(landmarks: torch.Tensor, bins: int) -> torch.Tensor:
     """Pose bins of the pose-based data balancing [2]: (M, N, 2) -> (M,) long in 0..bins - 1.
 
-    Shapes are aligned to their mean by similarities (Procrustes), projected on the first principal component,
-    for faces the yaw, and binned evenly by its absolute value: its sign means nothing, and a mirror flips it.
+    Shapes are aligned to their mean by similarities (Procrustes), projected on the first principal
+    component, for faces the yaw, and binned evenly by its absolute value: its sign means nothing,
+    and a mirror flips it.
     """
     shapes = landmarks.double()
     shapes = shapes - shapes.mean(1, keepdim=True)
@@ -387,7 +433,7 @@ def pose_bins(landmarks: torch.Tensor, bins: int) -> torch.Tensor:
     for _ in range(5):  # the mean shape settles within two or three rounds
         aligned = warp.apply_affine(warp.fit_similarity(shapes, mean.expand_as(shapes)), shapes)
         mean = aligned.mean(0)
-        mean = (mean - mean.mean(0)) / mean.norm() * shapes[0].norm()  # or it would shrink every round
+        mean = (mean - mean.mean(0)) / mean.norm() * shapes[0].norm()  # or it would shrink
     flat = (aligned - aligned.mean(0)).flatten(1)  # (M, 2N)
     component = torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -1]
     score = (flat @ component).abs()
@@ -396,7 +442,8 @@ def pose_bins(landmarks: torch.Tensor, bins: int) -> torch.Tensor:
 
 
 def balanced(landmarks: torch.Tensor, bins: int) -> np.ndarray:
-    """Index (L,) repeating faces of rare poses until each bin is about as full as the fullest, after [2]."""
+    """Index (L,) repeating faces of rare poses until each bin is about as full as the fullest,
+    after [2]."""
     bin_of = pose_bins(landmarks, bins).numpy()
     size = np.bincount(bin_of, minlength=bins)
     copies = np.round(size.max() / np.maximum(size, 1)).astype(int)[bin_of]
@@ -404,10 +451,11 @@ def balanced(landmarks: torch.Tensor, bins: int) -> np.ndarray:
 
 
 def read_faces(args, split: str) -> list[datasets.Face]:
-    """The faces of args.data: drawn ones, or those of a set on disk whose files have been looked at."""
+    """The faces of args.data: drawn ones, or those of a set on disk whose files have been looked
+    at."""
     if args.data == "faces":
         count = min(args.limit or DRAWN["train"], DRAWN[split])
-        return synthetic.read_faces(split, count, args.size, args.points)  # the same for every --seed
+        return synthetic.read_faces(split, count, args.size, args.points)  # whatever --seed is
     faces = datasets.read(args.data, args.data_root, split)[:args.limit or None]
     datasets.check_images(faces)
     return faces
@@ -445,7 +493,8 @@ def build(args, mask: torch.Tensor, device: torch.device) -> SDFL:
 
 
 def train(args) -> dict:
-    """Trains, evaluates or predicts, as the flags say; returns the numbers of the last evaluation."""
+    """Trains, evaluates or predicts, as the flags say; returns the numbers of the last
+    evaluation."""
     if args.eval:
         return evaluate_checkpoint(args)
     if args.predict:
@@ -457,20 +506,22 @@ def train(args) -> dict:
     landmarks = train_set.crop_points()
     points = landmarks.shape[1]
     if test_set.points.shape[1] != points:
-        raise UserError(f"training faces have {points} landmarks, test faces {test_set.points.shape[1]}")
-    job.say(f"{len(train_set.faces)} training faces ({len(train_set)} an epoch), {len(test_set)} test "
-            f"faces, {points} landmarks")
+        raise UserError(f"training faces have {points} landmarks, test faces "
+                        f"{test_set.points.shape[1]}")
+    job.say(f"{len(train_set.faces)} training faces ({len(train_set)} an epoch), {len(test_set)} "
+            f"test faces, {points} landmarks")
     if points not in datasets.SCHEMES:
         job.say(f"{points} landmarks are no known scheme: no mirroring, errors over their box")
     between = args.epochs / (args.drops + 1)  # epochs from one drop of the rate to the next
     if args.drops > 1 and between < 4:
-        job.say(f"note: --drops {args.drops} leaves {between:.1f} of {args.epochs} epochs at the full "
-                "rate; in a short run fewer drops learn more")
+        job.say(f"note: --drops {args.drops} leaves {between:.1f} of {args.epochs} epochs at the "
+                "full rate; in a short run fewer drops learn more")
     # Network and optimizer
     mask = job.state["model"]["mask"] if job.state else neighbour_mask(landmarks, args.k)
     net = build(args, mask, job.device)
     net.mean_face.copy_(landmarks.mean(0) * (256 / args.size))
-    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9,
+                                weight_decay=args.weight_decay, fused=True)
     job.restore(net, optimizer, [len(train_set), points], net.backbone)
     model = job.wrap(net)
     L = laplacian(net.mask)
@@ -510,7 +561,8 @@ def train(args) -> dict:
 
 @torch.inference_mode()
 def predict_points(net: SDFL, image: torch.Tensor, flip=None) -> torch.Tensor:
-    """Points (B, N, 2) px of prepared crops; with `flip` (N,), averaged with the mirrored crop's."""
+    """Points (B, N, 2) px of prepared crops; with `flip` (N,), averaged with the mirrored
+    crop's."""
     pred = net(image).float()
     if flip is not None:
         mirrored = net(image.flip(3)).float()
@@ -529,7 +581,8 @@ def evaluate(net: SDFL, loader, args) -> tuple[dict, torch.Tensor, torch.Tensor]
 
     Args: loader, in order, of a CropDataset without augmentation.
     Returns: fractions "nme", "fr", "auc", "auc20" (the authors' 20 steps), "nme/pose", ... and
-        "nme/mean face" (a constant answer); the NME of each face (M,); predictions (M, N, 2) image px.
+        "nme/mean face" (a constant answer); the NME of each face (M,); predictions (M, N, 2) image
+        px.
     """
     net.eval()
     data = loader.dataset
@@ -573,14 +626,15 @@ def open_checkpoint(args, path: str) -> SDFL:
 
 
 def evaluate_checkpoint(args) -> dict:
-    """--eval: the numbers of a checkpoint on the test set of --data; with --output, pictures too."""
+    """--eval: the numbers of a checkpoint on the test set of --data; with --output, pictures
+    too."""
     net = open_checkpoint(args, args.eval)
     folder = run.find_run(args)
     data = make_dataset(args, "test")
     points = data.points.shape[1]
     if points != len(net.mask):
-        raise UserError(f"--eval {args.eval}: the model has {len(net.mask)} landmarks, the faces of "
-                        f"--data {args.data} have {points}")
+        raise UserError(f"--eval {args.eval}: the model has {len(net.mask)} landmarks, the faces "
+                        f"of --data {args.data} have {points}")
     batches = datasets.in_order(len(data), args.batch_size)
     loader = run.make_loader(args, data, batches, net.mask.device)
     scores, errors, found = evaluate(net, loader, args)
@@ -591,7 +645,8 @@ def evaluate_checkpoint(args) -> dict:
 
 
 def predict(args) -> dict:
-    """--predict: for each face its landmarks as NAME.pts, for each image NAME.png with them drawn."""
+    """--predict: for each face its landmarks as NAME.pts, for each image NAME.png with them
+    drawn."""
     net = open_checkpoint(args, args.weights)
     flip = flip_of(args, len(net.mask))
 
@@ -619,7 +674,8 @@ def draw_graph(mask: torch.Tensor, mean_face: torch.Tensor, side: int = 640) -> 
 
 
 def write_pictures(folder: Path, net: SDFL, data, errors, points, threshold: float):
-    """What the paper's figures show, from this run: graph.png, predictions.png (Fig. 7), ced.png."""
+    """What the paper's figures show, from this run: graph.png, predictions.png (Fig. 7),
+    ced.png."""
     datasets.write_image(folder / "graph.png", draw_graph(net.mask, net.mean_face))
     datasets.write_image(folder / "predictions.png", photos.draw_predictions(data, points))
     subsets = datasets.subsets(data.faces)
@@ -629,30 +685,37 @@ def write_pictures(folder: Path, net: SDFL, data, errors, points, threshold: flo
 
 # ---- Backbones: as published, nothing of this paper ----------------------------------------------
 
-# Table I's eight networks, each up to its last map: image (B, 3, H, W) -> (B, channels, H/32, W/32), H and W
-# multiples of 32. Parameters are named as in the usual checkpoints (torchvision's; timm's for Res2Net; its
-# authors' for HRNet), which load by name once the layers behind that map are dropped. Paper: from scratch.
+# Table I's eight networks, each up to its last map: image (B, 3, H, W) -> (B, channels, H/32,
+# W/32), H and W multiples of 32. Parameters are named as in the usual checkpoints (torchvision's;
+# timm's for Res2Net; its authors' for HRNet), which load by name once the layers behind that map
+# are dropped. Paper: from scratch.
 
 
 def conv(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """(B, cin, H, W) -> (B, cout, H/stride, W/stride). No bias: the batch norm behind it has a shift."""
+    """(B, cin, H, W) -> (B, cout, H/stride, W/stride). No bias: the batch norm behind it has a
+    shift."""
     return nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
-def conv_bn(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1, act=None) -> nn.Sequential:
-    """`conv` (0), batch norm (1) and, if its class is given, an activation (2); the shapes of `conv`."""
-    norm = nn.BatchNorm2d(cout)
-    return nn.Sequential(conv(cin, cout, kernel, stride, groups), norm, *([act(inplace=True)] if act else []))
+def conv_bn(cin: int, cout: int, kernel: int, stride=1, groups=1, act=None) -> nn.Sequential:
+    """`conv` (0), batch norm (1) and, if its class is given, an activation (2); the shapes of
+    `conv`."""
+    layers = [conv(cin, cout, kernel, stride, groups), nn.BatchNorm2d(cout)]
+    if act:
+        layers.append(act(inplace=True))
+    return nn.Sequential(*layers)
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialises all convolutions and batch norms of `module`, in place.   Source: He et al., ICCV 2015."""
+    """Initialises all convolutions and batch norms of `module`, in place.   Source: He et al., ICCV
+    2015."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
-            # Variance 2 / fan_out keeps the gradient's variance from layer to layer. torch counts a depthwise
-            # convolution's fan over all groups, too many; the batch norm behind it undoes any scale.
+            # Variance 2 / fan_out keeps the gradient's variance from layer to layer. torch counts a
+            # depthwise convolution's fan over all groups, too many; the batch norm behind it undoes
+            # any scale.
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-            if m.bias is not None:  # VGG's; and squeeze-excitation's, whose gates so start about half open
+            if m.bias is not None:  # VGG's; squeeze-excitation's, whose gates start half open
                 nn.init.zeros_(m.bias)
         elif isinstance(m, nn.BatchNorm2d):
             nn.init.ones_(m.weight)
@@ -668,7 +731,7 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv(cin, planes, 3, stride), nn.BatchNorm2d(planes)
         self.conv2, self.bn2 = conv(planes, planes, 3), nn.BatchNorm2d(planes)
-        reshape = stride > 1 or cin != planes  # the shortcut is the identity wherever the shapes allow it
+        reshape = stride > 1 or cin != planes  # else the shortcut is the identity
         self.downsample = conv_bn(cin, planes, 1, stride) if reshape else nn.Identity()
 
     def forward(self, x):
@@ -679,7 +742,8 @@ class BasicBlock(nn.Module):
 
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolution, shortcut: (B, cin, H, W) -> (B, 4 planes, H/stride, W/stride).
-    Source: He et al., CVPR 2016, Fig. 5 right; the 3x3 strides: a 1x1 would skip three pixels of four."""
+    Source: He et al., CVPR 2016, Fig. 5 right; the 3x3 strides: a 1x1 would skip three pixels of
+    four."""
     expansion = 4
 
     def __init__(self, cin: int, planes: int, stride: int = 1):
@@ -698,15 +762,19 @@ class Bottleneck(nn.Module):
 
 
 class Bottle2neck(nn.Module):
-    """Bottleneck whose 3x3 is one on each of 4 splits: (B, cin, H, W) -> (B, 4 planes, H/stride, W/stride).
-    Splits 2 and 3 first add the output of the split before; split 4 passes as it is. The first block of a
-    stage, where outputs are smaller than splits if it strides, adds nothing and average-pools split 4.
-    Source: Gao et al., "Res2Net", TPAMI 2021, Fig. 2b. 26w_4s: 4 splits of 26 channels at planes = 64."""
+    """Bottleneck whose 3x3 is one on each of 4 splits: (B, cin, H, W) -> (B, 4 planes, H/stride,
+    W/stride). Splits 2 and 3 first add the output of the split before; split 4 passes as it is. The
+    first block of a stage, where outputs are smaller than splits if it strides, adds nothing and
+    average-pools split 4.
+    Source: Gao et al., "Res2Net", TPAMI 2021, Fig. 2b. 26w_4s: 4 splits of 26 channels at planes =
+    64."""
     expansion = 4
 
     def __init__(self, cin: int, planes: int, stride: int = 1):
         super().__init__()
-        width, self.stride, self.first = planes * 26 // 64, stride, stride > 1 or cin != 4 * planes
+        width = planes * 26 // 64
+        self.stride = stride
+        self.first = stride > 1 or cin != 4 * planes
         self.conv1, self.bn1 = conv(cin, 4 * width, 1), nn.BatchNorm2d(4 * width)
         self.convs = nn.ModuleList(conv(width, width, 3, stride) for _ in range(3))
         self.bns = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(3))
@@ -714,11 +782,12 @@ class Bottle2neck(nn.Module):
         self.downsample = conv_bn(cin, 4 * planes, 1, stride) if self.first else nn.Identity()
 
     def forward(self, x):
-        *splits, last = F.relu(self.bn1(self.conv1(x)), inplace=True).chunk(4, dim=1)  # 4 of (B, width, H, W)
+        maps = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        *splits, last = maps.chunk(4, dim=1)                          # 4 of (B, width, H, W)
         outs = []
         for split, conv3x3, bn in zip(splits, self.convs, self.bns):
             split = split if self.first or not outs else split + outs[-1]
-            outs.append(F.relu(bn(conv3x3(split)), inplace=True))             # (B, width, H/stride, W/stride)
+            outs.append(F.relu(bn(conv3x3(split)), inplace=True))     # (B, width, H/s, W/s)
         outs.append(F.avg_pool2d(last, 3, self.stride, 1) if self.first else last)
         out = self.bn3(self.conv3(torch.cat(outs, dim=1)))
         return F.relu(out + self.downsample(x), inplace=True)
@@ -726,13 +795,14 @@ class Bottle2neck(nn.Module):
 
 class ResNet(nn.Module):
     """7x7 stem and four stages of `depths` blocks: (B, 3, H, W) -> (B, 512 expansion, H/32, W/32).
-    Source: He et al., CVPR 2016, Table 1. Code: batch-norm momentum 0.01 in stem and shortcuts; here 0.1."""
+    Source: He et al., CVPR 2016, Table 1. Code: batch-norm momentum 0.01 in stem and shortcuts;
+    here 0.1."""
 
     def __init__(self, block: type[nn.Module], depths: Sequence[int]):
         super().__init__()
         self.channels = 512 * block.expansion
         self.conv1, self.bn1 = conv(3, 64, 7, 2), nn.BatchNorm2d(64)
-        self.layer1 = self.stage(block, 64, 64, depths[0], 1)  # the max-pool before it has strided already
+        self.layer1 = self.stage(block, 64, 64, depths[0], 1)  # after a max-pool, which strides
         self.layer2 = self.stage(block, 64 * block.expansion, 128, depths[1], 2)
         self.layer3 = self.stage(block, 128 * block.expansion, 256, depths[2], 2)
         self.layer4 = self.stage(block, 256 * block.expansion, 512, depths[3], 2)
@@ -744,14 +814,16 @@ class ResNet(nn.Module):
         return nn.Sequential(block(cin, planes, stride), *rest)
 
     def forward(self, image):
-        x = F.relu(self.bn1(self.conv1(image)), inplace=True)                 # (B, 64, H/2, W/2)
-        x = self.layer1(F.max_pool2d(x, 3, 2, 1))                             # (B, 64 expansion, H/4, W/4)
-        return self.layer4(self.layer3(self.layer2(x)))                       # (B, 512 expansion, H/32, W/32)
+        x = F.relu(self.bn1(self.conv1(image)), inplace=True)    # (B, 64, H/2, W/2)
+        x = self.layer1(F.max_pool2d(x, 3, 2, 1))                # (B, 64 expansion, H/4, W/4)
+        return self.layer4(self.layer3(self.layer2(x)))          # (B, 512 expansion, H/32, W/32)
 
 
 class InvertedResidual(nn.Module):
-    """1x1 to `expand` times the width, depthwise 3x3, 1x1: (B, cin, H, W) -> (B, cout, H/stride, W/stride).
-    Source: Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018, Fig. 4d."""
+    """1x1 to `expand` times the width, depthwise 3x3, 1x1: (B, cin, H, W) -> (B, cout, H/stride,
+    W/stride).
+    Source: Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018,
+    Fig. 4d."""
 
     def __init__(self, cin: int, cout: int, stride: int, expand: int):
         super().__init__()
@@ -768,7 +840,8 @@ class InvertedResidual(nn.Module):
 
 class SqueezeExcitation(nn.Module):
     """Scales each channel by a gate in (0, 1) made of the means of all: (B, C, H, W) -> the same.
-    Source: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018; SiLU for ReLU as in EfficientNet."""
+    Source: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018; SiLU for ReLU as in
+    EfficientNet."""
 
     def __init__(self, channels: int, squeezed: int):
         super().__init__()
@@ -780,22 +853,25 @@ class SqueezeExcitation(nn.Module):
 
 
 class MBConv(nn.Module):
-    """Inverted residual with squeeze-excitation: (B, cin, H, W) -> (B, cout, H/stride, W/stride). In training
-    an image skips a residual block with chance `drop` (stochastic depth: Huang et al., ECCV 2016).
+    """Inverted residual with squeeze-excitation: (B, cin, H, W) -> (B, cout, H/stride, W/stride).
+    In training an image skips a residual block with chance `drop` (stochastic depth: Huang et al.,
+    ECCV 2016).
     Source: Tan & Le, "EfficientNet", ICML 2019, Sec. 4 and the authors' code."""
 
     def __init__(self, cin: int, cout: int, kernel: int, stride: int, expand: int, drop: float):
         super().__init__()
-        hidden, self.drop, self.residual = cin * expand, drop, stride == 1 and cin == cout
+        hidden = cin * expand
+        self.drop = drop
+        self.residual = stride == 1 and cin == cout
         widen = [conv_bn(cin, hidden, 1, act=nn.SiLU)] if expand > 1 else []
         depthwise = conv_bn(hidden, hidden, kernel, stride, groups=hidden, act=nn.SiLU)
-        squeeze = SqueezeExcitation(hidden, cin // 4)  # a quarter of the input width, not of the hidden
+        squeeze = SqueezeExcitation(hidden, cin // 4)  # a quarter of the input width
         self.block = nn.Sequential(*widen, depthwise, squeeze, conv_bn(hidden, cout, 1))
 
     def forward(self, x):
         out = self.block(x)
         if self.training and self.residual and self.drop > 0:
-            keep = 1 - self.drop  # divided out: evaluation, which drops none, then has the same expectation
+            keep = 1 - self.drop  # divided out, so that evaluation has the same expectation
             out = out * out.new_empty(len(out), 1, 1, 1).bernoulli_(keep).div_(keep)
         return x + out if self.residual else out
 
@@ -805,7 +881,8 @@ class Features(nn.Module):
 
     def __init__(self, layers: Sequence[nn.Module], channels: int):
         super().__init__()
-        self.features, self.channels = nn.Sequential(*layers), channels
+        self.features = nn.Sequential(*layers)
+        self.channels = channels
         init_weights(self)
 
     def forward(self, image):
@@ -813,10 +890,12 @@ class Features(nn.Module):
 
 
 def mobilenetv2() -> Features:
-    """Sandler et al., CVPR 2018, Table 2, without the last 1x1 convolution, to 1280 channels (as code)."""
-    cin, layers = 32, [conv_bn(3, 32, 3, 2, act=nn.ReLU6)]
-    table = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
-             (6, 320, 1, 1))
+    """Sandler et al., CVPR 2018, Table 2, without the last 1x1 convolution, to 1280 channels (as
+    code)."""
+    cin = 32
+    layers = [conv_bn(3, cin, 3, 2, act=nn.ReLU6)]
+    table = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1),
+             (6, 160, 3, 2), (6, 320, 1, 1))
     for expand, cout, depth, stride in table:
         for i in range(depth):
             layers.append(InvertedResidual(cin, cout, 1 if i else stride, expand))
@@ -825,36 +904,43 @@ def mobilenetv2() -> Features:
 
 
 def efficientnet(depths: Sequence[int]) -> Features:
-    """Tan & Le, ICML 2019, Table 1, `depths` blocks in the 7 stages; with the last 1x1 convolution (1280).
-    Padding is symmetric; code: TensorFlow's, with a strided layer's odd row and column below and right."""
-    cin, done, layers = 32, 0, [conv_bn(3, 32, 3, 2, act=nn.SiLU)]
-    table = ((1, 3, 16, 1), (6, 3, 24, 2), (6, 5, 40, 2), (6, 3, 80, 2), (6, 5, 112, 1), (6, 5, 192, 2),
-             (6, 3, 320, 1))
+    """Tan & Le, ICML 2019, Table 1, `depths` blocks in the 7 stages; with the last 1x1 convolution
+    (1280). Padding is symmetric; code: TensorFlow's, with a strided layer's odd row and column
+    below and right."""
+    cin = 32
+    done = 0
+    layers = [conv_bn(3, cin, 3, 2, act=nn.SiLU)]
+    table = ((1, 3, 16, 1), (6, 3, 24, 2), (6, 5, 40, 2), (6, 3, 80, 2), (6, 5, 112, 1),
+             (6, 5, 192, 2), (6, 3, 320, 1))
     for (expand, kernel, cout, stride), depth in zip(table, depths):
         blocks = []
         for i in range(depth):
-            drop = 0.2 * done / sum(depths)  # rises with depth: all later blocks build on an early one
+            drop = 0.2 * done / sum(depths)  # rises: all later blocks build on an early one
             blocks.append(MBConv(cin, cout, kernel, 1 if i else stride, expand, drop))
-            cin, done = cout, done + 1
+            cin = cout
+            done += 1
         layers.append(nn.Sequential(*blocks))
     return Features([*layers, conv_bn(320, 1280, 1, act=nn.SiLU)], 1280)
 
 
 def vgg16() -> Features:
-    """Simonyan & Zisserman, ICLR 2015, Table 1 column D, all five max-pools; with batch norm (as code)."""
-    cin, layers = 3, []
+    """Simonyan & Zisserman, ICLR 2015, Table 1 column D, all five max-pools; with batch norm (as
+    code)."""
+    cin = 3
+    layers = []
     for cout, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
-        for _ in range(depth):  # the bias, useless before a batch norm, is there because checkpoints have it
-            layers += [nn.Conv2d(cin, cout, 3, padding=1), nn.BatchNorm2d(cout), nn.ReLU(inplace=True)]
+        for _ in range(depth):  # the bias, useless before a batch norm, is in the checkpoints
+            layers += [nn.Conv2d(cin, cout, 3, padding=1), nn.BatchNorm2d(cout)]
+            layers.append(nn.ReLU(inplace=True))
             cin = cout
         layers.append(nn.MaxPool2d(2))
     return Features(layers, 512)
 
 
 class Fuse(nn.ModuleList):
-    """Every branch to every other: output i is the ReLU of the sum over j of paths [i][j] of branch j.
-    List of (B, C_j, H/2^j, W/2^j) -> list of the same shapes.   Source: Wang et al., "Deep High-Resolution
-    Representation Learning for Visual Recognition" (HRNet), TPAMI 2021."""
+    """Every branch to every other: output i is the ReLU of the sum over j of paths [i][j] of branch
+    j. List of (B, C_j, H/2^j, W/2^j) -> list of the same shapes.   Source: Wang et al., "Deep
+    High-Resolution Representation Learning for Visual Recognition" (HRNet), TPAMI 2021."""
 
     def __init__(self, channels: Sequence[int]):
         n = range(len(channels))
@@ -862,29 +948,34 @@ class Fuse(nn.ModuleList):
 
     @staticmethod
     def path(channels, j, i):
-        """Down: i - j strided 3x3, the last of which changes the width. Up: a 1x1, enlarged in `forward`."""
+        """Down: i - j strided 3x3, the last of which changes the width. Up: a 1x1, enlarged in
+        `forward`."""
         if j < i:
-            halvings = [conv_bn(channels[j], channels[j], 3, 2, act=nn.ReLU) for _ in range(i - j - 1)]
-            return nn.Sequential(*halvings, conv_bn(channels[j], channels[i], 3, 2))
+            c = channels[j]
+            halvings = [conv_bn(c, c, 3, 2, act=nn.ReLU) for _ in range(i - j - 1)]
+            return nn.Sequential(*halvings, conv_bn(c, channels[i], 3, 2))
         return conv_bn(channels[j], channels[i], 1) if j > i else nn.Identity()
 
     def forward(self, xs):
         outs = []
         for i, paths in enumerate(self):
             terms = [path(x) for path, x in zip(paths, xs)]
-            # HRNet's code enlarges bilinearly for landmarks and segmentation, by nearest pixel elsewhere.
-            terms[i + 1:] = [F.interpolate(t, xs[i].shape[-2:], mode="bilinear", align_corners=False)
-                             for t in terms[i + 1:]]
+            # HRNet's code enlarges bilinearly for landmarks and segmentation, by nearest pixel
+            # elsewhere.
+            for j in range(i + 1, len(terms)):
+                terms[j] = F.interpolate(terms[j], xs[i].shape[-2:], mode="bilinear")
             outs.append(F.relu(sum(terms[1:], terms[0]), inplace=True))
         return outs
 
 
 class HRModule(nn.Module):
-    """Four BasicBlocks on each branch, then `Fuse`: list of (B, C_j, H/2^j, W/2^j) -> the same shapes."""
+    """Four BasicBlocks on each branch, then `Fuse`: list of (B, C_j, H/2^j, W/2^j) -> the same
+    shapes."""
 
     def __init__(self, channels: Sequence[int]):
         super().__init__()
-        self.branches = nn.ModuleList(nn.Sequential(*(BasicBlock(c, c) for _ in range(4))) for c in channels)
+        blocks = [[BasicBlock(c, c) for _ in range(4)] for c in channels]
+        self.branches = nn.ModuleList(nn.Sequential(*own) for own in blocks)
         self.fuse_layers = Fuse(channels)
 
     def forward(self, xs):
@@ -892,8 +983,9 @@ class HRModule(nn.Module):
 
 
 class HRNet(nn.Module):
-    """HRNetV2-W18: (B, 3, H, W) -> (B, 270, H/32, W/32), branches of 18 to 144 channels at strides 4 to 32.
-    All are brought to stride 32 (Sec. IV-B): bilinearly, without a filter against aliasing (code).
+    """HRNetV2-W18: (B, 3, H, W) -> (B, 270, H/32, W/32), branches of 18 to 144 channels at strides
+    4 to 32. All are brought to stride 32 (Sec. IV-B): bilinearly, without a filter against aliasing
+    (code).
     Source: Wang et al., TPAMI 2021. HRNet's code: batch-norm momentum 0.01; here 0.1."""
 
     def __init__(self, widths: Sequence[int] = (18, 36, 72, 144)):
@@ -902,9 +994,11 @@ class HRNet(nn.Module):
         self.conv1, self.bn1 = conv(3, 64, 3, 2), nn.BatchNorm2d(64)
         self.conv2, self.bn2 = conv(64, 64, 3, 2), nn.BatchNorm2d(64)
         self.layer1 = nn.Sequential(Bottleneck(64, 64), *(Bottleneck(256, 64) for _ in range(3)))
-        # A transition grows a branch out of the lowest resolution so far. Older ones pass unchanged, but for
-        # layer1's 256 channels. The outer Sequential is a level that the checkpoints' names have.
-        low = [nn.Sequential(conv_bn(*p, 3, 2, act=nn.ReLU)) for p in itertools.pairwise((256, *widths[1:]))]
+        # A transition grows a branch out of the lowest resolution so far. Older ones pass
+        # unchanged, but for layer1's 256 channels. The outer Sequential is a level that the
+        # checkpoints' names have.
+        low = [nn.Sequential(conv_bn(cin, cout, 3, 2, act=nn.ReLU))
+               for cin, cout in itertools.pairwise((256, *widths[1:]))]
         self.transition1 = nn.ModuleList([conv_bn(256, widths[0], 3, act=nn.ReLU), low[0]])
         self.stage2 = nn.Sequential(HRModule(widths[:2]))
         self.transition2 = nn.ModuleList([nn.Identity(), nn.Identity(), low[1]])
@@ -915,19 +1009,19 @@ class HRNet(nn.Module):
 
     def forward(self, image):
         x = F.relu(self.bn1(self.conv1(image)), inplace=True)
-        xs = [self.layer1(F.relu(self.bn2(self.conv2(x)), inplace=True))]      # (B, 256, H/4, W/4)
+        xs = [self.layer1(F.relu(self.bn2(self.conv2(x)), inplace=True))]  # (B, 256, H/4, W/4)
         for transition, stage in ((self.transition1, self.stage2), (self.transition2, self.stage3),
                                   (self.transition3, self.stage4)):
             xs = stage([path(x) for path, x in zip(transition, [*xs, xs[-1]])])
-        size = xs[-1].shape[-2:]                                               # (H/32, W/32)
-        xs[:-1] = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in xs[:-1]]
-        return torch.cat(xs, dim=1)                                            # (B, 270, H/32, W/32)
+        size = xs[-1].shape[-2:]  # (H/32, W/32)
+        xs[:-1] = [F.interpolate(x, size, mode="bilinear") for x in xs[:-1]]
+        return torch.cat(xs, dim=1)                                        # (B, 270, H/32, W/32)
 
 
 BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "mobilenetv2": mobilenetv2,
     "efficientnet_b0": lambda: efficientnet((1, 2, 2, 3, 3, 4, 1)),
-    "efficientnet_b1": lambda: efficientnet((2, 3, 3, 4, 4, 5, 2)),            # 1.1 times as deep, rounded up
+    "efficientnet_b1": lambda: efficientnet((2, 3, 3, 4, 4, 5, 2)),  # 1.1 times as deep
     "vgg16": vgg16,
     "resnet18": lambda: ResNet(BasicBlock, (2, 2, 2, 2)),
     "resnet34": lambda: ResNet(BasicBlock, (3, 4, 6, 3)),

@@ -1,7 +1,9 @@
-"""Files of tensors: a run's checkpoint, and published weights. They stay data: nothing in them is executed.
+"""Files of tensors: a run's checkpoint, and published weights. They stay data: nothing in them is
+executed.
 
-A checkpoint is a dict: script, model and optimizer (state dicts), epoch, args (the flags), world (processes), data
-(what was trained on), and what a script adds. It is read whole and checked before any of it is used.
+A checkpoint is a dict: script, model and optimizer (state dicts), epoch, args (the flags), world
+(processes), data (what was trained on), and what a script adds. It is read whole and checked before
+any of it is used.
 """
 import contextlib
 import os
@@ -40,7 +42,8 @@ def restore_args(args, saved: dict, path, data_flags: Sequence[str] = ()):
 
 
 def save(path: Path, **state):
-    """Writes tensors and plain values beside `path`, then renames the file: it is whole, or not there.
+    """Writes tensors and plain values beside `path`, then renames the file: it is whole, or not
+    there.
     Raises: UserError where it cannot be written; an older file stays as it was."""
     part = path.with_name(path.name + ".part")
     try:
@@ -90,14 +93,15 @@ def load(path, script: str) -> dict:
 
 
 def load_weights(net: nn.Module, weights: dict, path):
-    """Gives a network a checkpoint's tensors.   Raises: UserError if a name, shape or value does not fit."""
+    """Gives a network a checkpoint's tensors.   Raises: UserError if a name, shape or value does
+    not fit."""
     own = {name: tuple(value.shape) for name, value in net.state_dict().items()}
     found = {name: tuple(getattr(value, "shape", ())) for name, value in weights.items()}
     wrong = [name for name in own | found if own.get(name) != found.get(name)]
     if wrong:
-        raise UserError(f"{path}: {len(wrong)} tensors do not fit the network that the flags describe; "
-                        f"the first, {wrong[0]}, is {found.get(wrong[0], 'missing')}, expected "
-                        f"{own.get(wrong[0], 'none')}")
+        raise UserError(f"{path}: {len(wrong)} tensors do not fit the network that the flags "
+                        f"describe; the first, {wrong[0]}, is {found.get(wrong[0], 'missing')}, "
+                        f"expected {own.get(wrong[0], 'none')}")
     broken = not_finite(weights)
     if broken:
         raise UserError(f"{path}: {broken[0]} and {len(broken) - 1} more tensors are not finite")
@@ -105,8 +109,8 @@ def load_weights(net: nn.Module, weights: dict, path):
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path):
-    """Gives an optimizer a checkpoint's state.   Raises: UserError where a shape is not its parameter's: a fused
-    optimizer would write beyond it."""
+    """Gives an optimizer a checkpoint's state.   Raises: UserError where a shape is not its
+    parameter's: a fused optimizer would write beyond it."""
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError, TypeError) as error:
@@ -114,8 +118,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path):
     for parameter, entries in optimizer.state.items():
         for name, value in entries.items():
             if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
-                raise UserError(f"{path}: the optimizer's {name} is {tuple(value.shape)} for a parameter "
-                                f"of {tuple(parameter.shape)}; the file was changed")
+                raise UserError(f"{path}: the optimizer's {name} is {tuple(value.shape)} for a "
+                                f"parameter of {tuple(parameter.shape)}; the file was changed")
 
 
 def not_finite(tensors: dict) -> list[str]:
@@ -129,13 +133,13 @@ def init_backbone(backbone: nn.Module, path: str) -> str:
     state = read_tensors(path)
     state = state.get("state_dict", state.get("model", state))
     if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
-        raise UserError(f"--init {path}: expected tensors by name, alone or under state_dict or model")
+        raise UserError(f"--init {path}: expected tensors by name, or a dict of them as state_dict")
     state = {re.sub(r"^(module\.|backbone\.)+", "", name): value for name, value in state.items()}
     own = backbone.state_dict()
     shared = {name: state[name] for name in own if name in state}
     if not shared:
-        raise UserError(f"--init {path}: none of its {len(state)} names ({', '.join(list(state)[:3])}, "
-                        f"...) is one of the backbone's {len(own)} ({', '.join(list(own)[:3])}, ...)")
+        raise UserError(f"--init {path}: none of its {len(state)} names, as "
+                        f"{', '.join([*state][:3])}, is one of the backbone's {len(own)}, as {', '.join([*own][:3])}")
     for name, value in shared.items():
         if value.shape != own[name].shape:
             raise UserError(f"--init {path}: {name} is {tuple(value.shape)}, the backbone's is "

@@ -1,7 +1,9 @@
-"""The user's own photographs: the loop of --predict, where faces are looked for in them, and drawing.
+"""The user's own photographs: the loop of --predict, where faces are looked for in them, and
+drawing.
 
-A face is found by a detector (--detector), given as --box, or fills the image. What is found of it is written beside
---output's NAME, that of its image: NAME.pts, and NAME.face2.pts for the second face of an image.
+A face is found by a detector (--detector), given as --box, or fills the image. What is found of it
+is written beside --output's NAME, that of its image: NAME.pts, and NAME.face2.pts for the second
+face of an image.
 """
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,18 +23,21 @@ RED = (240, 50, 50)
 
 def open_detector(path: str):
     """cv2's detector from a YuNet model file.   Raises: UserError for another kind of file."""
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # cv2 5 warns that its new engine has no targets to choose from
+    log = cv2.utils.logging
+    log.setLogLevel(log.LOG_LEVEL_ERROR)  # cv2 5 warns that its new engine has no targets to choose
     try:
         return cv2.FaceDetectorYN.create(path, "", (320, 320), score_threshold=0.8)
     except cv2.error as error:
-        raise UserError(f"--detector {path}: no YuNet model that OpenCV can read ({error.err})") from None
+        raise UserError(f"--detector {path}: no YuNet model that OpenCV reads") from error
 
 
 def detect(detector, image: np.ndarray) -> np.ndarray:
-    """Faces (M, 15) of RGB uint8 (H, W, 3), px: x y w h, five points x y (image-left eye first), score.
+    """Faces (M, 15) of RGB uint8 (H, W, 3), px: x y w h, five points x y (image-left eye first),
+    score.
 
-    YuNet finds faces of about 10 to 400 px. So it looks twice, at the image shrunk to 640 px and to 1,280 px on its
-    long side (none is enlarged), and of boxes that overlap the one of the higher score is kept.
+    YuNet finds faces of about 10 to 400 px. So it looks twice, at the image shrunk to 640 px and to
+    1,280 px on its long side (none is enlarged), and of boxes that overlap the one of the higher
+    score is kept.
     """
     found = [np.zeros((0, 15))]
     long_side = max(image.shape[:2])
@@ -59,14 +64,16 @@ def detect(detector, image: np.ndarray) -> np.ndarray:
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over the smaller area of two boxes (4,) x y w h: a face inside a larger box is the same."""
+    """Intersection over the smaller area of two boxes (4,) x y w h: a face inside a larger box is
+    the same."""
     low = np.maximum(a[:2], b[:2])
     high = np.minimum(a[:2] + a[2:], b[:2] + b[2:])
     return float(np.clip(high - low, 0, None).prod() / min(a[2:].prod(), b[2:].prod()))
 
 
 def find_boxes(args, image: np.ndarray, detector) -> np.ndarray:
-    """Boxes (M, 4) x0 y0 x1 y1 px of an image's faces: by the detector, from --box, or the whole image."""
+    """Boxes (M, 4) x0 y0 x1 y1 px of an image's faces: by the detector, from --box, or the whole
+    image."""
     height, width = image.shape[:2]
     if detector is not None:
         found = detect(detector, image)[:, :4]
@@ -82,7 +89,8 @@ def find_boxes(args, image: np.ndarray, detector) -> np.ndarray:
 # ---- The loop of --predict -----------------------------------------------------------------------
 
 class Photo:
-    """An image of --predict: `path`, `image` RGB uint8 (H, W, 3), `stem`, the path of its results without ending."""
+    """An image of --predict: `path`, `image` RGB uint8 (H, W, 3), `stem`, the path of its results
+    without ending."""
 
     def __init__(self, path: str, stem: Path):
         self.path = path
@@ -97,17 +105,18 @@ class Photo:
 
 
 def photos(args, endings: Sequence[str]) -> Iterator[Photo]:
-    """The images of --predict, one at a time; one that cannot be read is reported, and the others go on.
+    """The images of --predict, one at a time; one that cannot be read is reported, and the others
+    go on.
 
     Args: endings, of the files that will be written of each.
-    Raises: UserError before anything is written where a result would replace a file, or two images have one name;
-        and at the end if an image could not be read.
+    Raises: UserError before anything is written where a result would replace a file, or two images
+        have one name; and at the end if an image could not be read.
     """
     found = datasets.image_paths(args.predict)  # {name: path}
     for name in found:
         first = re.sub(r"\.face\d+$", "", name)
         if first != name and first in found:
-            raise UserError(f"{found[name]} has the name of a further face of {found[first]}: rename it")
+            raise UserError(f"{found[name]} is named as another face of {found[first]}: rename it")
     args.data = "predict"
     folder = run.find_run(args)
     for name in found if folder else ():
@@ -127,19 +136,21 @@ def photos(args, endings: Sequence[str]) -> Iterator[Photo]:
         yield photo
         if not photo.faces:
             faceless.append(path)
-    print(f"{len(found) - len(faceless) - len(unread)} of {len(found)} images have results in {folder}")
+    done = len(found) - len(faceless) - len(unread)
+    print(f"{done} of {len(found)} images have results in {folder}")
     if faceless:
-        print(f"no face found in {len(faceless)}, the first is {faceless[0]}: try --box or --detector")
+        print(f"no face found in {len(faceless)}, as {faceless[0]}: try --box or --detector")
     if unread:
         raise UserError(f"{len(unread)} images could not be read, the first is {unread[0]}")
 
 
 def predict_landmarks(args, answer: Callable, passes: int = 2):
-    """--predict of a network that finds landmarks in the crop about a box: NAME.pts for each face, and NAME.png,
-    the image with the points drawn.
+    """--predict of a network that finds landmarks in the crop about a box: NAME.pts for each face,
+    and NAME.png, the image with the points drawn.
 
-    Args: answer(batch, last) -> points (1, P, 2) px of the crop; passes: 2 if it was trained on crops about
-        landmarks; then it looks again in the box of its first answer, and `last` says which look it is.
+    Args: answer(batch, last) -> points (1, P, 2) px of the crop; passes: 2 if it was trained on
+        crops about landmarks; then it looks again in the box of its first answer, and `last` says
+        which look it is.
     """
     detector = open_detector(args.detector) if args.detector else None
     margins = [args.margin] * passes
@@ -155,12 +166,14 @@ def predict_landmarks(args, answer: Callable, passes: int = 2):
         datasets.write_image(f"{photo.stem}.png", picture)
 
 
-def find_points(args, image: np.ndarray, box: np.ndarray, margins: Sequence[float], answer: Callable):
-    """Landmarks (P, 2) px of the face in `box` (4,), or None; each further margin is about those found before."""
+def find_points(args, image: np.ndarray, box: np.ndarray, margins: Sequence[float],
+                answer: Callable) -> np.ndarray | None:
+    """Landmarks (P, 2) px of the face in `box` (4,), or None; each further margin is about those
+    found before."""
     for look, margin in enumerate(margins, 1):
         matrix = torch.from_numpy(datasets.square_crops(box[None], args.size, margin))
-        crop = datasets.CropDataset([datasets.Face(image)], matrix, args.size).__getitems__([(0, 0)])
-        points = answer(crop, look == len(margins)).double()
+        data = datasets.CropDataset([datasets.Face(image)], matrix, args.size)
+        points = answer(data.__getitems__([(0, 0)]), look == len(margins)).double()
         points = warp.apply_affine(warp.invert(matrix), points)[0].numpy()
         box = np.concatenate([points.min(0), points.max(0)])
         if not np.ptp(points, 0).max() > 1:  # one place, or not finite
@@ -172,7 +185,8 @@ def find_points(args, image: np.ndarray, box: np.ndarray, margins: Sequence[floa
 
 def draw_points(image: np.ndarray, points, colour, radius: float) -> np.ndarray:
     """Draws points (N, 2) px on RGB uint8 (H, W, 3), in place, at sub-pixel places."""
-    for x, y in np.round(16 * np.asarray(points, np.float64)).astype(int).tolist():  # 4 bits after the point
+    sixteenths = np.round(16 * np.asarray(points, np.float64)).astype(int)
+    for x, y in sixteenths.tolist():
         cv2.circle(image, (x, y), max(round(16 * radius), 8), colour, -1, cv2.LINE_AA, 4)
     return image
 
@@ -180,7 +194,8 @@ def draw_points(image: np.ndarray, points, colour, radius: float) -> np.ndarray:
 def tile(tiles: Sequence[np.ndarray], columns: int) -> np.ndarray:
     """Pictures of one size in rows of `columns`, white where one is missing."""
     tiles = [*tiles, *[np.full_like(tiles[0], 255)] * (-len(tiles) % columns)]
-    return np.concatenate([np.concatenate(tiles[i:i + columns], 1) for i in range(0, len(tiles), columns)])
+    rows = [np.concatenate(tiles[i:i + columns], 1) for i in range(0, len(tiles), columns)]
+    return np.concatenate(rows)
 
 
 def spread(count: int, wanted: int) -> list[int]:
@@ -197,7 +212,7 @@ def draw_crop(data: datasets.CropDataset, i: int, side: int, *layers) -> np.ndar
     return picture
 
 
-def draw_predictions(data: datasets.CropDataset, points: torch.Tensor, side: int = 192) -> np.ndarray:
+def draw_predictions(data: datasets.CropDataset, points: torch.Tensor, side=192) -> np.ndarray:
     """24 crops over the whole set, the truth in green, predictions (M, P, 2) image px in red."""
     return tile([draw_crop(data, i, side, (data.points[i], GREEN), (points[i], RED))
                  for i in spread(len(data), 24)], 6)

@@ -1,10 +1,10 @@
 """What surrounds a training run and stands in no paper: flags, processes, folders, checkpoints.
 
-A script takes its flags from `make_parser` and `parse`, and starts by `main(train, args)`. Its `train`
-makes a `Job`, which knows the processes, the run's folder and the checkpoint of --resume, counts epochs,
-logs and saves. Forward, loss, backward and optimizer step stay in the script. A killed run that is
-resumed ends in the same numbers, bit for bit on a CPU: order, augmentation and PyTorch's seed are
-functions of (seed, epoch, rank).
+A script takes its flags from `make_parser` and `parse`, and starts by `main(train, args)`. Its
+`train` makes a `Job`, which knows the processes, the run's folder and the checkpoint of --resume,
+counts epochs, logs and saves. Forward, loss, backward and optimizer step stay in the script. A
+killed run that is resumed ends in the same numbers, bit for bit on a CPU: order, augmentation and
+PyTorch's seed are functions of (seed, epoch, rank).
 """
 import argparse
 import contextlib
@@ -98,8 +98,8 @@ def peek(argv: Sequence[str] | None, flag: str, choices: Sequence[str], default:
 
 def make_parser(script: str, description: str, paper: dict, presets: dict, argv,
                 boxes: Sequence[str] = ("landmarks", "face")) -> argparse.ArgumentParser:
-    """A parser with the flags of all scripts, and the defaults of `paper`, changed by --data's preset.
-    The last of `presets` needs no data. Add the method's own flags, then call `parse`."""
+    """A parser with the flags of all scripts, and the defaults of `paper`, changed by --data's
+    preset. The last of `presets` needs no data. Add the method's own flags, then call `parse`."""
     data = peek(argv, "--data", presets, list(presets)[-1])
     parser = argparse.ArgumentParser(f"{script}.py", description=description, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -171,8 +171,9 @@ def parse(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
 # ---- Processes -----------------------------------------------------------------------------------
 
 def main(function: Callable, args):
-    """Calls function(args), in --gpus processes. What the user can mend ends in its message, a bug in
-    its traceback. Under torchrun, which sets RANK and can use several machines, nothing is launched."""
+    """Calls function(args), in --gpus processes. What the user can mend ends in its message, a bug
+    in its traceback. Under torchrun, which sets RANK and can use several machines, nothing is
+    launched."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if args.gpus > 1 and "RANK" not in os.environ and not (args.eval or args.predict):
@@ -225,8 +226,9 @@ def launch(function: Callable, args):
 
 def run_rank(rank: int, function: Callable, args, port: int, messages):
     """Process `rank` of `launch`."""
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(args.gpus),
-                       LOCAL_WORLD_SIZE=str(args.gpus), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    ranks = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=args.gpus, LOCAL_WORLD_SIZE=args.gpus)
+    os.environ |= {name: str(value) for name, value in ranks.items()}
+    os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     try:
         call(function, args)
     except Exception as error:
@@ -237,7 +239,8 @@ def run_rank(rank: int, function: Callable, args, port: int, messages):
 
 
 def setup(args) -> tuple[int, int, torch.device]:
-    """This process's rank, the number of processes, its device; they talk by nccl, on CPUs by gloo."""
+    """This process's rank, the number of processes, its device; they talk by nccl, on CPUs by
+    gloo."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
         raise UserError("--device cuda: PyTorch sees no GPU here; take --device cpu")
@@ -247,12 +250,13 @@ def setup(args) -> tuple[int, int, torch.device]:
     world = int(os.environ.get("WORLD_SIZE", 1))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if args.gpus not in (1, here):
-        raise UserError(f"--gpus {args.gpus}, but the environment is that of {here} processes: under "
-                        "torchrun leave out --gpus, else unset RANK and WORLD_SIZE")
+        raise UserError(f"--gpus {args.gpus}, but the environment is that of {here} processes: "
+                        "under torchrun leave out --gpus, else unset RANK and WORLD_SIZE")
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} does not divide over {world} processes")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         if rank == 0 and args.amp and torch.cuda.get_device_capability(device) < (8, 0):
@@ -318,7 +322,8 @@ def make_run(args, folder: Path | None) -> Path:
 
 
 def lock(folder: Path):
-    """A file that says "in use" while it is open.   Raises: UserError where another process has it."""
+    """A file that says "in use" while it is open.   Raises: UserError where another process has
+    it."""
     file = open(folder / "lock", "w")
     try:
         if fcntl:
@@ -393,8 +398,10 @@ class Job:
         return nn.parallel.DistributedDataParallel(model, ids, broadcast_buffers=False)
 
     def begin(self, data, batches=None, loader=None):
-        """The training set's loader, and on the first process the folder, where nobody else may train.
-        Args: batches of an epoch, if not shares of a permutation; loader, if not `make_loader`'s."""
+        """The training set's loader, and on the first process the folder, where nobody else may
+        train.
+        Args: batches of an epoch, if not shares of a permutation; loader, if not
+            `make_loader`'s."""
         args = self.args
         self.batches = batches or datasets.EpochBatches(len(data), args.batch_size, args.seed,
                                                         self.rank, self.world)
@@ -458,8 +465,8 @@ class Job:
             dist.all_reduce(losses, dist.ReduceOp.SUM)
         losses = (losses / self.world).tolist()
         if not all(map(math.isfinite, losses)) or not_finite(self.net.state_dict()):
-            raise FloatingPointError(f"epoch {epoch + 1} left a loss or weights that are not finite "
-                                     "and is not saved: try a lower --lr")
+            raise FloatingPointError(f"epoch {epoch + 1} left a loss or weights that are not "
+                                     "finite, and is not saved: try a lower --lr")
         if self.rank > 0:
             return
         seconds = time.time() - self.epoch_began
