@@ -73,21 +73,20 @@ def _fault(path: str) -> str:
 
 def check_images(faces: Sequence[Face]) -> None:
     """Before a long run: every path exists and begins like an image; warns of files without end.
-    Raises: FileNotFoundError (UserError if none is missing): the first bad file, and counts."""
+    Raises: FileNotFoundError or else UserError, naming the first bad file and counting all."""
     paths = {face.image: face.where for face in faces if isinstance(face.image, (str, os.PathLike))}
     faults = {path: _fault(path) for path in paths}
-    count = {fault: list(faults.values()).count(fault)
-             for fault in ("missing", "undecodable", "cut short")}
-    if count["missing"] or count["undecodable"]:
-        bad = next(path for path in paths if faults[path] in ("missing", "undecodable"))
-        what = "does not exist" if faults[bad] == "missing" else "is no image that cv2 can decode"
+    absent, broken, cut = ([path for path in paths if faults[path] == fault]
+                           for fault in ("missing", "undecodable", "cut short"))
+    if absent or broken:
+        bad = (absent or broken)[0]
+        what = "does not exist" if absent else "is no image that cv2 can decode"
         listed = f" (listed in {paths[bad]})" if paths[bad] else ""
-        kind = FileNotFoundError if count["missing"] else UserError
-        raise kind(f"{bad} {what}{listed}; of {len(paths)} images, missing {count['missing']}, "
-                   f"undecodable {count['undecodable']}")
-    if count["cut short"]:
-        cut = next(path for path in paths if faults[path])
-        warnings.warn(f"{cut} and {count['cut short'] - 1} other images seem to be cut short",
+        error = FileNotFoundError if absent else UserError
+        raise error(f"{bad} {what}{listed}; of {len(paths)} images, missing {len(absent)}, "
+                    f"undecodable {len(broken)}")
+    if cut:
+        warnings.warn(f"{cut[0]} and {len(cut) - 1} other images seem to be cut short",
                       stacklevel=2)
 
 
@@ -454,10 +453,10 @@ def read_folder(root: str, split: str) -> list[Face]:
 
 
 def read_widerface(root: str, split: str) -> list[Face]:
-    """WIDER FACE with RetinaFace's 5 points, 0-based; box: the face's. Faces without points have
-    points nan. The label file of val has boxes only, so the test split is a tenth of the training
-    images, by hash of name, of which only faces with points. A row is x y w h, 5 times x y v (v -1:
-    no point), blur.
+    """WIDER FACE with RetinaFace's 5 points, 0-based; box: the face's. Faces without points, or
+    with all at one place, have points nan. The label file of val has boxes only, so the test split
+    is a tenth of the training images, by hash of name, of which only faces with points. A row is
+    x y w h, 5 times x y v (v -1: no point), blur.
 
     Tree: train/label.txt: lines "# 0--Parade/NAME.jpg", each followed by one row for each face
           train/images/0--Parade/*.jpg, ...
@@ -478,7 +477,7 @@ def read_widerface(root: str, split: str) -> list[Face]:
         values = numbers(line.split(), 20, where)
         x, y, w, h = values[:4].tolist()
         points = values[4:19].reshape(5, 3)
-        if (points[:, 2] < 0).any():
+        if (points[:, 2] < 0).any() or np.ptp(points[:, :2], axis=0).max() == 0:
             points = np.full((5, 3), np.nan)
         if w > 0 and h > 0 and not (split == "test" and np.isnan(points).any()):
             faces.append(Face(os.path.join(images, name), points[:, :2].astype(np.float32),
@@ -663,7 +662,8 @@ class Regions:
         written."""
         total = int(self.start[-1])
         if cache == "device":
-            path, room = "memory", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            path = "memory"
+            room = free_memory()
         else:
             os.makedirs(cache, exist_ok=True)
             path = os.path.join(cache, self._digest() + ".crops")
@@ -706,6 +706,19 @@ class Regions:
             for _ in tqdm(done, "cache", len(self), disable=not verbose, leave=False):
                 pass
         return store
+
+
+def free_memory() -> float:
+    """Bytes of memory that can be had, within a container's limit; inf if nothing says."""
+    room = math.inf
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as file:
+            room = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", file.read())[1])
+    if os.path.exists("/sys/fs/cgroup/memory.max"):
+        with open("/sys/fs/cgroup/memory.max") as file:
+            limit = file.read().strip()
+            room = min(room, math.inf if limit == "max" else int(limit))
+    return room
 
 
 def _source(image) -> tuple:

@@ -50,7 +50,7 @@ def crops(count=4, size=96, augment=None, **options):
 def test_square_crops_put_the_box_in_the_middle():
     frame = datasets.square_crops(np.array([[10.0, 20, 50, 100]]), 64, 1.25)[0]
     np.testing.assert_allclose(frame @ [30, 60, 1], [31.5, 31.5])  # the centres
-    np.testing.assert_allclose(frame @ [30, 60 - 50, 1], [31.5, -0.5])  # side 1.25 * 80: to the edge
+    np.testing.assert_allclose(frame @ [30, 60 - 50, 1], [31.5, -0.5])  # to the edge
     with pytest.raises(UserError, match="face 1: box .* has no extent"):
         datasets.square_crops(np.array([[0, 0, 1, 1], [5.0, 5, 5, 5]]), 64, 1.25)
 
@@ -63,7 +63,7 @@ def test_face_boxes():
         datasets.face_boxes([face], "face")
     for points in (np.ones((5, 2)), np.linspace(0, 0.9, 10).reshape(5, 2)):
         flat = datasets.Face("a.jpg", points.astype(np.float32))
-        with pytest.raises(UserError, match="a.jpg: --box landmarks finds a box of 0.* wanted 1 to"):
+        with pytest.raises(UserError, match="a.jpg: --box landmarks finds a box of 0.* wanted 1"):
             datasets.face_boxes([face, flat], "landmarks")
     face.box = (1, 2, 3, 4)
     assert datasets.face_boxes([face], "face").tolist() == [[1, 2, 3, 4]]
@@ -192,6 +192,9 @@ def test_a_cache_that_does_not_fit_is_refused_with_its_size(tmp_path, monkeypatc
     with pytest.raises(OSError, match=r"--cache .* needs 1 MB, there are 0 MB; name a folder"):
         crops(count=8).regions.keep(str(tmp_path))
     assert "cache: 8 faces, 1 MB" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    monkeypatch.setattr(datasets, "free_memory", lambda: 1000)
+    with pytest.raises(OSError, match=r"--cache device: needs 1 MB, there are 0 MB"):
+        crops(count=8).regions.keep("device", verbose=False)
 
 
 def crop(pixels, box, size):
