@@ -1,44 +1,52 @@
 """One definition of every number that the scripts report.
 
-Errors and rates are fractions, points pixels; per-image errors come back as float64 tensors, rates as floats.
-Arithmetic is float64: cheap here, and autocast and TF32, which round cosines to three digits, leave it alone.
-nan is never dropped: as a prediction it fails, as an embedding or score it raises. Ties count as misses.
+Errors and rates are fractions, points pixels; per-image errors come back as float64 tensors, rates
+as floats. Arithmetic is float64: cheap here, and autocast and TF32, which round cosines to three
+digits, leave it alone. nan is never dropped: as a prediction it fails, as an embedding or score it
+raises. Ties count as misses.
 """
 import cv2
 import numpy as np
 import torch
+
+from common import UserError
 
 
 def _positive(norm):
     norm = torch.as_tensor(norm).double()
     bad = ~((norm > 0) & norm.isfinite())
     if bad.any():
-        raise ValueError(f"normaliser of image {int(bad.flatten().nonzero()[0])} is {norm[bad][0]:g}; it must"
-                         " be finite and above 0: check the points that it is measured between")
+        image = int(bad.flatten().nonzero()[0])
+        raise UserError(f"normaliser of image {image} is {norm[bad][0]:g}; it must be finite and "
+                        "above 0: check the points that it is measured between")
     return norm
 
 
 def _checked(pred, target, norm):
-    pred, target, norm = torch.as_tensor(pred).double(), torch.as_tensor(target).double(), _positive(norm)
-    if pred.dim() != 3 or pred.shape[-1] != 2 or pred.shape != target.shape or norm.shape != pred.shape[:1]:
-        raise ValueError(f"points {tuple(pred.shape)} and {tuple(target.shape)}, norm {tuple(norm.shape)}; "
-                         "give two (B, P, 2) of one shape and (B,)")
+    pred = torch.as_tensor(pred).double()
+    target = torch.as_tensor(target).double()
+    norm = _positive(norm)
+    fits = pred.dim() == 3 and pred.shape == target.shape and norm.shape == pred.shape[:1]
+    if not fits or pred.shape[-1] != 2:
+        raise ValueError(f"points {tuple(pred.shape)} and {tuple(target.shape)}, norm "
+                         f"{tuple(norm.shape)}; give two (B, P, 2) of one shape and (B,)")
     return pred, target.to(pred.device), norm.to(pred.device)
 
 
 def nme(pred, target, norm):
-    """Normalised mean error of each image: pred, target (B, P, 2) px, norm (B,) px -> (B,). `norm` is the
-    distance in the ground truth that the data set prescribes. Raises: ValueError if it is not positive."""
+    """Normalised mean error of each image: pred, target (B, P, 2) px, norm (B,) px -> (B,). `norm`
+    is the distance in the ground truth that the set prescribes, or UserError if not positive."""
     pred, target, norm = _checked(pred, target, norm)
     # Eq. (12) [SDFL], Eq. (4) [Sub-pixel landmarks]: NME = 1/N sum_i ||p_i - p^_i||_2 / d
     return (pred - target).norm(dim=-1).mean(-1) / norm
 
 
 def _errors(nme, threshold):
-    """Checked (B,) errors, left in float32 if they are: 0.10 must equal the 0.10 of its own precision."""
+    """Checked (B,) errors, in float32 if they are: 0.10 must equal 0.10 of its own precision."""
     nme = torch.as_tensor(nme)
     if nme.dim() != 1 or not len(nme) or not threshold > 0:
-        raise ValueError(f"errors {tuple(nme.shape)}, threshold {threshold}; give (B,), B > 0, and one > 0")
+        raise ValueError(f"errors {tuple(nme.shape)}, threshold {threshold}; give (B,), B > 0, and "
+                         "one above 0")
     return nme if nme.dtype == torch.float32 else nme.double()
 
 
@@ -48,75 +56,93 @@ def failure_rate(nme, threshold):
 
 
 def auc(nme, threshold):
-    """Area under the cumulative error distribution up to `threshold`, over `threshold`: 1 is perfect, nan
-    adds 0. Exact: the distribution sums one step an image, which encloses threshold - NME_i or nothing."""
-    return (1 - _errors(nme, threshold).double() / threshold).clamp(min=0).nan_to_num(0).mean().item()
+    """Area under the cumulative error distribution up to `threshold`, over `threshold`: 1 is
+    perfect, nan adds 0. Exact: a step for each image, which encloses threshold - NME_i."""
+    share = 1 - _errors(nme, threshold).double() / threshold
+    return share.clamp(min=0).nan_to_num(0).mean().item()
 
 
 def auc_steps(nme):
-    """AUC at 0.10 as in SDFL's tables, to compare with those only: their code's trapezoids at 0.005, 0.010,
-    ..., 0.100 leave out 0 to 0.005. A perfect predictor gets 0.95, a usual one 0.001 more than from `auc`."""
+    """AUC at 0.10 as in SDFL's tables, to compare with those only: their code's trapezoids at
+    0.005, 0.010, ..., 0.100 leave out 0 to 0.005. A perfect predictor gets 0.95."""
     nme = _errors(nme, 0.1)
     thresholds = torch.arange(1, 21).to(nme) * 0.005
     return 10 * torch.trapezoid((nme[:, None] <= thresholds).double().mean(0), dx=0.005).item()
 
 
 def curve_error(pred, target, parts, norm, icp=False, pred_parts=None):
-    """Curve error NME_c of LDDMM-Face: the distance between point sets, whatever the numbering within a part.
-    Args: pred, target (B, P, 2) px; parts {name: indices}; norm (B,) px; icp: first move each predicted part
-        rigidly onto its target; pred_parts {name: indices}: those of a `pred` with other points, (B, K, 2).
+    """Curve error NME_c of LDDMM-Face: the distance between point sets, whatever the numbering
+    within a part.
+    Args: pred, target (B, P, 2) px; parts {name: indices}; norm (B,) px; icp: first move each
+        predicted part rigidly onto its target; pred_parts {name: indices}: those of a `pred` with
+        other points.
     Returns: {name: (B,), ..., "overall": (B,)}, overall being the plain mean of the parts.
-    Source: Sec. 4, "Error Metrics". paper: "ICP error", code (CRazorback/LDDMM-Face, cb45e96): distances to
-    the nearest points as they lie; we follow the code unless `icp`."""
+    Source: Sec. 4, "Error Metrics". paper: "ICP error", code (CRazorback/LDDMM-Face, cb45e96):
+        distances to the nearest points as they lie; we follow the code unless `icp`."""
     if pred_parts is None:
-        pred_parts, (pred, target, norm) = parts, _checked(pred, target, norm)
-    target, pred, norm = torch.as_tensor(target).double(), torch.as_tensor(pred).double(), _positive(norm)
-    pred, target = torch.complex(*pred.unbind(-1)), torch.complex(*target.unbind(-1))             # (B, P)
+        pred_parts = parts
+        pred, target, norm = _checked(pred, target, norm)
+    pred = torch.complex(*torch.as_tensor(pred).double().unbind(-1))                        # (B, P)
+    target = torch.complex(*torch.as_tensor(target).double().unbind(-1))
+    norm = _positive(norm)
     errors = {}
     for name, indices in parts.items():
-        p, t = pred[:, list(pred_parts[name])], target[:, list(indices)]
-        distance = ((_rigid_icp(p, t) if icp else p)[:, :, None] - t[:, None]).abs()              # (B, K, K)
-        errors[name] = torch.cat([distance.amin(2), distance.amin(1)], dim=1).mean(1) / norm      # both ways
+        p = pred[:, list(pred_parts[name])]
+        t = target[:, list(indices)]
+        if icp:
+            p = _rigid_icp(p, t)
+        distance = (p[:, :, None] - t[:, None]).abs()                                    # (B, K, K)
+        both_ways = torch.cat([distance.amin(2), distance.amin(1)], dim=1)
+        errors[name] = both_ways.mean(1) / norm
     return errors | {"overall": torch.stack(list(errors.values())).mean(0)}
 
 
 def _rigid_icp(source, target, steps=20):
-    """Iterative closest point in the plane: points are complex, a rotation is a unit number, and the best one
-    (Arun 1987, needing no SVD here) is the direction of sum conj(s) t over the centred pairs."""
+    """Iterative closest point in the plane: points are complex, a rotation is a unit number, and
+    the best (Arun 1987, needing no SVD here) is the direction of sum conj(s) t over the centred
+    pairs."""
     for _ in range(steps):
         paired = target.gather(1, (source[:, :, None] - target[:, None]).abs().argmin(2))
-        centre, goal = source.mean(1, keepdim=True), paired.mean(1, keepdim=True)
+        centre = source.mean(1, keepdim=True)
+        goal = paired.mean(1, keepdim=True)
         angle = ((source - centre).conj() * (paired - goal)).sum(1, keepdim=True).angle()
         source = (source - centre) * torch.polar(torch.ones_like(angle), angle) + goal
     return source
 
 
 def anme(points, d):
-    """Alignment normalised mean error, the scatter of aligned landmarks about their mean: 0 if all coincide.
-    Args: points (N, S, 2) px of the deformed faces, in one frame; d: their inter-pupil distances (N,) px, or
-        the mean of these."""
-    points, d = torch.as_tensor(points).double(), _positive(d).mean()
+    """Alignment normalised mean error, the scatter of aligned landmarks about their mean: 0 if all
+    coincide.
+    Args: points (N, S, 2) px of the deformed faces, in one frame; d: their inter-pupil distances
+        (N,) px, or the mean of these."""
+    points = torch.as_tensor(points).double()
+    d = _positive(d).mean()
+    mean = points.mean(0, keepdim=True).expand_as(points)
     # Eq. (1) [Balanced Alignment]: ANME = 1/(N|S|) sum_s sum_i ||y_i^s - ybar^s||_2 / d
-    return nme(points, points.mean(0, keepdim=True).expand_as(points), d.expand(len(points))).mean().item()
+    return nme(points, mean, d.expand(len(points))).mean().item()
 
 
 # Colours of Okabe and Ito, RGB, that the colour-blind can tell apart.
-CURVE_COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0),
-                 (40, 40, 40), (140, 80, 30))
+CURVE_COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233),
+                 (230, 159, 0), (40, 40, 40), (140, 80, 30))
 
 
 def ced_plot(errors, threshold=0.1):
-    """Cumulative error distributions {name: NME (B,)}: share of images (y) with at most the NME (x), up to
-    `threshold`; the legend adds AUC and failure rate. Returns (600, 1200, 3) uint8 RGB."""
+    """Cumulative error distributions {name: NME (B,)}: share of images (y) with at most the NME
+    (x), up to `threshold`; the legend adds AUC and failure rate. Returns (600, 1200, 3) uint8
+    RGB."""
     left, top, width, height = 70, 50, 800, 480
-    image, grey, font = np.full((600, 1200, 3), 255, np.uint8), (222,) * 3, (cv2.FONT_HERSHEY_SIMPLEX, 0.5)
+    image = np.full((600, 1200, 3), 255, np.uint8)
+    grey = (222, 222, 222)
+    font = (cv2.FONT_HERSHEY_SIMPLEX, 0.5)
 
-    def text(string, x, y, anchor=0.0):                              # anchor: the share of the text left of x
+    def text(string, x, y, anchor=0.0):                    # anchor: the share of the text left of x
         x = round(x - anchor * cv2.getTextSize(string, *font, 1)[0][0])
         cv2.putText(image, string, (x, y), *font, (40, 40, 40), 1, cv2.LINE_AA)
 
     for i in range(6):
-        x, y = left + width * i // 5, top + height - height * i // 5
+        x = left + width * i // 5
+        y = top + height - height * i // 5
         cv2.line(image, (x, top), (x, top + height + 5), grey)
         cv2.line(image, (left - 5, y), (left + width, y), grey)
         text(f"{20 * threshold * i:.3g}", x, top + height + 24, 0.5)
@@ -124,104 +150,158 @@ def ced_plot(errors, threshold=0.1):
     text("NME (%)", left + width / 2, top + height + 50, 0.5)
     text("images with at most this NME (%)", left, top - 18)
 
-    legend, steps = [], torch.arange(width + 1).double()
+    steps = torch.arange(width + 1).double()
     for i, (name, error) in enumerate(errors.items()):
-        rates = f"AUC {auc(error, threshold):.3f}   FR {failure_rate(error, threshold):.1%}"
-        legend.append((f"{name}   {rates}", CURVE_COLOURS[i % len(CURVE_COLOURS)]))
-        ordered = _errors(error, threshold).double().cpu().nan_to_num(torch.inf, torch.inf).sort().values
+        colour = CURVE_COLOURS[i % len(CURVE_COLOURS)]
+        ordered = _errors(error, threshold).double().cpu().nan_to_num(torch.inf, torch.inf)
+        ordered = ordered.sort().values
         share = torch.searchsorted(ordered, steps * threshold / width, right=True) / len(ordered)
-        curve = torch.stack([left + steps, top + height * (1 - share)], dim=1) * 16                 # 1/16 px
-        cv2.polylines(image, [curve.round().int().numpy()], False, legend[i][1], 2, cv2.LINE_AA, shift=4)
-
-    x, y = left + width + 22, top                                   # beside the axes, where no curve runs
-    for i, (line, colour) in enumerate(legend):
-        cv2.line(image, (x, y + 24 * i + 8), (x + 28, y + 24 * i + 8), colour, 3)
-        text(line, x + 40, y + 24 * i + 13)
+        curve = torch.stack([left + steps, top + height * (1 - share)], dim=1) * 16     # 1/16 px
+        cv2.polylines(image, [curve.round().int().numpy()], False, colour, 2, cv2.LINE_AA, shift=4)
+        x = left + width + 22                               # beside the axes, where no curve runs
+        y = top + 24 * i + 8
+        rates = f"AUC {auc(error, threshold):.3f}   FR {failure_rate(error, threshold):.1%}"
+        cv2.line(image, (x, y), (x + 28, y), colour, 3)
+        text(f"{name}   {rates}", x + 40, y + 5)
     return image
 
 
-def _unit(embeddings):
-    embeddings = torch.as_tensor(embeddings).detach().double()
-    bad = int((~embeddings.isfinite().all(-1)).sum())
+def _unit(embeddings, dtype=torch.float64):
+    """Embeddings (..., D) of length 1, in either precision.   Raises: ValueError for nan or inf."""
+    embeddings = torch.as_tensor(embeddings).detach().to(dtype)
+    norm = torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True, dtype=torch.float64)
+    bad = int((~norm.isfinite()).sum())
     if bad:
-        raise ValueError(f"{bad} of {len(embeddings)} embeddings hold nan or inf; all entries must be finite")
-    return torch.nn.functional.normalize(embeddings, dim=-1)
+        raise ValueError(f"{bad} of {len(embeddings)} embeddings hold nan or inf; all entries must "
+                         "be finite")
+    return embeddings / norm.clamp_min(1e-12).to(dtype)
 
 
 def verification_accuracy(a, b, same, folds=10):
-    """Mean and standard deviation over folds of the accuracy of "same person?": a, b (M, D), same (M,) bool.
-    The LFW protocol: folds are consecutive blocks of pairs, each judged with the threshold on the squared
-    distance of unit embeddings that is best on the others: the lowest of the best midpoints. The usual grid,
-    0 to 4 by 0.01, agrees within the noise, but loses percents on a young network's small distances."""
-    a, b, same = _unit(a).cpu(), _unit(b).cpu(), torch.as_tensor(same).bool().cpu()
-    if a.dim() != 2 or a.shape != b.shape or same.shape != a.shape[:1] or not 2 <= folds <= len(same):
-        raise ValueError(f"embeddings {tuple(a.shape)}, {tuple(b.shape)}, same {tuple(same.shape)}, {folds} "
-                         "folds; give two (M, D), one (M,) and 2 <= folds <= M")
-    distance, accuracy = (a - b).square().sum(1), []
+    """Mean and standard deviation over folds of the accuracy of "same person?": a, b (M, D), same
+    (M,) bool. The LFW protocol: folds are consecutive blocks of pairs, each judged with the
+    threshold on the squared distance of unit embeddings that is best on the others: the lowest of
+    the best midpoints. The usual grid, 0 to 4 by 0.01, loses percents on a young network's small
+    distances."""
+    a = _unit(a).cpu()
+    b = _unit(b).cpu()
+    same = torch.as_tensor(same).bool().cpu()
+    fits = a.dim() == 2 and a.shape == b.shape and same.shape == a.shape[:1]
+    if not fits or not 2 <= folds <= len(same):
+        raise ValueError(f"embeddings {tuple(a.shape)}, {tuple(b.shape)}, same "
+                         f"{tuple(same.shape)}, {folds} folds; give two (M, D), one (M,) and 2 <= "
+                         "folds <= M")
+    distance = (a - b).square().sum(1)
+    accuracy = []
     for test in torch.arange(len(same)).tensor_split(folds):
         train = torch.ones_like(same).index_fill(0, test, False)
         ordered, order = distance[train].sort()
-        # Accepting the n nearest pairs gains those that are the same person, and loses those that are not.
+        # Accepting the n nearest pairs gains those that are the same person, and loses the others.
         gain = torch.nn.functional.pad((2.0 * same[train][order] - 1).cumsum(0), (1, 0))
         edges = torch.cat([ordered[:1] - 1, ordered, ordered[-1:] + 1])
-        gain[edges[1:] == edges[:-1]] = -torch.inf                       # no threshold parts equal distances
+        gain[edges[1:] == edges[:-1]] = -torch.inf          # no threshold parts equal distances
         threshold = ((edges[1:] + edges[:-1]) / 2)[gain.argmax()]
         accuracy.append(((distance[test] < threshold) == same[test]).double().mean())
-    return torch.stack(accuracy).mean().item(), torch.stack(accuracy).std(correction=0).item()
+    accuracy = torch.stack(accuracy)
+    return accuracy.mean().item(), accuracy.std(correction=0).item()
 
 
 def _checked_ids(query_ids, gallery_ids, shape, device):
-    query_ids, gallery_ids = torch.as_tensor(query_ids).to(device), torch.as_tensor(gallery_ids).to(device)
+    query_ids = torch.as_tensor(query_ids).to(device)
+    gallery_ids = torch.as_tensor(gallery_ids).to(device)
     if (*query_ids.shape, *gallery_ids.shape) != tuple(shape):
-        raise ValueError(f"ids {tuple(query_ids.shape)}, {tuple(gallery_ids.shape)} for {tuple(shape)} rows; "
-                         "give one each")
+        raise ValueError(f"ids {tuple(query_ids.shape)}, {tuple(gallery_ids.shape)} for "
+                         f"{tuple(shape)} rows; give one each")
     lost = query_ids[~torch.isin(query_ids, gallery_ids)]
     if len(lost):
-        raise ValueError(f"{len(lost)} of {len(query_ids)} queries have no mate in the gallery, first id "
-                         f"{int(lost[0])}; keep only those of torch.isin(query_ids, gallery_ids)")
+        raise ValueError(f"{len(lost)} of {len(query_ids)} queries have no mate in the gallery, "
+                         f"first id {int(lost[0])}; keep only those of torch.isin(query_ids, "
+                         "gallery_ids)")
     return query_ids, gallery_ids
 
 
+def _best_mates(probe, probe_ids, gallery, gallery_ids):
+    """(Q,) float64: the highest cosine of each probe, of unit rows (Q, D), with a mate."""
+    order = gallery_ids.argsort()
+    first = torch.searchsorted(gallery_ids[order], probe_ids)
+    count = torch.searchsorted(gallery_ids[order], probe_ids, right=True) - first
+    best = probe.new_full((len(probe),), -torch.inf)
+    for n in range(int(count.max())):                       # the n-th mate of those that have one
+        rows = (count > n).nonzero()[:, 0]
+        mates = gallery[order[first[rows] + n].to(gallery.device)].to(probe.device)
+        best[rows] = best[rows].maximum((probe[rows] * _unit(mates)).sum(1))
+    return best
+
+
+def _beaten_by(probe, best, gallery, dtype):
+    """Pairs (i, j) in which row j of gallery (G, D) has no lower cosine with probe i (Q, D) than
+    best (Q,). float32 settles nearly all, and what it cannot tell is settled in float64."""
+    with torch.autocast(probe.device.type, enabled=False):
+        cosine = probe.to(dtype) @ _unit(gallery, dtype).T
+    best = best - 1e-12             # equal embeddings tie, although other sums round differently
+    if dtype == torch.float64:
+        return (cosine >= best[:, None]).nonzero(as_tuple=True)
+    margin = (probe.shape[1] + 8) * torch.finfo(dtype).eps              # more than rounding can do
+    i, j = (cosine >= (best - margin)[:, None].float()).nonzero(as_tuple=True)
+    close = cosine[i, j] <= best[i] + margin
+    if close.sum() > cosine.numel() // 100:                             # of a collapsed network
+        return _beaten_by(probe, best, gallery, torch.float64)
+    exact = (probe[i[close]] * _unit(gallery[j[close]])).sum(1)
+    beaten = torch.ones_like(close)
+    beaten[close] = exact >= best[i[close]]
+    return i[beaten], j[beaten]
+
+
 def rank_k(probe, probe_ids, gallery, gallery_ids, ks=(1, 5), chunk=2048):
-    """Closed-set identification, {k: share of probes with a mate among the k rows of highest cosine}.
-    Exact without sorting: the non-mates that score no less than a probe's best mate are counted, in blocks of
-    chunk x chunk, so that 150,000 distractors need no more memory than 2,000.
-    Args: probe (Q, D), gallery (G, D); probe_ids (Q,), gallery_ids (G,) integers. Distractors: gallery rows
-        whose id no probe has, as -100. Runs on the probe's device; the gallery may stay on the CPU.
+    """Closed-set identification, {k: share of probes with a mate among the k rows of highest
+    cosine}. Exact without sorting: the non-mates that score no less than a probe's best mate are
+    counted, in blocks of chunk x chunk.
+    Args: probe (Q, D), gallery (G, D); probe_ids (Q,), gallery_ids (G,) integers. Distractors:
+        gallery rows whose id no probe has, as -100. The gallery may stay on the CPU.
     Raises: ValueError if a probe has no mate, as no system could find it."""
-    probe, gallery = _unit(probe), torch.as_tensor(gallery)
-    probe_ids, gallery_ids = _checked_ids(probe_ids, gallery_ids, (len(probe), len(gallery)), probe.device)
-
-    def blocks(gallery, gallery_ids):
+    probe = _unit(probe)
+    gallery = torch.as_tensor(gallery)
+    shape = (len(probe), len(gallery))
+    probe_ids, gallery_ids = _checked_ids(probe_ids, gallery_ids, shape, probe.device)
+    plain = probe.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+    dtype = torch.float32 if plain else torch.float64       # float32 may stand for TF32 elsewhere
+    ahead = torch.zeros_like(probe_ids, dtype=torch.long)
+    for rows in torch.arange(len(probe), device=probe.device).split(chunk):
+        best = _best_mates(probe[rows], probe_ids[rows], gallery, gallery_ids)
         for g in range(0, len(gallery), chunk):
-            unit, ids = _unit(gallery[g:g + chunk].to(probe.device)), gallery_ids[g:g + chunk]
-            for rows in torch.arange(len(probe), device=probe.device).split(chunk):
-                yield rows, probe[rows] @ unit.T, probe_ids[rows, None] == ids
-
-    best, ahead = probe.new_full((len(probe),), -torch.inf), probe_ids.new_zeros(len(probe), dtype=torch.long)
-    mated = torch.isin(gallery_ids, probe_ids)
-    for rows, cosine, mate in blocks(gallery[mated.to(gallery.device)], gallery_ids[mated]):
-        best[rows] = best[rows].maximum(cosine.masked_fill(~mate, -torch.inf).amax(1))
-    for rows, cosine, mate in blocks(gallery, gallery_ids):
-        # 1e-12: equal embeddings tie, although products in blocks of another shape are rounded differently
-        ahead[rows] += ((cosine >= best[rows, None] - 1e-12) & ~mate).sum(1)
+            block = gallery[g:g + chunk].to(probe.device)
+            i, j = _beaten_by(probe[rows], best, block, dtype)
+            stranger = probe_ids[rows[i]] != gallery_ids[g + j]
+            ahead.index_add_(0, rows[i], stranger.long())
     return {k: (ahead < k).double().mean().item() for k in ks}
 
 
 def tar_at_far(scores, same, fars=(1e-5, 1e-4, 1e-3)):
-    """True accept rate at false accept rates, {far: rate}: the most that any threshold gives at FAR <= far.
-    Args: scores (M,), higher is more alike; same (M,) bool, with both kinds present. With fewer impostors
-        than 1 / far the threshold lies above them all, and the rate is a lower bound."""
-    scores, same = torch.as_tensor(scores).double(), torch.as_tensor(same).bool()
-    nans = int(scores.isnan().sum())
-    if scores.dim() != 1 or scores.shape != same.shape or same.all() or not same.any() or nans:
-        raise ValueError(f"scores {tuple(scores.shape)} with {nans} nan, same {tuple(same.shape)} with "
-                         f"{int(same.sum())} True; give two (M,), no nan, and pairs of both kinds")
-    genuine, impostor = scores[same], scores[~same].sort(descending=True).values
-    allowed = {far: int(far * len(impostor) + 1e-9) for far in fars}        # 0.29 * 100 is 28.999999999999996
-    # Whoever beats impostor n (from 0) is let in with n of them at most, however many tie; FAR 1 lets in all.
-    impostor = torch.nn.functional.pad(impostor, (0, 1), value=-torch.inf)
-    return {far: (genuine > impostor[n]).double().mean().item() for far, n in allowed.items()}
+    """True accept rate at false accept rates, {far: rate}: the most that any threshold gives at
+    FAR <= far.
+    Args: scores (M,), higher is more alike; same (M,) bool, with both kinds present. With fewer
+        impostors than 1 / far the threshold lies above them all, and the rate is a lower bound."""
+    scores = torch.as_tensor(scores).detach().cpu()
+    scores = (scores if scores.dtype == torch.float32 else scores.double()).numpy()
+    same = torch.as_tensor(same).bool().cpu().numpy()
+    nan = np.isnan(scores.max(initial=-np.inf))
+    if scores.ndim != 1 or scores.shape != same.shape or same.all() or not same.any() or nan:
+        raise ValueError(f"scores {scores.shape}, largest {scores.max(initial=-np.inf)}, same "
+                         f"{same.shape} with {int(same.sum())} True; give two (M,), no nan, and "
+                         "pairs of both kinds")
+    genuine = scores[same]
+    impostor = scores[~same]
+    count = len(impostor)
+    allowed = {far: int(far * count + 1e-9) for far in fars}    # 0.29 * 100 is 28.999999999999996
+    # Whoever beats impostor n (from 0) is let in with n of them at most, however many tie.
+    places = {count - 1 - n for n in allowed.values() if n < count}
+    impostor.partition(sorted(places))
+    rates = {}
+    for far, n in allowed.items():
+        rates[far] = 1.0                                    # FAR 1 lets in all
+        if n < count:
+            rates[far] = float(np.count_nonzero(genuine > impostor[count - 1 - n]) / len(genuine))
+    return rates
 
 
 def _sorted_mates(distance, query_ids, gallery_ids):
@@ -231,21 +311,23 @@ def _sorted_mates(distance, query_ids, gallery_ids):
     if distance.isnan().any():
         raise ValueError(f"{int(distance.isnan().sum())} distances are nan; all must be numbers")
     mate = (query_ids[:, None] == gallery_ids).byte()
-    order = mate.argsort(dim=1, stable=True)                       # non-mates first: in a tie they stay first
+    order = mate.argsort(dim=1, stable=True)            # non-mates first: in a tie they stay first
     order = order.gather(1, distance.gather(1, order).argsort(dim=1, stable=True))
     return mate.gather(1, order).double(), torch.arange(1, mate.shape[1] + 1, device=mate.device)
 
 
 def mean_average_precision(distance, query_ids, gallery_ids):
     """mAP: precision at the place of each mate, averaged over a query's mates, then over queries.
-    Args: distance (Q, G), smaller is nearer (a similarity: its negative); query_ids (Q,), gallery_ids (G,).
-    Raises: ValueError if a query has no mate. No row is left out by camera."""
+    Args: distance (Q, G), smaller is nearer (a similarity: its negative); query_ids (Q,),
+        gallery_ids (G,).   Raises: ValueError if a query has no mate. No row is left out by
+        camera."""
     mate, place = _sorted_mates(distance, query_ids, gallery_ids)
     return ((mate.cumsum(1) / place * mate).sum(1) / mate.sum(1)).mean().item()
 
 
 def mean_inverse_negative_penalty(distance, query_ids, gallery_ids):
-    """mINP: a query's number of mates over the place of its last one, averaged. Arguments as for mAP."""
+    """mINP: a query's number of mates over the place of its last one, averaged. Arguments as for
+    mAP."""
     mate, place = _sorted_mates(distance, query_ids, gallery_ids)
     return (mate.sum(1) / (mate * place).amax(1)).mean().item()
 

@@ -396,13 +396,13 @@ def test_rank_k_in_small_blocks_equals_one_block(chunk):
 
 def test_rank_k_never_holds_more_than_a_block(monkeypatch):
     largest = []
-    matmul = torch.Tensor.__matmul__
+    beaten_by = metrics._beaten_by
 
-    def spy(a, b):
-        largest.append(len(a) * b.shape[1])
-        return matmul(a, b)
+    def spy(probe, best, gallery, dtype):
+        largest.append(len(probe) * len(gallery))
+        return beaten_by(probe, best, gallery, dtype)
 
-    monkeypatch.setattr(torch.Tensor, "__matmul__", spy)
+    monkeypatch.setattr(metrics, "_beaten_by", spy)
     metrics.rank_k(*identification_set(), chunk=16)
     assert len(largest) > 9 and max(largest) == 16 * 16
 
@@ -419,6 +419,23 @@ def test_rank_k_by_hand_with_several_mates_and_ties():
         assert metrics.rank_k(tied[:1], [1], tied, [1, 2], ks=(1, 2), chunk=chunk) == {1: 0.0, 2: 1.0}
     constant, ids = torch.ones(10, 64), torch.arange(10)
     assert metrics.rank_k(constant, ids, constant, ids, ks=(1, 9, 10)) == {1: 0, 9: 0, 10: 1}
+
+
+def test_rank_k_settles_in_float64_what_float32_cannot_tell():
+    """Strangers ahead of or behind the mate by less than float32 shows, at all scales of a gap."""
+    g = generator(4)
+    probe, mate = torch.randn(2, 30, 16, generator=g).double()
+    probe = torch.nn.functional.normalize(probe)
+    gap = torch.logspace(-10, -3, 30).double()[:, None]
+    gap[::3] *= -1
+    for others in (0, 300):                             # many such pairs in a block, and few
+        gallery = torch.cat([mate, mate + gap * probe, torch.randn(others, 16, generator=g)])
+        ids = torch.cat([torch.arange(30), torch.full((len(gallery) - 30,), -1)])
+        own = [loop_rank(probe[i:i + 1], torch.tensor([i]), gallery, ids, 1) for i in range(0, 30, 5)]
+        got = [metrics.rank_k(probe[i:i + 1], [i], gallery, ids, (1,))[1] for i in range(0, 30, 5)]
+        assert got == own
+        whole = metrics.rank_k(probe, torch.arange(30), gallery, ids, (1, 2, 30, 300))
+        assert whole == {k: pytest.approx(loop_rank(probe, torch.arange(30), gallery, ids, k)) for k in whole}
 
 
 def test_rank_k_refuses_probes_without_a_mate_and_nan():
