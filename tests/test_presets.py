@@ -36,10 +36,11 @@ LANDMARKS = {"vggface2": "landmarks.csv", "ms1m": "ldmk_5points.csv",
 
 
 def presets_of(kind):
-    """{--data: preset} of a key of TINY."""
+    """{--data: preset} of a key of TINY; a preset says what differs from the paper's settings."""
     script, _, task = kind.partition("-")
     module = importlib.import_module(script)
-    return module.TASKS[task or "face"] if script == "kprpe" else module.PRESETS
+    presets = module.TASKS[task or "face"] if script == "kprpe" else module.PRESETS
+    return {data: getattr(module, "PAPER", {}) | preset for data, preset in presets.items()}
 
 
 CASES = [(kind, data) for kind in TINY for data in presets_of(kind)]
@@ -95,8 +96,8 @@ def killed(kind, *flags):
             go(kind, *flags)
 
 
-def check_schedule(kind, args, state, printed):
-    """One line says if two epochs are too few for the rate; an epoch has the rows that it should."""
+def check_schedule(kind, args, printed):
+    """One line says if the run is too short for the rate; an epoch has the rows that it should."""
     wanted = ""
     if kind == "sdfl":
         wanted = f"note: --drops {args.drops} leaves "
@@ -104,10 +105,11 @@ def check_schedule(kind, args, state, printed):
         wanted = f"note: the rate rises for {args.warmup:g} "
     noted = [line for line in printed.splitlines() if line.startswith("note: ")]
     assert len(noted) == bool(wanted) and all(line.startswith(wanted) for line in noted)
+    rows = re.search(r"(\d+) training faces \((\d+) an epoch\)", printed)
     if kind == "sdfl":
-        assert (state["faces"][0] > args.limit) == bool(args.pdb)  # balanced by repetition
+        assert (int(rows[2]) > int(rows[1])) == bool(args.pdb)  # balanced by repetition
     if kind == "heatmap_landmarks":
-        assert state["faces"][0] == 2 * args.limit and args.flip_copies  # with its mirror images
+        assert int(rows[2]) == 2 * int(rows[1]) and args.flip_copies  # with mirror images
 
 
 @pytest.mark.parametrize("kind, data", CASES)
@@ -122,7 +124,7 @@ def test_a_preset_runs_whole(kind, data, tree_of, tmp_path, monkeypatch, capsys)
     for key, value in presets_of(kind)[data].items():
         assert key in typed or state["args"][key] == value, key
     args = argparse.Namespace(**state["args"])
-    check_schedule(kind, args, state, capsys.readouterr().out)
+    check_schedule(kind, args, capsys.readouterr().out)
 
     task = ["--task", kind.partition("-")[2]] if "-" in kind else []
     again = [*task, "--data", data, "--device", "cpu"]
@@ -159,8 +161,8 @@ def test_two_processes_train_and_go_on(kind, data, tree_of, tmp_path):
 
 
 def shown_commands(text, indent):
-    """Commands of python and torchrun, also behind pip's, in lines that are indented by so many blanks;
-    lines that end in a backslash are joined."""
+    """Commands of python and torchrun, also behind pip's, in lines indented by so many blanks.
+    Lines that end in a backslash are joined."""
     commands = []
     for line in text.replace("\\\n", " ").splitlines():
         line = re.sub(r"(^|\s)#.*", "", line)  # a remark

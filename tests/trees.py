@@ -200,8 +200,8 @@ def cofw(root):
             centre = (np.array(box[:2]) + box[2:]) / 2
             five = datasets.group_means(points, datasets.SCHEMES[29].five)
             scale = (box[3] - box[1]) / 200
-            row = [f"{i}.jpg", joined(five, ","), joined(points, ","), joined([scale, *centre], "\t")]
-            rows.append("\t".join(row))
+            place = joined([scale, *centre], "\t")
+            rows.append("\t".join([f"{i}.jpg", joined(five, ","), joined(points, ","), place]))
         put_text(root / f"{split}.tsv", "\n".join(rows) + "\n")
 
 
@@ -309,8 +309,7 @@ def vggface2(root):
 
 
 def records(root):
-    """insightface's record folder, with lfw.bin for --test; beside it CVLface's table of five points,
-    for --landmarks."""
+    """insightface's folder, with lfw.bin for --test, and CVLface's five points for --landmarks."""
     rows = ["idx," + ",".join(f"ldmk_{i}" for i in range(10))]
     images = []
     pictures = []
@@ -321,7 +320,7 @@ def records(root):
         rows.append(f"{i},{joined((points + 0.5) / 112, ',')}")
     put_records(root, [payload((TRAIN + 1, TRAIN + 1)), *images])
     put_text(root / "ldmk_5points.csv", "\n".join(rows) + "\n")
-    listed = []  # ten folds of two pairs: two images of one person, who has four; one, the next person's
+    listed = []  # ten folds: a pair of one person's images (there are four), a pair of two people's
     for fold in range(10):
         i = fold % TRAIN
         listed += [pictures[j] for j in (i, i ^ 1, i, (i + 4) % TRAIN)]
