@@ -11,71 +11,86 @@ import zlib
 import cv2
 import numpy as np
 
+from common import UserError
+
 
 def read_idx(path: str) -> np.ndarray:
     """Array uint8 of an MNIST idx file, .gz or not: images (N, 28, 28) or labels (N,).
     Format: big-endian uint32: 0x0800 + number of dimensions, then each dimension; then the bytes.
-    Raises: FileNotFoundError; ValueError if it is no such file, or not as long as it says."""
+    Raises: FileNotFoundError; UserError if it is no such file, or not as long as it says."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no {path}; wanted an idx file of MNIST, as train-images-idx3-ubyte.gz")
+        raise FileNotFoundError(f"no {path}; wanted an idx file of MNIST, as "
+                                "train-images-idx3-ubyte.gz")
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            data = file.read()
-        axes = data[3] if data[:3] == b"\0\0\x08" else 0
-        shape = struct.unpack_from(f">{axes}I", data, 4)
-    except (OSError, EOFError, zlib.error, struct.error, IndexError) as error:
-        raise ValueError(f"{path} is a damaged idx file: {error}") from None
-    if not axes or len(data) != 4 + 4 * axes + math.prod(shape):
-        raise ValueError(f"{path}: found {data[:4]!r}, shape {shape}, {len(data)} bytes; wanted idx")
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
+            head = file.read(4)
+            axes = head[3] if head[:3] == b"\0\0\x08" else 0
+            shape = struct.unpack(f">{axes}I", file.read(4 * axes))
+            data = file.read(math.prod(shape) + 1)              # one byte too many would show
+    except (OSError, EOFError, MemoryError, OverflowError, zlib.error, struct.error,
+            IndexError) as error:
+        raise UserError(f"{path} is a damaged idx file: {error}") from None
+    if not axes or len(data) != math.prod(shape):
+        raise UserError(f"{path}: found {head!r}, shape {shape}, then {len(data)} bytes or more; "
+                        "wanted an idx file")
+    return np.frombuffer(data, np.uint8).reshape(shape).copy()
 
 
 def digit_points(images: np.ndarray) -> np.ndarray:
     """Corners and centre of the box of each digit: images (N, H, W) uint8 -> (N, 5, 2) float32 px.
-    Order: top left, top right, bottom left, bottom right, centre. Upright, not the smallest turned box, which
-    would tell the rotation; of the pixels above 30, as the faint edge of a warp is no digit.
-    Raises: ValueError for a blank image."""
+    Order: top left, top right, bottom left, bottom right, centre. Upright, not the smallest turned
+    box, which would tell the rotation; of the pixels above 30, as the faint edge of a warp is no
+    digit.
+    Raises: UserError for a blank image."""
     dark = np.flatnonzero(images.max((1, 2)) <= 30)
     if dark.size:
-        raise ValueError(f"image {dark[0]} has no pixel above 30, nor have {dark.size - 1} others: no digits")
+        raise UserError(f"image {dark[0]} has no pixel above 30, nor have {dark.size - 1} others: "
+                         "no digits")
     ends = []
-    for axis in (1, 2):                                                                         # x, then y
+    for axis in (1, 2):                                                                  # x, then y
         seen = (images > 30).any(axis)
         ends.append((seen.argmax(1), seen.shape[1] - 1 - seen[:, ::-1].argmax(1)))
     (left, right), (top, bottom) = ends
     x = np.stack([left, right, left, right, (left + right) / 2], 1)
-    return np.stack([x, np.stack([top, top, bottom, bottom, (top + bottom) / 2], 1)], -1).astype(np.float32)
+    y = np.stack([top, top, bottom, bottom, (top + bottom) / 2], 1)
+    return np.stack([x, y], -1).astype(np.float32)
 
 
 def affnist(images: np.ndarray, seed, count_per_image: int = 1, canvas: int = 40):
-    """Digits under random affine maps, as affNIST: rotation to 20 degrees, shear along x to 0.2, each axis
-    scaled by 0.8 to 1.2, then shifted to anywhere inside the canvas. All uniform. Assumed: these are the
-    set's ranges, from its description; KP-RPE's paper gives none.
+    """Digits under random affine maps, as affNIST: rotation to 20 degrees, shear along x to 0.2,
+    each axis scaled by 0.8 to 1.2, then shifted to anywhere inside the canvas. All uniform.
+    Assumed: these are the set's ranges, from its description; KP-RPE's paper gives none.
     Args: images (N, H, W) uint8.
-    Returns: (M, canvas, canvas) uint8; points (M, 5, 2) px as `digit_points`; (M,) int64, the image of each.
-    Raises: ValueError for a blank image, or one that does not fit."""
+    Returns: (M, canvas, canvas) uint8; points (M, 5, 2) px as `digit_points`; (M,) int64, the image
+        of each.
+    Raises: UserError for a blank image, or one that does not fit."""
     source = np.repeat(np.arange(len(images)), count_per_image)
     rng = np.random.default_rng(seed)
-    turn, shear = np.deg2rad(rng.uniform(-20, 20, len(source))), rng.uniform(-0.2, 0.2, len(source))
-    scale, place = rng.uniform(0.8, 1.2, (len(source), 1, 2)), rng.random((len(source), 2))
+    turn = np.deg2rad(rng.uniform(-20, 20, len(source)))
+    shear = rng.uniform(-0.2, 0.2, len(source))
+    scale = rng.uniform(0.8, 1.2, (len(source), 1, 2))
+    place = rng.random((len(source), 2))
     cos, sin = np.cos(turn), np.sin(turn)
     # rotation, then of what is right of it, shear: [[c, -s], [s, c]] [[1, k], [0, 1]] diag(scale)
-    linear = np.stack([cos, cos * shear - sin, sin, sin * shear + cos], -1).reshape(-1, 2, 2) * scale
+    linear = np.stack([cos, cos * shear - sin, sin, sin * shear + cos], -1)
+    linear = linear.reshape(-1, 2, 2) * scale
     matrix = np.concatenate([linear, np.zeros((len(source), 2, 1))], 2)
-    out, seen = np.empty((len(source), canvas, canvas), np.uint8), images > 0
-    digit_points(images)                                                                # none is blank
+    out = np.empty((len(source), canvas, canvas), np.uint8)
+    seen = images > 0
+    digit_points(images)                                                             # none is blank
     # The hull of a digit lies between the ends of its rows: 2 H points instead of H W.
-    ends = np.stack([seen.argmax(2), seen.shape[2] - 1 - seen[:, :, ::-1].argmax(2)], 2).astype(np.float64)
+    right = seen.shape[2] - 1 - seen[:, :, ::-1].argmax(2)
+    ends = np.stack([seen.argmax(2), right], 2).astype(np.float64)
     ends[~seen.any(2)] = np.nan
     rows = np.broadcast_to(np.arange(seen.shape[1])[None, :, None], ends.shape)
-    hull = np.stack([ends, rows], -1).reshape(len(images), -1, 2)                                # (N, 2 H, 2)
+    hull = np.stack([ends, rows], -1).reshape(len(images), -1, 2)                      # (N, 2 H, 2)
     for some in np.array_split(np.arange(len(source)), -(-len(source) // 4096)):
         moved = hull[source[some]] @ linear[some].transpose(0, 2, 1)
-        reach = np.abs(linear[some]).sum(2)                   # interpolation spreads a pixel so far at most
+        reach = np.abs(linear[some]).sum(2)           # interpolation spreads a pixel so far at most
         low, high = reach - 1 - np.nanmin(moved, 1), canvas - reach - np.nanmax(moved, 1)
         if (low > high).any():
-            raise ValueError(f"image {source[some[(low > high).any(1)][0]]} does not fit a canvas of {canvas}"
-                             " px under every map; give a larger one")
+            raise UserError(f"image {source[some[(low > high).any(1)][0]]} does not fit a canvas "
+                             f"of {canvas} px under every map; give a larger one")
         matrix[some, :, 2] = low + place[some] * (high - low)
     for canvas_px, i, m in zip(out, source, matrix):
         cv2.warpAffine(images[i], m, (canvas, canvas), dst=canvas_px, flags=cv2.INTER_LINEAR)
@@ -83,12 +98,14 @@ def affnist(images: np.ndarray, seed, count_per_image: int = 1, canvas: int = 40
 
 
 def mnist_canvas(images: np.ndarray, seed, shift: int = 6, canvas: int = 40):
-    """Digits to train on, for tests with `affnist`: in the middle of a black canvas, moved by up to `shift`
-    whole px each way, uniform. An assumption: the protocol of Sabour et al. 2017, whom KP-RPE's paper cites.
+    """Digits to train on, for tests with `affnist`: in the middle of a black canvas, moved by up to
+    `shift` whole px each way, uniform. An assumption: the protocol of Sabour et al. 2017, whom
+    KP-RPE's paper cites.
     Returns: (N, canvas, canvas) uint8 and points (N, 5, 2) px as `digit_points`."""
     count, height, width = images.shape
     if max(height, width) + 2 * shift > canvas:
-        raise ValueError(f"images of {height} x {width} px moved by {shift} leave the canvas of {canvas} px")
+        raise UserError(f"images of {height} x {width} px moved by {shift} leave the canvas of "
+                         f"{canvas} px")
     corner = (canvas - np.array([height, width])) // 2
     corner = corner + np.random.default_rng(seed).integers(-shift, shift + 1, (count, 2))
     out = np.zeros((count, canvas, canvas), np.uint8)

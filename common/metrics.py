@@ -98,9 +98,8 @@ def curve_error(pred, target, parts, norm, icp=False, pred_parts=None):
 
 
 def _rigid_icp(source, target, steps=20):
-    """Iterative closest point in the plane: points are complex, a rotation is a unit number, and
-    the best (Arun 1987, needing no SVD here) is the direction of sum conj(s) t over the centred
-    pairs."""
+    """Iterative closest point in the plane: points are complex, a rotation is a unit number; the
+    best (Arun 1987, without SVD here) is the direction of sum conj(s) t over the centred pairs."""
     for _ in range(steps):
         paired = target.gather(1, (source[:, :, None] - target[:, None]).abs().argmin(2))
         centre = source.mean(1, keepdim=True)
@@ -128,9 +127,8 @@ CURVE_COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (8
 
 
 def ced_plot(errors, threshold=0.1):
-    """Cumulative error distributions {name: NME (B,)}: share of images (y) with at most the NME
-    (x), up to `threshold`; the legend adds AUC and failure rate. Returns (600, 1200, 3) uint8
-    RGB."""
+    """Cumulative error distributions {name: NME (B,)}: share of images (y) with at most the NME (x)
+    up to `threshold`; the legend adds AUC and failure rate. (600, 1200, 3) uint8 RGB."""
     left, top, width, height = 70, 50, 800, 480
     image = np.full((600, 1200, 3), 255, np.uint8)
     grey = (222, 222, 222)
@@ -181,8 +179,7 @@ def verification_accuracy(a, b, same, folds=10):
     """Mean and standard deviation over folds of the accuracy of "same person?": a, b (M, D), same
     (M,) bool. The LFW protocol: folds are consecutive blocks of pairs, each judged with the
     threshold on the squared distance of unit embeddings that is best on the others: the lowest of
-    the best midpoints. The usual grid, 0 to 4 by 0.01, loses percents on a young network's small
-    distances."""
+    the best midpoints. The usual grid, 0 to 4 by 0.01, is too coarse for a young network."""
     a = _unit(a).cpu()
     b = _unit(b).cpu()
     same = torch.as_tensor(same).bool().cpu()
@@ -318,16 +315,14 @@ def _sorted_mates(distance, query_ids, gallery_ids):
 
 def mean_average_precision(distance, query_ids, gallery_ids):
     """mAP: precision at the place of each mate, averaged over a query's mates, then over queries.
-    Args: distance (Q, G), smaller is nearer (a similarity: its negative); query_ids (Q,),
-        gallery_ids (G,).   Raises: ValueError if a query has no mate. No row is left out by
-        camera."""
+    Args: distance (Q, G), smaller is nearer; query_ids (Q,), gallery_ids (G,). No row is left out
+        by camera.   Raises: ValueError if a query has no mate."""
     mate, place = _sorted_mates(distance, query_ids, gallery_ids)
     return ((mate.cumsum(1) / place * mate).sum(1) / mate.sum(1)).mean().item()
 
 
 def mean_inverse_negative_penalty(distance, query_ids, gallery_ids):
-    """mINP: a query's number of mates over the place of its last one, averaged. Arguments as for
-    mAP."""
+    """mINP: a query's number of mates over the place of its last one, averaged; args as for mAP."""
     mate, place = _sorted_mates(distance, query_ids, gallery_ids)
     return (mate.sum(1) / (mate * place).amax(1)).mean().item()
 

@@ -86,8 +86,7 @@ def _cached(make: Callable[[], np.ndarray], *sources: str) -> np.ndarray:
 # ---- Images by index -----------------------------------------------------------------------------
 
 def decode(data, where: str) -> np.ndarray:
-    """RGB uint8 (H, W, 3) of the bytes of a JPEG or PNG.   Raises: UserError that begins with
-    `where`."""
+    """RGB uint8 (H, W, 3) of the bytes of a JPEG or PNG, or a UserError that begins with `where`."""
     data = np.frombuffer(data, np.uint8)
     pixels = None
     if len(data):
@@ -391,8 +390,7 @@ def _csv_points(names, path):
 
 def attach_points(faces: Sequence[Face], path: str, root: str = "", size: int = 112) -> list[Face]:
     """The faces with the landmarks of a file or folder, as `read_landmarks`, which names images
-    relative to `root`. Faces without landmarks there keep what they have.   Raises: as
-    `read_landmarks`."""
+    relative to `root`. Faces without landmarks there keep what they have."""
     points = read_landmarks(_names(faces, root), path, size)
     attached = []
     for face, own in zip(faces, points):
@@ -411,8 +409,7 @@ def _refuse(names: Sequence[str], missing: Sequence[int], needed_for: str) -> No
 
 
 def check_points(faces: Sequence[Face], needed_for: str) -> None:
-    """Raises: UserError naming the first image without points, how many there are, and what needs
-    them."""
+    """A UserError for faces without points names the first, how many there are, what needs them."""
     missing = [i for i, face in enumerate(faces) if face.points is None]
     _refuse(_names(faces, ""), missing, needed_for)
 
@@ -573,8 +570,7 @@ def _in_folds(same: np.ndarray, where: str, fold: Sequence | None = None) -> tup
 
 
 def _image_pairs(name, base, listed, pairs, fold=None) -> VerificationSet:
-    """The test of pairs (path, path, same) of images, relative to `base`; fold as for
-    `_in_folds`."""
+    """The test of pairs (path, path, same), relative to `base`; fold as for `_in_folds`."""
     first, second, same = zip(*pairs)
     order, folds = _in_folds(np.array(same), listed, fold)
     names, place = _distinct([*first, *second])
@@ -657,8 +653,7 @@ class _Unpickler(pickle.Unpickler):
 def unpickle(path: str, what: str, kinds: Sequence[str] = ("u1", "b1")):
     """What a pickle holds, an array or plain values, without ever running code from it.
     Args: what, a name for such files; kinds, codes of the numbers in its arrays, as "u1", "f8".
-    Raises: UserError "PATH is no WHAT: ..." that names a global that is refused, or what is
-        wrong."""
+    Raises: UserError "PATH is no WHAT: ..." that names what is wrong, or refused."""
     with open(path, "rb") as file:
         content = file.read()
     try:
@@ -807,8 +802,7 @@ def read_cfp(root: str, kind: str = "FP") -> VerificationSet:
 
 def read_calfw(root: str, name: str = "CALFW") -> VerificationSet:
     """CALFW (LFW across age) or CPLFW (across pose): 3,000 pairs of the same person, then 3,000 of
-    different ones, listed by image. A fold is 300 of both: pair i of either kind is in fold i //
-    300.
+    different ones, listed by image. Pair i of either kind belongs to fold i // 300.
 
     Tree: pairs_CALFW.txt, pairs_CPLFW.txt: two lines FILE LABEL a pair; label 0: different people
           images/*.jpg or aligned images/*.jpg, or the images beside the list
@@ -956,8 +950,7 @@ def read_tinyface(root: str) -> IdentificationSet:
 
 @dataclass(eq=False)
 class TemplateSet:
-    """Pairs of templates; a template is images of a person, those of one medium (a video) counting
-    once."""
+    """Pairs of templates: images of a person, of which those of one medium (a video) count once."""
     name: str
     images: Sequence                            # [i] -> RGB uint8 (H, W, 3)
     points: np.ndarray                          # (N, 5, 2) float32 px
@@ -1040,10 +1033,8 @@ FOLDERS: dict[str, Callable] = {
 
 
 def read_test(path: str) -> VerificationSet | IdentificationSet | TemplateSet:
-    """What `--test PATH` names, told by what lies there: a .bin, a .csv or the folder of a public
-    test.
-    Raises: UserError or FileNotFoundError that lists what was looked for, or what is wrong with
-        it."""
+    """What `--test PATH` names, told by what lies there: a .bin, a .csv or a public test's folder.
+    Raises: UserError or FileNotFoundError: what was looked for, or what is wrong."""
     path = os.fspath(path)
     if path.endswith(".bin"):
         return read_bin(path)

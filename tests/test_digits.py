@@ -27,8 +27,9 @@ def test_idx(tmp_path):
     (tmp_path / "page").write_text("<html>")
     (tmp_path / "cut.gz").write_bytes(gzip.compress(data)[:-6])
     (tmp_path / "huge").write_bytes(bytes([0, 0, 8, 200]))
-    for name, message in {"short": "short: found .* 13 bytes", "page": "page: found", "cut.gz": "damaged",
-                          "huge": "damaged"}.items():
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(data + bytes(10_000_000)))
+    for name, message in {"short": "short: found .* 5 bytes", "page": "page: found", "cut.gz": "damaged",
+                          "huge": "damaged", "bomb.gz": "shape .6,., then 7 bytes"}.items():
         with pytest.raises(ValueError, match=message):
             digits.read_idx(str(tmp_path / name))
     with pytest.raises(FileNotFoundError, match="no .*none"):
