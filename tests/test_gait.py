@@ -10,21 +10,7 @@ import torch
 
 from common import gait
 from common.datasets import in_order, make_loader
-
-
-def person(height=90, at=(40, 10), size=(120, 100)):
-    """A raw silhouette with a head, a trunk and two legs, and 17 joints (x, y, score) px, on its limbs."""
-    image, joints = np.zeros(size, np.uint8), np.ones((17, 3), np.float32)
-    x, y = at
-    h = height / 90
-    joints[:5, :2] = x, y + 6 * h
-    for k, (dx, dy) in enumerate(((10, 20), (12, 35), (12, 48), (6, 48), (8, 66), (10, 86))):
-        joints[5 + 2 * k, :2], joints[6 + 2 * k, :2] = (x + dx * h, y + dy * h), (x - dx * h, y + dy * h)
-    wide = max(round(8 * h), 2)
-    for chain in ((0, 0), (5, 7, 9), (6, 8, 10), (11, 13, 15), (12, 14, 16), (5, 11, 12, 6, 5)):
-        cv2.polylines(image, [joints[list(chain), :2].round().astype(int)], False, 255, wide)
-    cv2.fillPoly(image, [joints[[5, 6, 12, 11], :2].round().astype(int)], 255)
-    return image, joints
+from tests import trees
 
 
 NAMES = [(i, f"camid{c}_videoid{v}", "seq0") for i in ("0001", "0002", "0007") for c, v in ((3, 1), (10, 2))]
@@ -32,22 +18,10 @@ NAMES = [(i, f"camid{c}_videoid{v}", "seq0") for i in ("0001", "0002", "0007") f
 
 @pytest.fixture
 def tree(tmp_path):
-    """Gait3D with four frames a sequence, single images and texts. (root, {name: (images, joints)})"""
-    lists = {"TRAIN_SET": ["0001"], "TEST_SET": ["0002", "0007"],
-             "PROBE_SET": ["0002-camid3_videoid1-seq0", "0007-camid10_videoid2-seq0"]}
-    (tmp_path / "Gait3D.json").write_text(json.dumps(lists))
-    made = {}
-    for n, parts in enumerate(NAMES):
-        frames = [person(60 + 8 * t + n, (40 + t, 8), (130, 90 + t)) for t in range(4)]
-        for kind in ("2D_Silhouettes", "2D_Poses"):
-            tmp_path.joinpath(kind, *parts).mkdir(parents=True)
-        for t, (image, joints) in enumerate(frames):
-            stem = f"human_crop_f{170 + t}"
-            cv2.imwrite(str(tmp_path.joinpath("2D_Silhouettes", *parts, stem + ".png")), image)
-            tmp_path.joinpath("2D_Poses", *parts, stem + ".txt").write_text(
-                ",".join(["x", "y", *map(repr, joints.ravel().tolist())]) + "\n")
-        made["-".join(parts)] = frames
-    return tmp_path, made
+    """Gait3D with four frames a sequence. (root, {name: [(silhouette, joints)]})"""
+    people = {"TRAIN_SET": ["0001"], "TEST_SET": ["0002", "0007"]}
+    probes = ["0002-camid3_videoid1-seq0", "0007-camid10_videoid2-seq0"]
+    return tmp_path, trees.put_gait3d(tmp_path, people, probes)
 
 
 def pack(root, parts, images, joints):

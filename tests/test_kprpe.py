@@ -4,7 +4,6 @@ import json
 import math
 import os
 import pickle
-import struct
 import subprocess
 import sys
 import weakref
@@ -22,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kprpe
 from common import datasets, metrics, recognition, warp
-from tests.test_recognition import encoded, payload, put_records
+from tests.test_recognition import encoded
+from tests.trees import payload, put_mnist, put_records
 
 torch.set_num_threads(1)
 cv2.setNumThreads(1)
@@ -1259,22 +1259,8 @@ def test_landmarks_of_records_beside_them(tmp_path):
     assert kprpe.read_set(args, "test") is None
 
 
-def write_mnist(root, count=12):
-    """The four idx files: boxes whose width tells the label."""
-    root.mkdir(exist_ok=True)
-    labels = np.arange(count, dtype=np.uint8) % 10
-    images = np.zeros((count, 28, 28), np.uint8)
-    for image, label in zip(images, labels):
-        image[4:24, 5:6 + 2 * label] = 255
-    for split in ("train", "t10k"):
-        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
-            head = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-            (root / f"{split}-{kind}-ubyte").write_bytes(head + array.tobytes())
-    return root
-
-
 def test_digits_move_anew_in_each_epoch(tmp_path):
-    args = arguments("--data", "affnist", "--size", "40", root=write_mnist(tmp_path))
+    args = arguments("--data", "affnist", "--size", "40", root=put_mnist(tmp_path))
     images, data = kprpe.training_set(args)
     first, again, later = (data.__getitems__([(epoch, i) for i in range(12)]) for epoch in (0, 0, 1))
     assert first["image"].shape == (12, 40, 40, 1) and images.labels.tolist() == [*range(10), 0, 1]
@@ -1638,7 +1624,7 @@ def test_detected_faces_are_predicted(tmp_path, monkeypatch):
 
 
 def test_digits_are_classified(tmp_path):
-    root = write_mnist(tmp_path / "mnist", 40)
+    root = put_mnist(tmp_path / "mnist", 40)
     flags = ["--data", "affnist", "--size", "40", "--patch", "8", "--epochs", "12", "--lr", "0.001", "--rpe",
              "kp-multihead", "--output", str(tmp_path / "run")]
     scores = go(*flags, root=root)

@@ -12,9 +12,9 @@ import torch
 from common import datasets, metrics, recognition, synthetic, warp
 from common.datasets import Face, load_image, write_pts
 from common.recognition import read_test
+from tests.trees import MAGIC, payload, put_records, record
 
 RNG = np.random.default_rng(0)
-MAGIC = struct.pack("<I", 0xced7230a)
 
 
 def picture(size=(20, 16)):
@@ -166,36 +166,6 @@ def test_points_of_cvlface(tmp_path):
 
 
 # ---- Records -----------------------------------------------------------------------------------------------
-
-def record(payload):
-    """A payload as RecordIO has it: cut where the magic number stands at a multiple of 4."""
-    cuts = [i for i in range(0, len(payload) - 3, 4) if payload[i:i + 4] == MAGIC]
-    starts, ends = [0, *(i + 4 for i in cuts)], [*cuts, len(payload)]
-    out = b""
-    for n, (start, end) in enumerate(zip(starts, ends)):
-        cflag = 0 if not cuts else 1 if n == 0 else 3 if n == len(cuts) else 2
-        out += MAGIC + struct.pack("<I", cflag << 29 | end - start) + payload[start:end]
-        out += b"\0" * (-(end - start) % 4)
-    return out
-
-
-def payload(label, data=b""):
-    labels = [label] if np.isscalar(label) else label
-    flag = 0 if np.isscalar(label) else len(label)
-    return struct.pack("<IfQQ", flag, labels[0] if not flag else 0, 7, 0) + \
-        struct.pack(f"<{flag}f", *(labels if flag else ())) + data
-
-
-def put_records(root, payloads, first_key=0):
-    root.mkdir(exist_ok=True)
-    data, lines = b"", ""
-    for key, content in enumerate(payloads, first_key):
-        lines += f"{key}\t{len(data)}\n"
-        data += record(content)
-    (root / "train.rec").write_bytes(data)
-    (root / "train.idx").write_text(lines)
-    return str(root)
-
 
 def test_records_with_a_header(tmp_path):
     """As insightface writes them: a header, images, then a record for each identity, without image."""

@@ -4,7 +4,6 @@ import math
 import os
 import pickle
 import shutil
-import struct
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from torch import nn
 
 import stn_align as sa
 from common import datasets, metrics, recognition, synthetic, warp
+from tests import trees
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -718,17 +718,9 @@ def encoded(face):
 
 def put_records(root, count=9):
     """train.rec and train.idx of drawn faces of three people; returns their landmarks by key."""
-    root.mkdir(parents=True, exist_ok=True)
-    data, lines, found = b"", "", {}
-    for key, face in enumerate(synthetic.read_faces("train", count, size=32, points=68)):
-        content = struct.pack("<IfQQ", 0, key % 3, 7, 0)
-        content += encoded(face)
-        lines += f"{key}\t{len(data)}\n"
-        data += struct.pack("<II", 0xced7230a, len(content)) + content + b"\0" * (-len(content) % 4)
-        found[str(key)] = face.points
-    (root / "train.rec").write_bytes(data)
-    (root / "train.idx").write_text(lines)
-    return found
+    faces = synthetic.read_faces("train", count, size=32, points=68)
+    trees.put_records(root, [trees.payload(key % 3, encoded(face)) for key, face in enumerate(faces)])
+    return {str(key): face.points for key, face in enumerate(faces)}
 
 
 def test_records(tmp_path):
