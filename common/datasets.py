@@ -121,8 +121,31 @@ def _counted(reader: Callable, root: str, split: str, faces: list[Face], **offic
     return faces
 
 
+def _listed(folder: str, name: str, where: str) -> str:
+    """Path of a file that a list names, which must lie in the folder."""
+    if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
+        raise UserError(f"{where}: {name!r} leads out of {folder}; wanted a path below it")
+    return os.path.join(folder, name)
+
+
 def _square(center: np.ndarray, side: float) -> tuple[float, float, float, float]:
     return (*(center - side / 2).tolist(), *(center + side / 2).tolist())
+
+
+# What tables count pixels from, by words in their names or in those of their images: 300-W's have
+# the numbers of its .pts; WFLW's those of its list, and AFLW's those of its .mat, as they are.
+_TABLE_BASES = {r"300w|\b(afw|ibug|lfpw|helen)/|(in|out)door_\d": 1,
+                r"wflw|\d--[A-Z]": 0, "aflw": 0}
+
+
+def _table_base(table: str, image: str) -> int:
+    """0 or 1, what a table of an image counts pixels from; 0, with a warning, if nothing says."""
+    for words, base in _TABLE_BASES.items():
+        if re.search(words, f"{os.path.basename(table)} {image}"):
+            return base
+    warnings.warn(f"nothing says whether {table} counts pixels from 0 or from 1: taken as from 0; "
+                  "else all points are 1 px off", stacklevel=3)
+    return 0
 
 
 WFLW_TAGS = ("pose", "expression", "illumination", "makeup", "occlusion", "blur")
@@ -146,7 +169,7 @@ def read_wflw(root: str, split: str) -> list[Face]:
         values = numbers(fields, 206, where)
         points = values[:196].reshape(98, 2).astype(np.float32)
         tags = tuple(tag for tag, flag in zip(WFLW_TAGS, values[200:]) if flag)
-        faces.append(Face(os.path.join(images, name), points, tuple(values[196:200].tolist()),
+        faces.append(Face(_listed(images, name, where), points, tuple(values[196:200].tolist()),
                           tags=tags, where=where))
     return _counted(read_wflw, root, split, faces, train=7500, test=2500)
 
@@ -197,14 +220,15 @@ def read_cofw(root: str, split: str) -> list[Face]:
     """
     table = os.path.join(root, f"{split}.tsv")
     if os.path.exists(table):
-        _base_unknown(table)
+        base = _table_base(table, "")
         faces = []
         for where, line in text_lines(table)[1:]:
             name, _, points, *place = (line.split("\t") + [""] * 6)[:6]
-            points = numbers(points.split(","), 58, where).reshape(29, 2).astype(np.float32)
-            place = numbers(place, 3, where)
-            path = os.path.join(root, name if "/" in name else f"{split}/{name}")
-            faces.append(Face(path, points, _square(place[1:], 200 * place[0]), where=where))
+            points = numbers(points.split(","), 58, where).reshape(29, 2) - base
+            scale, *center = numbers(place, 3, where)
+            path = _listed(root, name if "/" in name else f"{split}/{name}", where)
+            faces.append(Face(path, points.astype(np.float32),
+                              _square(np.array(center) - base, 200 * scale), where=where))
         return _counted(read_cofw, root, split, faces, train=1345, test=507)
     path = below(read_cofw, root, f"COFW_{split}_color.mat")
     keys = [stem + ("Tr" if split == "train" else "T") for stem in ("phis", "bboxes", "Is")]
@@ -220,11 +244,6 @@ def read_cofw(root: str, split: str) -> list[Face]:
     faces = [Face(functools.partial(_cofw_image, path, keys[2], i), points[i],
                   tuple(boxes[i].tolist())) for i in range(images.size)]
     return _counted(read_cofw, root, split, faces, train=1345, test=507)
-
-
-def _base_unknown(table: str) -> None:
-    warnings.warn(f"nothing says whether {table} counts pixels from 0 or from 1: taken as from 0; "
-                  "else all points are 1 px off", stacklevel=3)
 
 
 def read_cofw68(root: str, split: str) -> list[Face]:
@@ -311,7 +330,7 @@ def read_aflw(root: str, split: str) -> list[Face]:
     faces = []
     for i in order[:20000] if split == "train" else order[20000:]:
         tags = ("frontal",) if split == "test" and seen[i].all() else ()
-        faces.append(Face(os.path.join(images, names[i]), points[i], tuple(boxes[i].tolist()),
+        faces.append(Face(_listed(images, names[i], path), points[i], tuple(boxes[i].tolist()),
                           tags=tags))
     return _counted(read_aflw, root, split, faces, train=20000, test=4386)
 
@@ -350,12 +369,6 @@ def read_jd106(root: str, split: str) -> list[Face]:
     return _counted(read_jd106, root, split, faces)
 
 
-# What HRNet's tables count from, by words in their names or in those of their images: 300-W's have
-# the numbers of the .pts; WFLW's those of its list, and AFLW's those of its .mat, both as they are.
-_TABLE_BASES = {r"300w|\b(afw|ibug|lfpw|helen)/|(in|out)door_\d": 1,
-                r"wflw|\d--[A-Z]": 0, "aflw": 0}
-
-
 def read_csv(root: str, split: str) -> list[Face]:
     """Tables as HRNet writes them, of any number of points; box: the square about the center of
     box_size, where given (of AFLW, whose normaliser it is), else of 200 scale. 300-W's count from
@@ -388,11 +401,7 @@ def read_csv(root: str, split: str) -> list[Face]:
     if columns[:start] != wanted or len(columns) == start or (len(columns) - start) % 2:
         raise UserError(f"{where}: found {len(columns)} columns {','.join(columns[:6])}..., wanted "
                         f"{','.join(wanted)} and pairs original_0_x,original_0_y,...")
-    names = " ".join([os.path.basename(tables[0]), *(line.split(",")[0] for _, line in rows[:1])])
-    bases = [base for words, base in _TABLE_BASES.items() if re.search(words, names)]
-    if not bases:
-        _base_unknown(tables[0])
-    base = bases[0] if bases else 0
+    base = _table_base(tables[0], rows[0][1].partition(",")[0] if rows else "")
     faces = []
     for where, line in rows:
         name, *fields = line.split(",")
@@ -403,7 +412,7 @@ def read_csv(root: str, split: str) -> list[Face]:
         tags = ()
         if tables[0].endswith("300w_valid.csv"):
             tags = ("challenging",) if name.startswith("ibug/") else ("common",)
-        faces.append(Face(os.path.join(images, name), points, box, tags=tags, where=where))
+        faces.append(Face(_listed(images, name, where), points, box, tags=tags, where=where))
     return _counted(read_csv, root, split, faces)
 
 
@@ -421,7 +430,7 @@ def read_youtube(root: str, split: str) -> list[Face]:
     for where, line in text_lines(table)[1:]:
         name, *fields = line.split(",")
         points = numbers(fields, 136, where).reshape(68, 2).astype(np.float32)
-        faces.append(Face(os.path.join(images, name), points, identity=name.rpartition("_")[0],
+        faces.append(Face(_listed(images, name, where), points, identity=name.rpartition("_")[0],
                           where=where))
     people = sorted({face.identity for face in faces},
                     key=lambda name: hashlib.sha256(name.encode()).digest())
@@ -480,7 +489,7 @@ def read_widerface(root: str, split: str) -> list[Face]:
         if (points[:, 2] < 0).any() or np.ptp(points[:, :2], axis=0).max() == 0:
             points = np.full((5, 3), np.nan)
         if w > 0 and h > 0 and not (split == "test" and np.isnan(points).any()):
-            faces.append(Face(os.path.join(images, name), points[:, :2].astype(np.float32),
+            faces.append(Face(_listed(images, name, where), points[:, :2].astype(np.float32),
                               (x, y, x + w, y + h), where=where))
     return _counted(read_widerface, root, split, faces)
 

@@ -450,6 +450,13 @@ def test_csv_of_300w(tmp_path):
     assert faces[1].points.tolist() == [[19, 29], [39, 49]]
 
 
+@pytest.mark.parametrize("name", ["../a.jpg", "x/../../a.jpg", "/a.jpg", "..\\\\a.jpg"])
+def test_no_name_leads_out_of_the_folder(tmp_path, name):
+    put_text(tmp_path / "train.csv", f"{HEADER}{name},0.5,60,70,20,30,40.5,50\n")
+    with pytest.raises(UserError, match=r"train.csv:2: '.*a.jpg' leads out of .*; wanted a path"):
+        read("csv", str(tmp_path), "train")
+
+
 def test_youtube_is_split_by_person(tmp_path):
     names = [f"First_{person}_{frame}.jpg" for person in "ABCDEFGHIJKL"
              for frame in ("00", "01", "10", "11")]
