@@ -618,19 +618,21 @@ class Regions:
     """The part of each image that its crops can need, at the resolution that they can use.
 
     `crop_matrices` (M, 2, 3) map image px to crop px; an augmentation may look `reach` times as
-    wide as the crop and enlarge it `zoom` times. What lies outside the image is grey. A region
-    comes from its image every time or, after `keep`, from one memory map or from memory: the same
-    pixels either way, because shrinking (by area, so that nothing aliases) happens here and only
-    the final warp interpolates. Indexing gives RGB uint8 (n, n, 3); `.matrix` (M, 2, 3) maps image
-    px to region px, `.side` (M,) is n.
+    wide as the crop and enlarge it `zoom` times. What lies outside the image is grey, or with
+    `reflect` its mirror image, as of cv2.BORDER_REFLECT_101. A region comes from its image every
+    time or, after `keep`, from one memory map or from memory: the same pixels either way, because
+    shrinking (by area, so that nothing aliases) happens here and only the final warp interpolates.
+    Indexing gives RGB uint8 (n, n, 3); `.matrix` (M, 2, 3) maps image px to region px, `.side` (M,)
+    is n.
     """
 
-    def __init__(self, faces, crop_matrices, size: int, reach=1.0, zoom=1.0):
+    def __init__(self, faces, crop_matrices, size: int, reach=1.0, zoom=1.0, reflect=False):
         maps = torch.as_tensor(crop_matrices, dtype=torch.float64)
         corners = maps.new_tensor([[-1, -1], [1, -1], [-1, 1], [1, 1]]) * reach * size / 2
         corners = (corners + (size - 1) / 2).expand(len(maps), 4, 2)
         around = warp.apply_affine(warp.invert(maps), corners).numpy()  # (M, 4, 2) image px
         self.images = [face.image for face in faces]
+        self.reflect = reflect
         self.first = np.floor(around.min(1)).astype(np.int64) - 1  # (M, 2) px of the top left
         last = np.ceil(around.max(1)).astype(np.int64) + 2
         self.extent = (last - self.first).max(1)                   # (M,) image px
@@ -657,7 +659,10 @@ class Regions:
         n = int(self.extent[i])
         inside = image[y.clip(0, height):max(y + n, 0), x.clip(0, width):max(x + n, 0)]
         region = np.full((n, n, 3), BORDER, np.uint8)
-        if inside.size:
+        if self.reflect:
+            rows = _reflect(np.arange(y, y + n), height)
+            region = image[rows[:, None], _reflect(np.arange(x, x + n), width)]
+        elif inside.size:
             top, left = max(-y, 0), max(-x, 0)
             region[top:top + inside.shape[0], left:left + inside.shape[1]] = inside
         if side == n:
@@ -704,6 +709,7 @@ class Regions:
         digest = hashlib.sha1(repr([_source(image) for image in self.images]).encode())
         for array in (self.first, self.extent, self.side):
             digest.update(array.tobytes())
+        digest.update(b"reflect" * self.reflect)
         return digest.hexdigest()[:20]
 
     def _fill(self, store: np.ndarray, verbose: bool) -> np.ndarray:
@@ -728,6 +734,12 @@ def free_memory() -> float:
             limit = file.read().strip()
             room = min(room, math.inf if limit == "max" else int(limit))
     return room
+
+
+def _reflect(places: np.ndarray, count: int) -> np.ndarray:
+    """Places of pixels beyond a row of `count` as those within it, mirrored at the outer ones."""
+    places = places % max(2 * count - 2, 1)
+    return np.minimum(places, 2 * count - 2 - places)
 
 
 def _source(image) -> tuple:
@@ -771,19 +783,19 @@ class CropDataset(torch.utils.data.Dataset):
     function of (seed, epoch, index), whatever the workers, the ranks or what was drawn before.
     Mirroring swaps the points by `flip`; without one (a landmark count of no scheme) nothing is
     mirrored. The attribute `rows` (L, 2) says what each index is: a face and 0, or a face and 1 for
-    its mirror image; by default, every face once.
+    its mirror image; by default, every face once. Outside the image is grey, or its reflection.
     A batch is a dict: image (B, size, size, 3) uint8; points (B, P, 2) float32 crop px, if faces
     have any; matrix (B, 2, 3) float32, image px -> crop px; index (B,) of the face; the extras.
     """
 
     def __init__(self, faces, crop_matrices, size, augment=None, reach=1.0, zoom=1.0, flip=None,
-                 seed=0, rows=None):
+                 seed=0, rows=None, reflect=False):
         self.faces = faces
         self.crop_matrices = torch.as_tensor(crop_matrices)
         self.size = size
         self.augment = augment
         self.seed = seed
-        self.regions = Regions(faces, crop_matrices, size, reach, zoom)
+        self.regions = Regions(faces, crop_matrices, size, reach, zoom, reflect)
         if rows is None:
             rows = [(i, 0) for i in range(len(faces))]
         self.rows = np.array(rows)
@@ -906,7 +918,7 @@ class DeviceLoader:
 def make_loader(dataset: CropDataset, batches, workers: int, device, on_device: bool = False):
     """Loader over `batches` (lists of keys): a DataLoader, or a DeviceLoader if the regions lie on
     a GPU."""
-    if on_device and device.type == "cuda":
+    if on_device and device.type == "cuda" and isinstance(dataset, CropDataset):
         return DeviceLoader(dataset, batches, device)
     if workers:  # they are the parallelism; and a fork that finds OpenCV's threads running can hang
         cv2.setNumThreads(1)

@@ -419,9 +419,9 @@ def check_points(faces: Sequence[Face], needed_for: str) -> None:
 class WholeImages(torch.utils.data.Dataset):
     """Whole images as size x size crops, one warp per image, in batches, as `datasets.CropDataset`.
 
-    The longer side is fitted to `size` and the image centred; what lies outside it is grey. A
-    larger image is shrunk by area first, so that nothing aliases. One of that size that nothing
-    moves is copied untouched.
+    The longer side is fitted to `size` and the image centred; what lies outside it is grey, or with
+    `reflect` its mirror image. A larger image is shrunk by area first, so that nothing aliases. One
+    of that size that nothing moves is copied untouched.
     Args: images, a sequence [i] -> RGB uint8 (H, W, 3); points (N, P, 2) px of the images, or None;
         augment, flip, seed: as for `CropDataset`, but without points mirroring needs no flip;
         align, a template (P, 2) in px of the crop and t in [0, 1]: crops are by the matrix that is
@@ -431,12 +431,14 @@ class WholeImages(torch.utils.data.Dataset):
         the augmentation's extras.
     Raises: ValueError for points that are not one finite (P, 2) for each image."""
 
-    def __init__(self, images, size: int, points=None, augment=None, flip=None, seed=0, align=None):
+    def __init__(self, images, size: int, points=None, augment=None, flip=None, seed=0, align=None,
+                 reflect=False):
         self.images = images
         self.size = size
         self.augment = augment
         self.seed = seed
         self.align = align
+        self.border = cv2.BORDER_REFLECT_101 if reflect else cv2.BORDER_CONSTANT
         self.flip = None if flip is None else torch.tensor(flip)
         self.points = None if points is None else torch.as_tensor(points)
         if points is not None:
@@ -487,7 +489,7 @@ class WholeImages(torch.utils.data.Dataset):
         if image.shape[:2] == square and np.abs(matrix - np.eye(2, 3)).max() < 1e-9:
             return image
         return cv2.warpAffine(image, matrix, square, flags=cv2.INTER_LINEAR,
-                              borderMode=cv2.BORDER_CONSTANT, borderValue=(BORDER,) * 3)
+                              borderMode=self.border, borderValue=(BORDER,) * 3)
 
 
 # ---- Verification: pairs of templates ------------------------------------------------------------
