@@ -1,9 +1,8 @@
-"""Files of tensors: a run's checkpoint, and published weights. They stay data: nothing in them is
-executed.
+"""A run's folder and its files, and published weights. Files stay data: nothing in them is executed.
 
 A checkpoint is a dict: script, model and optimizer (state dicts), epoch, args (the flags), world
-(processes), data (what was trained on), and what a script adds. It is read whole and checked before
-any of it is used.
+(the number of processes), data (what was trained on), and what a script adds. It is checked whole
+before any of it is used.
 """
 import contextlib
 import os
@@ -16,6 +15,11 @@ import torch
 from torch import nn
 
 from common import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs into one folder are not noticed there
+    fcntl = None
 
 # What a checkpoint must hold, and of which kind.
 KINDS = dict(model=dict, optimizer=dict, args=dict, data=list, epoch=int, world=int)
@@ -39,6 +43,49 @@ def restore_args(args, saved: dict, path, data_flags: Sequence[str] = ()):
         if len(kinds) > 1 and kinds != {int, float}:
             raise UserError(f"{path}: --{key.replace('_', '-')} is {value!r}: the file was changed")
         setattr(args, key, value)
+
+
+def find_run(args) -> Path | None:
+    """The folder to resume or of --output; None for the default of a new run. Nothing is made yet.
+    Raises: UserError for nothing to resume, or an --output that holds a run without --resume."""
+    if args.resume and not args.output:
+        pattern = re.compile(re.escape(f"{args.script}-{args.data}") + r"(-\d+)?")
+        found = [p for p in Path("runs").glob("*/last.pt") if pattern.fullmatch(p.parent.name)]
+        if not found:
+            raise UserError(f"--resume: no run on --data {args.data} in runs/; name it by --output")
+        args.output = str(max(found, key=os.path.getmtime).parent)
+    holds = bool(args.output) and Path(args.output, "last.pt").exists()
+    if args.resume and not holds:
+        raise UserError(f"--resume: no checkpoint {args.output}/last.pt; start the run anew")
+    if holds and not args.resume:
+        raise UserError(f"--output {args.output} holds a run: --resume it, or name another folder")
+    return Path(args.output) if args.output else None
+
+
+def make_run(args, folder: Path | None) -> Path:
+    """Makes the folder of a run: `folder`, or runs/SCRIPT-DATA with the next free number."""
+    number = 1
+    while not folder:
+        name = f"{args.script}-{args.data}" + (f"-{number}" if number > 1 else "")
+        with contextlib.suppress(FileExistsError):  # mkdir is atomic: two runs get two folders
+            Path("runs", name).mkdir(parents=True)
+            folder = Path("runs", name)
+        number += 1
+    folder.mkdir(parents=True, exist_ok=True)
+    args.output = str(folder)
+    return folder
+
+
+def lock(folder: Path):
+    """A file that says "in use" while it is open.   Raises: UserError where another process has
+    it."""
+    file = open(folder / "lock", "w")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process trains here; name another --output") from None
+    return file
 
 
 def save(path: Path, **state):

@@ -7,12 +7,10 @@ killed run that is resumed ends in the same numbers, bit for bit on a CPU: order
 PyTorch's seed are functions of (seed, epoch, rank).
 """
 import argparse
-import contextlib
 import json
 import logging
 import math
 import os
-import re
 import signal
 import socket
 import sys
@@ -28,13 +26,8 @@ from torch import multiprocessing, nn
 from tqdm import tqdm
 
 from common import UserError, datasets
-from common.checkpoint import (COMMAND, init_backbone, load, load_optimizer, load_weights,
-                               not_finite, restore_args, save)
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs into one folder are not noticed there
-    fcntl = None
+from common.checkpoint import (COMMAND, find_run, init_backbone, load, load_optimizer, load_weights,
+                               lock, make_run, not_finite, read_tensors, restore_args, save)
 
 # ---- Flags ---------------------------------------------------------------------------------------
 
@@ -172,8 +165,7 @@ def parse(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
 
 def main(function: Callable, args):
     """Calls function(args), in --gpus processes. What the user can mend ends in its message, a bug
-    in its traceback. Under torchrun, which sets RANK and can use several machines, nothing is
-    launched."""
+    in its traceback. Under torchrun, which sets RANK, nothing is launched: it may span machines."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if args.gpus > 1 and "RANK" not in os.environ and not (args.eval or args.predict):
@@ -220,8 +212,12 @@ def launch(function: Callable, args):
         for process in ranks.processes:
             os.kill(process.pid, signal.SIGINT)
         raise
-    except multiprocessing.ProcessExitedException:
-        raise UserError("a process was killed" if messages.empty() else messages.get()) from None
+    except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException) as error:
+        if not messages.empty():
+            raise UserError(messages.get()) from None
+        if isinstance(error, multiprocessing.ProcessExitedException):
+            raise UserError(str(error)) from None  # killed
+        raise
 
 
 def run_rank(rank: int, function: Callable, args, port: int, messages):
@@ -239,8 +235,7 @@ def run_rank(rank: int, function: Callable, args, port: int, messages):
 
 
 def setup(args) -> tuple[int, int, torch.device]:
-    """This process's rank, the number of processes, its device; they talk by nccl, on CPUs by
-    gloo."""
+    """This process's rank, the number of processes (they talk by nccl or gloo), and its device."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
         raise UserError("--device cuda: PyTorch sees no GPU here; take --device cpu")
@@ -288,49 +283,6 @@ def open_checkpoint(args, path: str, data_flags: Sequence[str] = ()) -> tuple[di
     state = load(path, args.script)
     restore_args(args, state["args"], path, data_flags)
     return state, device
-
-
-def find_run(args) -> Path | None:
-    """The folder to resume or of --output; None for the default of a new run. Nothing is made yet.
-    Raises: UserError for nothing to resume, or an --output that holds a run without --resume."""
-    if args.resume and not args.output:
-        pattern = re.compile(re.escape(f"{args.script}-{args.data}") + r"(-\d+)?")
-        found = [p for p in Path("runs").glob("*/last.pt") if pattern.fullmatch(p.parent.name)]
-        if not found:
-            raise UserError(f"--resume: no run on --data {args.data} in runs/; name it by --output")
-        args.output = str(max(found, key=os.path.getmtime).parent)
-    holds = bool(args.output) and Path(args.output, "last.pt").exists()
-    if args.resume and not holds:
-        raise UserError(f"--resume: no checkpoint {args.output}/last.pt; start the run anew")
-    if holds and not args.resume:
-        raise UserError(f"--output {args.output} holds a run: --resume it, or name another folder")
-    return Path(args.output) if args.output else None
-
-
-def make_run(args, folder: Path | None) -> Path:
-    """Makes the folder of a run: `folder`, or runs/SCRIPT-DATA with the next free number."""
-    number = 1
-    while not folder:
-        name = f"{args.script}-{args.data}" + (f"-{number}" if number > 1 else "")
-        with contextlib.suppress(FileExistsError):  # mkdir is atomic: two runs get two folders
-            Path("runs", name).mkdir(parents=True)
-            folder = Path("runs", name)
-        number += 1
-    folder.mkdir(parents=True, exist_ok=True)
-    args.output = str(folder)
-    return folder
-
-
-def lock(folder: Path):
-    """A file that says "in use" while it is open.   Raises: UserError where another process has
-    it."""
-    file = open(folder / "lock", "w")
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder}: another process trains here; name another --output") from None
-    return file
 
 
 def make_loader(args, data, batches, device: torch.device, shared: bool = False):
