@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from common import UserError, datasets
 from common.checkpoint import (COMMAND, find_run, init_backbone, load, load_optimizer, load_weights,
-                               lock, make_run, not_finite, read_tensors, restore_args, save)
+                               lock, make_run, not_finite, restore_args, save)
 
 # ---- Flags ---------------------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import sdfl
 from common import UserError, checkpoint, datasets, photos, run
