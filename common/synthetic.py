@@ -86,7 +86,8 @@ _PLANS = {
     29: "brow-,brow+ 0 0 1; brow-,brow+ 1 1 1;"
         "brow_upper-,brow_lower-,brow_upper+,brow_lower+ 1 1 2; eye-,eye+ 0 0 1; eye-,eye+ 1 1 1;"
         f"eye_upper-,eye_lower-,eye_upper+,eye_lower+ 1 1 2; {_PUPILS}; nose 1 1 4; nose 3 3 4;"
-        "bridge 1 1 1; nose 1 1 2; lip 0 1 1; lip_upper,inner_upper,inner_lower,lip_lower,contour 1 1 2",
+        "bridge 1 1 1; nose 1 1 2; lip 0 1 1;"
+        "lip_upper,inner_upper,inner_lower,lip_lower,contour 1 1 2",
     68: "contour 0 16 16; brow- 0 4 4; brow+ 4 0 4; bridge 0 3 3; nose 3 7 10; eye_upper- 0 3 3;"
         f"eye_lower- 2 1 3; eye_upper+ 3 0 3; eye_lower+ 1 2 3; {_MOUTH}",
     98: f"contour 0 32 32; {_BROWS}; bridge 0 3 3; nose 3 7 10; {_LEFT_EYE}; {_RIGHT_EYE};"

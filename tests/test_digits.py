@@ -18,7 +18,8 @@ def drawn(count=6):
 def test_idx(tmp_path):
     images, labels = drawn(), np.arange(6, dtype=np.uint8)
     for name, array in (("images", images), ("labels", labels)):
-        data = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+        data = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I",
+                                                          *array.shape) + array.tobytes()
         (tmp_path / name).write_bytes(data)
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
         for path in (name, f"{name}.gz"):
@@ -28,7 +29,8 @@ def test_idx(tmp_path):
     (tmp_path / "cut.gz").write_bytes(gzip.compress(data)[:-6])
     (tmp_path / "huge").write_bytes(bytes([0, 0, 8, 200]))
     (tmp_path / "bomb.gz").write_bytes(gzip.compress(data + bytes(10_000_000)))
-    for name, message in {"short": "short: found .* 5 bytes", "page": "page: found", "cut.gz": "damaged",
+    for name, message in {"short": "short: found .* 5 bytes", "page": "page: found",
+                          "cut.gz": "damaged",
                           "huge": "damaged", "bomb.gz": "shape .6,., then 7 bytes"}.items():
         with pytest.raises(ValueError, match=message):
             digits.read_idx(str(tmp_path / name))

@@ -13,7 +13,8 @@ from common.datasets import in_order, make_loader
 from tests import trees
 
 
-NAMES = [(i, f"camid{c}_videoid{v}", "seq0") for i in ("0001", "0002", "0007") for c, v in ((3, 1), (10, 2))]
+NAMES = [(i, f"camid{c}_videoid{v}", "seq0") for i in ("0001", "0002", "0007")
+         for c, v in ((3, 1), (10, 2))]
 
 
 @pytest.fixture
@@ -30,7 +31,8 @@ def pack(root, parts, images, joints):
         folder = root.joinpath(kind, *parts)
         for path in folder.glob(f"*.{suffix}"):
             path.unlink()
-        (folder / "seq0.pkl").write_bytes(array if isinstance(array, bytes) else pickle.dumps(array))
+        (folder / "seq0.pkl").write_bytes(array
+                                          if isinstance(array, bytes) else pickle.dumps(array))
 
 
 def everything(total):
@@ -41,7 +43,8 @@ def test_gait3d_single_images(tree):
     root, made = tree
     train, test = (gait.read_gait3d(str(root), split) for split in ("train", "test"))
     assert [s.name for s in train] == ["0001-camid10_videoid2-seq0", "0001-camid3_videoid1-seq0"]
-    assert [(s.identity, s.probe) for s in test] == [("0002", False), ("0002", True), ("0007", True),
+    assert [(s.identity, s.probe) for s in test] == [("0002", False), ("0002", True),
+                                                     ("0007", True),
                                                      ("0007", False)]
     for sequence in train + test:
         crops, joints = sequence.load(everything)
@@ -49,12 +52,14 @@ def test_gait3d_single_images(tree):
         assert joints.shape == (4, 17, 2) and joints.dtype == np.float32
         for crop, place, (image, raw) in zip(crops, joints, made[sequence.name]):
             assert crop[[0, -1]].any(1).all()
-            y, x = place.round().astype(int)[5:].T[::-1]            # the head is wider than its joints
+            y, x = place.round().astype(int)[5:].T[::-1]         # the head is wider than its joints
             assert (crop[y, x] > 127).all()
             rows = np.flatnonzero(image.any(1))
             scale = 64 / (rows[-1] + 1 - rows[0])
-            np.testing.assert_allclose(place[:, 1], (raw[:, 1] - rows[0] + 0.5) * scale - 0.5, atol=1e-4)
-            np.testing.assert_allclose(np.diff(place[:, 0]), np.diff(raw[:, 0]) * scale, rtol=0.02, atol=1e-4)
+            np.testing.assert_allclose(place[:, 1], (raw[:, 1] - rows[0] + 0.5) * scale - 0.5,
+                                       atol=1e-4)
+            np.testing.assert_allclose(np.diff(place[:, 0]), np.diff(raw[:, 0]) * scale, rtol=0.02,
+                                       atol=1e-4)
     kept = root / "2D_Silhouettes/0001/camid3_videoid1/seq0.npy"
     assert kept.exists() and len(np.load(kept)) == 4
     again = gait.read_gait3d(str(root), "train")[0].load(lambda total: np.array([2, 2, 0]))
@@ -88,13 +93,15 @@ def test_gait3d_packed(tree, width):
     single = {s.name: s.load(everything) for s in gait.read_gait3d(str(root), "train")}
     for parts in NAMES[:2]:
         crops = single["-".join(parts)][0]
-        joints = np.stack([j for _, j in made["-".join(parts)]]) + [300, 200, 0]  # px of the video's frame
+        # px of the video's frame
+        joints = np.stack([j for _, j in made["-".join(parts)]]) + [300, 200, 0]
         pack(root, parts, np.pad(crops, ((0, 0), (0, 0), ((width - 44) // 2,) * 2)), joints)
     for s in gait.read_gait3d(str(root), "train"):
         crops, joints = s.load(everything)
         np.testing.assert_array_equal(crops, single[s.name][0])
         assert np.abs(joints - single[s.name][1]).max() < 3         # px: what `fit_joints` assumes
-        assert joints[..., 1].min(1) == pytest.approx(4) and joints[..., 1].max(1) == pytest.approx(60)
+        assert joints[..., 1].min(1) == pytest.approx(4)
+        assert joints[..., 1].max(1) == pytest.approx(60)
         np.testing.assert_allclose(joints[:, [5, 6, 11, 12], 0].mean(1), 21.5, atol=1e-4)
 
 
@@ -110,7 +117,7 @@ def test_texts_of_packed_silhouettes_are_read_once(tree):
     assert len(np.load(folder / "seq0.pkl.npy")) == 4
     for a, b in zip(first, sequence.load(everything)):
         np.testing.assert_array_equal(a, b)
-    (poses / "human_crop_f171.txt").unlink()                    # the folder is newer than what was kept
+    (poses / "human_crop_f171.txt").unlink()                # the folder is newer than what was kept
     os.utime(poses)
     with pytest.raises(ValueError, match="has 4 frames, .* 3, 0 of them"):
         sequence.load(everything)
@@ -121,7 +128,8 @@ def test_gait3d_joints_of_the_video_are_fitted_and_missing_texts_filled(tree):
     poses, images = (root.joinpath(kind, *NAMES[0]) for kind in ("2D_Poses", "2D_Silhouettes"))
     right = gait.read_gait3d(str(root), "train")[1].load(everything)
     (poses / "human_crop_f171.txt").unlink()
-    cv2.imwrite(str(images / "human_crop_f173.png"), np.zeros((50, 40), np.uint8))      # empty: left out
+    # empty: left out
+    cv2.imwrite(str(images / "human_crop_f173.png"), np.zeros((50, 40), np.uint8))
     os.utime(images)
     crops, joints = gait.read_gait3d(str(root), "train")[1].load(everything)
     np.testing.assert_array_equal(crops, right[0][:3])
@@ -131,18 +139,22 @@ def test_gait3d_joints_of_the_video_are_fitted_and_missing_texts_filled(tree):
         path.write_text(",".join(map(str, [1, 2, *raw.ravel()])))
     os.utime(poses)
     joints = gait.read_gait3d(str(root), "train")[1].load(everything)[1]
-    assert joints[..., 1].min() == pytest.approx(4) and 0 < joints[..., 0].min() < joints[..., 0].max() < 44
+    assert joints[..., 1].min() == pytest.approx(4)
+    assert 0 < joints[..., 0].min() < joints[..., 0].max() < 44
 
 
 def test_gait3d_files_that_are_missing(tree):
     root, _ = tree
-    with pytest.raises(FileNotFoundError, match="(?s)no .*nowhere/Gait3D.json.*Tree.*--data walkers nee"):
+    with pytest.raises(FileNotFoundError,
+                       match="(?s)no .*nowhere/Gait3D.json.*Tree.*--data walkers nee"):
         gait.read_gait3d(str(root / "nowhere"), "train")
     (root / "2D_Poses" / "0001" / "camid3_videoid1" / "seq0").rename(root / "elsewhere")
-    with pytest.raises(FileNotFoundError, match=r"no \*.txt and no seq0.pkl in .*2D_Poses/0001/camid3_video"):
+    with pytest.raises(FileNotFoundError,
+                       match=r"no \*.txt and no seq0.pkl in .*2D_Poses/0001/camid3_video"):
         gait.read_gait3d(str(root), "train")
     (root / "2D_Silhouettes" / "0007" / "camid10_videoid2").rename(root / "elsewhere2")
-    with pytest.raises(FileNotFoundError, match="no sequence of 0007-camid10_videoid2-seq0, the first of 1"):
+    with pytest.raises(FileNotFoundError,
+                       match="no sequence of 0007-camid10_videoid2-seq0, the first of 1"):
         gait.read_gait3d(str(root), "test")
     (root / "2D_Silhouettes" / "0002").rename(root / "elsewhere3")
     with pytest.raises(FileNotFoundError, match="no sequence of 0002, the first of 1"):
@@ -159,11 +171,14 @@ class Bomb:
 
 
 @pytest.mark.parametrize("images, joints, message", [
-    (pickle.dumps(Bomb()), np.ones((4, 17, 3)), "seq0.pkl is no packed sequence: it asks for posix.system.*"),
+    (pickle.dumps(Bomb()), np.ones((4, 17, 3)),
+     "seq0.pkl is no packed sequence: it asks for posix.system.*"),
     (np.ones((4, 64, 64), np.uint8), pickle.dumps(Bomb()), "2D_Poses.*posix.system.*refused"),
     (np.ones((4, 64, 64)), np.ones((4, 17, 3)), "holds an array of 'f8', wanted u1"),
-    (np.ones((4, 32, 32), np.uint8), np.ones((4, 17, 3)), r"found \(4, 32, 32\), wanted frames of \(64, "),
-    (np.ones((4, 64, 64), np.uint8), np.ones((4, 18, 3)), r"found \(4, 18, 3\), wanted frames of \(17, "),
+    (np.ones((4, 32, 32), np.uint8), np.ones((4, 17, 3)),
+     r"found \(4, 32, 32\), wanted frames of \(64, "),
+    (np.ones((4, 64, 64), np.uint8), np.ones((4, 18, 3)),
+     r"found \(4, 18, 3\), wanted frames of \(17, "),
     (np.ones((0, 64, 64), np.uint8), np.ones((4, 17, 3)), r"found \(0, 64, 64\), wanted"),
     ([1, 2], np.ones((4, 17, 3)), "found list, wanted"),
     (b"<html>", np.ones((4, 17, 3)), "seq0.pkl is no packed sequence"),
@@ -182,7 +197,8 @@ def test_gait3d_single_files_that_are_bad(tree):
     root, _ = tree
     text = root.joinpath("2D_Poses", *NAMES[0], "human_crop_f170.txt")
     text.write_text("1,2,3")
-    with pytest.raises(ValueError, match="f170.txt, after the first two: found 1 numbers, wanted 51"):
+    with pytest.raises(ValueError,
+                       match="f170.txt, after the first two: found 1 numbers, wanted 51"):
         gait.read_gait3d(str(root), "train")[1].load(everything)
     text.unlink()
     folder = root.joinpath("2D_Silhouettes", *NAMES[0])
@@ -211,11 +227,12 @@ def test_missing_joints_stand_where_they_were_seen():
     assert (gait.fit_joints(one)[..., 2] == 0).all()                        # no height: not seen
 
 
-# ---- Drawn walkers -----------------------------------------------------------------------------------------
+# ---- Drawn walkers -------------------------------------------------------------------------------
 
 def test_walkers():
     train, test = (gait.walkers(split, 3, sequences=2, frames=20) for split in ("train", "test"))
-    assert [s.name for s in train[:3]] == ["train-00000-seq0", "train-00000-seq1", "train-00001-seq0"]
+    assert [s.name for s in train[:3]] == ["train-00000-seq0", "train-00000-seq1",
+                                           "train-00001-seq0"]
     assert [s.probe for s in test] == [True, False] * 3 and not any(s.probe for s in train)
     assert not {s.identity for s in train} & {s.identity for s in test}
     crops, joints = test[0].load(everything)
@@ -257,12 +274,13 @@ def test_walkers_walk():
     against, along = (np.corrcoef(forward[a], forward[16])[0, 1] for a in (15, 9))
     assert against < -0.7 and along > 0.7
     assert (left[[5, 7, 11, 13, 15]] > 0.03).all() and (left[[6, 8, 12, 14, 16]] < -0.03).all()
-    swing = np.gradient(forward[15]) > 0.01                     # the foot that goes forward is the higher one
+    swing = np.gradient(forward[15]) > 0.01           # the foot that goes forward is the higher one
     assert (up[15] - up[16])[swing].mean() > 0.02
     thigh, shin = mean["leg"] * mean["thigh"], mean["leg"] * (0.93 - mean["thigh"])
     for a, b, length in ((11, 13, thigh), (13, 15, shin), (5, 6, 2 * mean["shoulder"]),
                          (11, 12, 2 * mean["hip"])):
-        np.testing.assert_allclose(np.linalg.norm(points[:, a] - points[:, b], axis=1), length, atol=1e-6)
+        np.testing.assert_allclose(np.linalg.norm(points[:, a] - points[:, b], axis=1), length,
+                                   atol=1e-6)
 
 
 def test_spoiled_walkers_move_with_their_joints():
@@ -276,7 +294,8 @@ def test_spoiled_walkers_move_with_their_joints():
         shift = (places - 21.5 * np.eye(2)[0] - 31.5 * np.eye(2)[1]).mean((0, 1)) - scale * (
             joints - [21.5, 31.5]).mean((0, 1))
         seen.append([scale, *shift])
-        np.testing.assert_allclose(places, scale * (joints - [21.5, 31.5]) + [21.5, 31.5] + shift, atol=1e-3)
+        np.testing.assert_allclose(places, scale * (joints - [21.5, 31.5]) + [21.5, 31.5] + shift,
+                                   atol=1e-3)
         x, y = places.round().astype(int)[:, 5:].transpose(2, 0, 1)
         inside = (x >= 0) & (x < 44) & (y >= 0) & (y < 64)
         lit = moved[np.arange(6)[:, None], y.clip(0, 63), x.clip(0, 43)][inside] > 127
@@ -289,7 +308,8 @@ def test_spoiled_walkers_move_with_their_joints():
 
 
 def test_mean_silhouettes_tell_walkers_apart_but_not_well():
-    """The gait energy image: nearest neighbours are right far above chance (0.04), far from always."""
+    """The gait energy image: nearest neighbours are right far above chance (0.04), far from
+    always."""
     sequences = gait.walkers("test", 25, sequences=4, frames=14)
     energy = torch.from_numpy(np.stack([s.load(everything)[0].mean(0).ravel() for s in sequences]))
     probe = np.array([s.probe for s in sequences])
@@ -298,7 +318,7 @@ def test_mean_silhouettes_tell_walkers_apart_but_not_well():
     assert 0.12 < scores["rank1"] < 0.7 and scores["rank1"] < scores["rank5"] <= scores["rank10"]
 
 
-# ---- Training and scores -----------------------------------------------------------------------------------
+# ---- Training and scores -------------------------------------------------------------------------
 
 def test_clips_are_ordered():
     rng = np.random.default_rng(0)
@@ -317,7 +337,8 @@ def test_clips_are_ordered():
 def test_dataset_is_what_the_loader_wants():
     sequences = gait.walkers("train", 4, sequences=3, frames=18)
     data = gait.GaitDataset(sequences, 10, seed=3)
-    assert data.labels.dtype == np.int64 and data.labels.tolist() == np.repeat(np.arange(4), 3).tolist()
+    assert data.labels.dtype == np.int64
+    assert data.labels.tolist() == np.repeat(np.arange(4), 3).tolist()
     assert data.ids.tolist() == [f"train-0000{i}" for i in range(4)] and len(data) == 12
     batches = gait.PeopleBatches(data.labels, 2, 2, seed=3)
     loaded = list(make_loader(data, batches, 0, torch.device("cpu")))
@@ -359,7 +380,8 @@ def test_mirrored_clips_have_their_joints_mirrored_and_renamed():
 
 
 def test_batches_of_people():
-    labels = np.repeat(np.arange(7), [5, 1, 4, 3, 6, 4, 2])[np.random.default_rng(0).permutation(25)]
+    labels = np.repeat(np.arange(7),
+                       [5, 1, 4, 3, 6, 4, 2])[np.random.default_rng(0).permutation(25)]
     whole = gait.PeopleBatches(labels, 2, 4, seed=1)
     shares = [gait.PeopleBatches(labels, 2, 4, seed=1, rank=rank, world=2) for rank in (0, 1)]
     assert len(whole) == 3
@@ -369,13 +391,14 @@ def test_batches_of_people():
             batches.epoch = epoch
         people = []
         for batch, *mine in zip(whole, *shares):
-            assert batch == mine[0] + mine[1] and len(batch) == 8 and {key[0] for key in batch} == {epoch}
+            assert batch == mine[0] + mine[1] and len(batch) == 8
+            assert {key[0] for key in batch} == {epoch}
             index = np.array([i for _, i in batch]).reshape(2, 4)
             for row in index:
                 assert len(set(labels[row])) == 1
                 assert len(set(row)) == min(4, (labels == labels[row[0]]).sum())
             people += labels[index[:, 0]].tolist()
-        assert len(set(people)) == 6                                # each at most once, one is left over
+        assert len(set(people)) == 6                           # each at most once, one is left over
         drawn.append(list(whole))
     assert drawn[0] != drawn[1] and drawn[1] == list(whole)
     few = list(gait.PeopleBatches(labels, 16, 2))
@@ -391,7 +414,8 @@ def test_scores_by_hand():
     scores = gait.identify(distance, labels, probe)
     # Probe 0: mates 1st, 3rd, 6th. Probe 1: mates at distance 3, 5, 6: 3rd, 5th, 6th.
     assert scores["rank1"] == 0.5 and scores["rank5"] == scores["rank10"] == 1
-    assert scores["map"] == pytest.approx(((1 + 2 / 3 + 3 / 6) / 3 + (1 / 3 + 2 / 5 + 3 / 6) / 3) / 2)
+    assert scores["map"] == pytest.approx(((1 + 2 / 3 + 3 / 6) / 3
+                                           + (1 / 3 + 2 / 5 + 3 / 6) / 3) / 2)
     assert scores["minp"] == pytest.approx((3 / 6 + 3 / 6) / 2)
     tied = gait.identify(np.zeros((3, 6)), labels, probe)
     assert tied["rank1"] == 0

@@ -19,14 +19,15 @@ def f64(values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------------------------- landmark errors
+# ---- landmark errors -----------------------------------------------------------------------------
 
 
 def test_nme_by_hand():
     target = torch.tensor([[[0.0, 0.0], [10.0, 0.0]], [[5.0, 5.0], [5.0, 25.0]]])
     pred = target + torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[0.0, -1.0], [6.0, 8.0]]])
     errors = metrics.nme(pred, target, torch.tensor([10.0, 50.0]))
-    # Image 0: (5 + 0) / 2 / 10; image 1: (1 + 10) / 2 / 50. A mean of squares or of |dx| + |dy| gives others.
+    # Image 0: (5 + 0) / 2 / 10; image 1: (1 + 10) / 2 / 50. A mean of squares or of |dx| + |dy|
+    # gives others.
     assert errors.tolist() == [0.25, 0.11]
     assert errors.dtype == torch.float64 and errors.shape == (2,)
 
@@ -101,7 +102,8 @@ def test_auc_steps_is_sdfls_trapezoid_rule():
     trapezoids = sum(0.005 * (share[i] + share[i + 1]) / 2 for i in range(19)) * 10
     assert metrics.auc_steps(errors) == pytest.approx(trapezoids, abs=1e-12)
     assert abs(metrics.auc_steps(errors) - metrics.auc(errors, 0.1)) < 0.01
-    # By hand: 0.10 is reached at the last threshold only, 0.05 from the tenth on: half a step, 10.5 steps.
+    # By hand: 0.10 is reached at the last threshold only, 0.05 from the tenth on: half a step, 10.5
+    # steps.
     assert metrics.auc_steps(f64([0.10])) == pytest.approx(10 * 0.005 / 2)
     assert metrics.auc_steps(f64([0.05])) == pytest.approx(10 * 0.005 * 10.5)
 
@@ -143,12 +145,13 @@ def test_metrics_work_inside_autocast_and_on_tensors_with_a_gradient():
 
 def test_rates_refuse_an_empty_set_and_a_meaningless_threshold():
     for function in (metrics.failure_rate, metrics.auc):
-        for errors, threshold in ((torch.zeros(0), 0.1), (torch.zeros(3, 2), 0.1), (torch.zeros(3), 0.0)):
+        for errors, threshold in ((torch.zeros(0), 0.1), (torch.zeros(3, 2), 0.1),
+                                  (torch.zeros(3), 0.0)):
             with pytest.raises(ValueError, match="threshold"):
                 function(errors, threshold)
 
 
-# ----------------------------------------------------------------------------------------------- curve error
+# ---- curve error ---------------------------------------------------------------------------------
 
 
 def loop_curve_error(pred, target, parts, norm, pred_parts=None):
@@ -186,15 +189,18 @@ def test_curve_error_equals_a_loop():
 
 
 def test_curve_error_between_faces_of_different_landmarks_equals_a_loop():
-    target, pred = (torch.rand(3, points, 2, generator=generator(points)).double() * 30 for points in (12, 9))
-    parts, own = {"contour": range(7), "mouth": [7, 9, 8, 10, 11]}, {"mouth": [0, 1], "contour": [8, 7, 2, 3]}
+    target, pred = (torch.rand(3, points, 2, generator=generator(points)).double() * 30
+                    for points in (12, 9))
+    parts = {"contour": range(7), "mouth": [7, 9, 8, 10, 11]}
+    own = {"mouth": [0, 1], "contour": [8, 7, 2, 3]}
     norm = torch.tensor([9.0, 10.0, 11.0])
     errors = metrics.curve_error(pred, target, parts, norm, pred_parts=own)
     expected = loop_curve_error(pred, target, parts, norm, own)
     assert list(errors) == ["contour", "mouth", "overall"]
     for name in errors:
         np.testing.assert_allclose(errors[name].numpy(), expected[name], rtol=1e-12)
-    few = {name: list(indices)[::2] for name, indices in parts.items()}  # fewer points on the same curves
+    # fewer points on the same curves
+    few = {name: list(indices)[::2] for name, indices in parts.items()}
     kept = [index for indices in few.values() for index in indices]
     places = {name: [kept.index(index) for index in indices] for name, indices in few.items()}
     errors = metrics.curve_error(target[:, kept], target, parts, norm, pred_parts=places)
@@ -208,9 +214,11 @@ def test_curve_error_between_faces_of_different_landmarks_equals_a_loop():
 def test_curve_error_ignores_the_numbering_within_a_part_only():
     target = torch.rand(2, 10, 2, generator=generator(2)) * 30
     parts = {"a": [0, 1, 2, 3, 4], "b": [5, 6, 7, 8, 9]}
-    within = metrics.curve_error(target[:, [4, 2, 0, 1, 3, 9, 8, 7, 6, 5]], target, parts, torch.ones(2))
+    within = metrics.curve_error(target[:, [4, 2, 0, 1, 3, 9, 8, 7, 6, 5]], target, parts,
+                                 torch.ones(2))
     assert all(v.tolist() == [0, 0] for v in within.values())
-    across = metrics.curve_error(target[:, [5, 6, 7, 8, 9, 0, 1, 2, 3, 4]], target, parts, torch.ones(2))
+    across = metrics.curve_error(target[:, [5, 6, 7, 8, 9, 0, 1, 2, 3, 4]], target, parts,
+                                 torch.ones(2))
     assert (across["overall"] > 0).all()
 
 
@@ -222,7 +230,8 @@ def turned(points, degrees, shift):
 
 def test_icp_undoes_a_small_rigid_motion_and_nothing_else():
     x = torch.arange(9).double() * 10
-    target = torch.stack([torch.stack([x, y], 1) for y in (0.02 * (x - 20) ** 2, 30 * torch.sin(x / 25))])
+    target = torch.stack([torch.stack([x, y], 1)
+                          for y in (0.02 * (x - 20) ** 2, 30 * torch.sin(x / 25))])
     part, norm = {"curve": range(9)}, torch.tensor([50.0, 50.0])
     moved = turned(target, 4.0, [1.5, -2.0])
     assert (metrics.curve_error(moved, target, part, norm)["curve"] > 0.02).all()
@@ -232,29 +241,34 @@ def test_icp_undoes_a_small_rigid_motion_and_nothing_else():
     # A change of size is no rigid motion: 5 % of an arc some 80 px long stays visible.
     assert (metrics.curve_error(1.05 * target, target, part, norm, icp=True)["curve"] > 0.01).all()
     # A part of a single point has no direction; it is moved and gives 0, not nan.
-    assert metrics.curve_error(moved, target, {"tip": [3]}, norm, icp=True)["tip"].abs().max() < 1e-12
+    assert metrics.curve_error(moved, target, {"tip": [3]}, norm,
+                               icp=True)["tip"].abs().max() < 1e-12
 
 
 def test_icp_step_is_the_least_squares_rigid_fit():
-    # Points so far apart that the first pairing is the right one: the fit must equal Arun's SVD solution.
+    # Points so far apart that the first pairing is the right one: the fit must equal Arun's SVD
+    # solution.
     target = torch.tensor([[0.0, 0.0], [100.0, 10.0], [40.0, 90.0], [150.0, 160.0]]).double()
     noise = torch.randn(4, 2, generator=generator(3), dtype=torch.float64) * 4
     source = turned(target[None], 5.0, [2.0, 3.0])[0] + noise
     a, b = (source - source.mean(0)).numpy(), (target - target.mean(0)).numpy()
     u, _, vt = np.linalg.svd(a.T @ b)
     fitted = a @ (u @ np.diag([1, np.linalg.det(u @ vt)]) @ vt) + target.mean(0).numpy()
-    complex_fit = metrics._rigid_icp(*(torch.complex(x[:, 0], x[:, 1])[None] for x in (source, target)))[0]
+    complex_fit = metrics._rigid_icp(*(torch.complex(x[:, 0], x[:, 1])[None]
+                                       for x in (source, target)))[0]
     np.testing.assert_allclose(torch.view_as_real(complex_fit).numpy(), fitted, atol=1e-10)
 
 
-# ---------------------------------------------------------------------------------------- alignment strength
+# ---- alignment strength --------------------------------------------------------------------------
 
 
 def test_anme_by_hand():
-    # Landmark 0 lies 5 px from its mean (0, 0) in both faces, landmark 1 never moves: (5 + 5 + 0 + 0)/4/20.
+    # Landmark 0 lies 5 px from its mean (0, 0) in both faces, landmark 1 never moves: (5 + 5 + 0 +
+    # 0)/4/20.
     points = torch.tensor([[[3.0, 4.0], [7.0, 7.0]], [[-3.0, -4.0], [7.0, 7.0]]])
     assert metrics.anme(points, 20.0) == 0.125
-    assert metrics.anme(points, torch.tensor([10.0, 30.0])) == 0.125          # d is the mean of the distances
+    # d is the mean of the distances
+    assert metrics.anme(points, torch.tensor([10.0, 30.0])) == 0.125
     assert metrics.anme(points[:1].expand(5, 2, 2), 20.0) == 0
 
 
@@ -263,7 +277,8 @@ def test_anme_of_gaussian_scatter_and_its_invariance():
     # E|y - ybar| of a 2-D Gaussian about its sample mean: sigma sqrt(pi / 2) sqrt(1 - 1 / N).
     assert metrics.anme(points, 1.0) == pytest.approx(2 * math.sqrt(math.pi / 2), rel=0.01)
     rotated = turned(points.reshape(1, -1, 2), 30.0, [9.0, -4.0]).reshape(points.shape)
-    assert metrics.anme(3 * rotated, 3 * 40.0) == pytest.approx(metrics.anme(points, 40.0), rel=1e-9)
+    assert metrics.anme(3 * rotated, 3 * 40.0) == pytest.approx(metrics.anme(points, 40.0),
+                                                                rel=1e-9)
 
 
 def test_anme_refuses_a_bad_distance_and_a_single_face_without_its_axis():
@@ -273,17 +288,19 @@ def test_anme_refuses_a_bad_distance_and_a_single_face_without_its_axis():
         metrics.anme(torch.rand(5, 2), 3.0)
 
 
-# ---------------------------------------------------------------------------------------------- verification
+# ---- verification --------------------------------------------------------------------------------
 
 
 def unit_pairs(squared_distances):
     """Unit vectors of the plane at the given squared distances: |a - b|^2 = 2 - 2 cos."""
     angle = torch.acos(1 - torch.as_tensor(squared_distances, dtype=torch.float64) / 2)
-    return torch.tensor([1.0, 0.0]).double().expand(len(angle), 2), torch.stack([angle.cos(), angle.sin()], 1)
+    return torch.tensor([1.0, 0.0]).double().expand(len(angle),
+                                                    2), torch.stack([angle.cos(), angle.sin()], 1)
 
 
 def loop_verification(a, b, same, folds):
-    """Every threshold between training distances and outside them is tried on every training pair."""
+    """Every threshold between training distances and outside them is tried on every training
+    pair."""
     a, b = (x.numpy() / np.linalg.norm(x.numpy(), axis=1, keepdims=True) for x in (a, b))
     distance = ((a - b) ** 2).sum(1).tolist()
     accuracies = []
@@ -305,8 +322,9 @@ def test_verification_equals_brute_force(pairs, folds):
     b = torch.where(same[:, None], a, 0 * a) + torch.randn(pairs, 4, generator=g) * 0.9
     mean, std = metrics.verification_accuracy(a, b, same, folds)
     expected_mean, expected_std = loop_verification(a, b, same, folds)
-    assert 0.6 < mean < 0.95                                                     # neither trivial nor chance
-    assert mean == pytest.approx(expected_mean, abs=1e-12) and std == pytest.approx(expected_std, abs=1e-12)
+    assert 0.6 < mean < 0.95                                            # neither trivial nor chance
+    assert mean == pytest.approx(expected_mean, abs=1e-12)
+    assert std == pytest.approx(expected_std, abs=1e-12)
 
 
 def test_verification_with_tied_distances_equals_brute_force():
@@ -314,28 +332,32 @@ def test_verification_with_tied_distances_equals_brute_force():
     same = torch.rand(60, generator=g) < 0.5
     level = torch.randint(0, 5, (60,), generator=g) + 2 * (~same)
     a, b = torch.eye(7)[[0] * 60].double(), torch.eye(7)[[0] * 60].double()
-    b[:, 1] += level                                         # equal entries give distances equal to the bit
+    b[:, 1] += level                                 # equal entries give distances equal to the bit
     result = metrics.verification_accuracy(a, b, same)
     assert result == pytest.approx(loop_verification(a, b, same, 10), abs=1e-12)
-    # All distances equal: no threshold accepts the same-pairs alone, though they come first; best is all.
+    # All distances equal: no threshold accepts the same-pairs alone, though they come first; best
+    # is all.
     same = torch.tensor([1, 1, 1, 0, 0, 1, 1, 1, 0, 0])
-    assert metrics.verification_accuracy(a[:1].expand(10, 7), b[:1].expand(10, 7), same, 2) == (0.6, 0.0)
+    assert metrics.verification_accuracy(a[:1].expand(10, 7), b[:1].expand(10, 7), same, 2) == (0.6,
+                                                                                                0.0)
 
 
 def test_verification_by_hand_over_two_consecutive_folds():
-    # Fold 0 alone asks for a threshold between 0.2 and 1.0, fold 1 for one between 1.2 and 1.6. Judged with
-    # 1.4, fold 0 accepts its pair at 1.0 wrongly (3 of 4); with 0.6, fold 1 refuses its pair at 1.2 (3 of 4).
+    # Fold 0 alone asks for a threshold between 0.2 and 1.0, fold 1 for one between 1.2 and 1.6.
+    # Judged with 1.4, fold 0 accepts its pair at 1.0 wrongly (3 of 4); with 0.6, fold 1 refuses its
+    # pair at 1.2 (3 of 4).
     a, b = unit_pairs([0.1, 1.0, 0.2, 1.8, 0.3, 1.2, 1.6, 1.9])
     same = torch.tensor([1, 0, 1, 0, 1, 1, 0, 0])
     assert metrics.verification_accuracy(a, b, same, folds=2) == (0.75, 0.0)
-    # Other blocks, other numbers: if pairs are dealt alternately, each fold sees both kinds of threshold.
+    # Other blocks, other numbers: if pairs are dealt alternately, each fold sees both kinds of
+    # threshold.
     order = [0, 4, 1, 5, 2, 6, 3, 7]
     assert metrics.verification_accuracy(a[order], b[order], same[order], folds=2) != (0.75, 0.0)
 
 
 def test_verification_of_separable_pairs_at_any_scale_is_perfect():
     same = torch.arange(200) % 2 == 0
-    for scale in (1.0, 1e-3):                    # 1e-3: all distances below the first step of a grid of 0.01
+    for scale in (1.0, 1e-3):           # 1e-3: all distances below the first step of a grid of 0.01
         a, b = unit_pairs(torch.where(same, 0.2, 1.8) * scale)
         assert metrics.verification_accuracy(5 * a, 0.1 * b, same) == (1.0, 0.0)
 
@@ -356,7 +378,7 @@ def test_verification_refuses_bad_input():
         metrics.verification_accuracy(a, a, torch.ones(20))
 
 
-# -------------------------------------------------------------------------------------------- identification
+# ---- identification ------------------------------------------------------------------------------
 
 
 def loop_rank(probe, probe_ids, gallery, gallery_ids, k):
@@ -416,7 +438,8 @@ def test_rank_k_by_hand_with_several_mates_and_ties():
     # A non-mate that ties counts first, also when it is longer and in another block.
     tied = torch.tensor([[0.3, 0.1, 0.7], [3.0, 1.0, 7.0]])
     for chunk in (1, 2):
-        assert metrics.rank_k(tied[:1], [1], tied, [1, 2], ks=(1, 2), chunk=chunk) == {1: 0.0, 2: 1.0}
+        assert metrics.rank_k(tied[:1], [1], tied, [1, 2], ks=(1, 2), chunk=chunk) == {1: 0.0,
+                                                                                       2: 1.0}
     constant, ids = torch.ones(10, 64), torch.arange(10)
     assert metrics.rank_k(constant, ids, constant, ids, ks=(1, 9, 10)) == {1: 0, 9: 0, 10: 1}
 
@@ -431,11 +454,13 @@ def test_rank_k_settles_in_float64_what_float32_cannot_tell():
     for others in (0, 300):                             # many such pairs in a block, and few
         gallery = torch.cat([mate, mate + gap * probe, torch.randn(others, 16, generator=g)])
         ids = torch.cat([torch.arange(30), torch.full((len(gallery) - 30,), -1)])
-        own = [loop_rank(probe[i:i + 1], torch.tensor([i]), gallery, ids, 1) for i in range(0, 30, 5)]
+        own = [loop_rank(probe[i:i + 1], torch.tensor([i]), gallery, ids, 1)
+               for i in range(0, 30, 5)]
         got = [metrics.rank_k(probe[i:i + 1], [i], gallery, ids, (1,))[1] for i in range(0, 30, 5)]
         assert got == own
         whole = metrics.rank_k(probe, torch.arange(30), gallery, ids, (1, 2, 30, 300))
-        assert whole == {k: pytest.approx(loop_rank(probe, torch.arange(30), gallery, ids, k)) for k in whole}
+        assert whole == {k: pytest.approx(loop_rank(probe, torch.arange(30), gallery, ids, k))
+                         for k in whole}
 
 
 def test_rank_k_refuses_probes_without_a_mate_and_nan():
@@ -445,12 +470,12 @@ def test_rank_k_refuses_probes_without_a_mate_and_nan():
     with pytest.raises(ValueError, match="one each"):
         metrics.rank_k(x, torch.zeros(5), x, torch.zeros(4))
     gallery = x.clone()
-    gallery[3, 0] = NAN                             # a stranger that is nan must not vanish from the count
+    gallery[3, 0] = NAN                      # a stranger that is nan must not vanish from the count
     with pytest.raises(ValueError, match="nan"):
         metrics.rank_k(x, torch.zeros(4), gallery, torch.tensor([0, 0, 0, 1]))
 
 
-# ------------------------------------------------------------------------------------------------ TAR at FAR
+# ---- TAR at FAR ----------------------------------------------------------------------------------
 
 
 def loop_tar(scores, same, far):
@@ -471,7 +496,8 @@ def test_tar_at_far_equals_trying_every_threshold_with_ties():
         scores = torch.randint(0, 12, (150,), generator=g) + 4 * same          # integers: many ties
         fars = (0.0, 0.001, 0.01, 0.05, 0.1, 0.29, 0.5, 1.0)
         rates = metrics.tar_at_far(scores, same, fars)
-        assert rates == {far: pytest.approx(loop_tar(scores.tolist(), same.tolist(), far)) for far in fars}
+        assert rates == {far: pytest.approx(loop_tar(scores.tolist(), same.tolist(), far))
+                         for far in fars}
         assert rates[0.0] < rates[0.29] < rates[1.0] == 1
 
 
@@ -479,7 +505,8 @@ def test_tar_at_far_by_hand():
     impostor = torch.arange(100).double() / 100                                  # 0.00 ... 0.99
     genuine = f64([0.705, 0.985, 0.99, 1.5])
     scores, same = torch.cat([genuine, impostor]), torch.arange(104) < 4
-    # FAR 0: above 0.99. FAR 0.01: 0.99 may pass, 0.98 not. FAR 0.29: 29 impostors may pass, 0.70 not.
+    # FAR 0: above 0.99. FAR 0.01: 0.99 may pass, 0.98 not. FAR 0.29: 29 impostors may pass, 0.70
+    # not.
     assert metrics.tar_at_far(scores, same, (0.0, 0.008, 0.01, 0.28, 0.29)) == {
         0.0: 0.25, 0.008: 0.25, 0.01: 0.75, 0.28: 0.75, 0.29: 1.0}
     # Two impostors at the top: at FAR 0.01 neither may pass, although one could.
@@ -489,17 +516,19 @@ def test_tar_at_far_by_hand():
 
 def test_tar_with_too_few_impostors_reads_above_them_all_and_constant_scores_give_nothing():
     assert metrics.tar_at_far([0.9, 0.4, 0.5], [True, True, False], (1e-4,)) == {1e-4: 0.5}
-    assert metrics.tar_at_far(torch.ones(50), torch.arange(50) % 2 == 0, (1e-4, 0.5)) == {1e-4: 0.0, 0.5: 0.0}
+    assert metrics.tar_at_far(torch.ones(50), torch.arange(50) % 2 == 0, (1e-4, 0.5)) == {1e-4: 0.0,
+                                                                                          0.5: 0.0}
 
 
-@pytest.mark.parametrize("scores, same", [([1.0, NAN], [1, 0]), ([1.0, 2.0], [1, 1]), ([1.0, 2.0], [0, 0]),
+@pytest.mark.parametrize("scores, same",
+                         [([1.0, NAN], [1, 0]), ([1.0, 2.0], [1, 1]), ([1.0, 2.0], [0, 0]),
                                           ([1.0, 2.0, 3.0], [0, 1]), ([[1.0, 2.0]], [[0, 1]])])
 def test_tar_refuses_nan_one_kind_and_unequal_lengths(scores, same):
     with pytest.raises(ValueError, match="both kinds"):
         metrics.tar_at_far(scores, same)
 
 
-# ------------------------------------------------------------------------------------------------- retrieval
+# ---- retrieval -----------------------------------------------------------------------------------
 
 
 def loop_map_minp(distance, query_ids, gallery_ids):
@@ -516,18 +545,22 @@ def test_map_and_minp_by_hand():
     # Query 0 has mates at places 1 and 3, query 1 its only one at place 4.
     distance = torch.tensor([[0.1, 0.3, 0.4, 0.2], [1.0, 2.0, 3.0, 4.0]])
     ids = torch.tensor([1, 2]), torch.tensor([1, 1, 3, 2])
-    assert metrics.mean_average_precision(distance, *ids) == pytest.approx(((1 + 2 / 3) / 2 + 1 / 4) / 2)
-    assert metrics.mean_inverse_negative_penalty(distance, *ids) == pytest.approx((2 / 3 + 1 / 4) / 2)
+    assert metrics.mean_average_precision(distance,
+                                          *ids) == pytest.approx(((1 + 2 / 3) / 2 + 1 / 4) / 2)
+    assert metrics.mean_inverse_negative_penalty(distance,
+                                                 *ids) == pytest.approx((2 / 3 + 1 / 4) / 2)
 
 
-@pytest.mark.parametrize("levels", [4, 10 ** 6])                             # with many ties and with none
+@pytest.mark.parametrize("levels", [4, 10 ** 6])                      # with many ties and with none
 def test_map_and_minp_equal_loops(levels):
     g = generator(levels)
-    ids = torch.arange(6).repeat(5), torch.cat([torch.arange(6), torch.randint(0, 9, (40,), generator=g)])
+    ids = torch.arange(6).repeat(5), torch.cat([torch.arange(6),
+                                                torch.randint(0, 9, (40,), generator=g)])
     distance = torch.randint(0, levels, (30, 46), generator=g).float()
     average_precision, inverse_negative_penalty = loop_map_minp(distance, *ids)
     assert metrics.mean_average_precision(distance, *ids) == pytest.approx(average_precision)
-    assert metrics.mean_inverse_negative_penalty(distance, *ids) == pytest.approx(inverse_negative_penalty)
+    assert metrics.mean_inverse_negative_penalty(distance,
+                                                 *ids) == pytest.approx(inverse_negative_penalty)
 
 
 def test_map_and_minp_of_perfect_and_tied_rankings():
@@ -535,30 +568,36 @@ def test_map_and_minp_of_perfect_and_tied_rankings():
     distance = (ids[:2, None] != ids).float()
     for function in (metrics.mean_average_precision, metrics.mean_inverse_negative_penalty):
         assert function(distance, ids[:2], ids) == 1
-        assert function(torch.zeros(2, 4), ids[:2], ids) < 0.51                  # mates at places 3 and 4
+        assert function(torch.zeros(2, 4), ids[:2], ids) < 0.51            # mates at places 3 and 4
 
 
 def test_map_refuses_queries_without_mates_nan_and_unequal_lengths():
     with pytest.raises(ValueError, match="1 of 2 queries have no mate"):
-        metrics.mean_average_precision(torch.zeros(2, 3), torch.tensor([0, 5]), torch.tensor([0, 1, 2]))
+        metrics.mean_average_precision(torch.zeros(2, 3), torch.tensor([0, 5]),
+                                       torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="1 distances are nan"):
-        metrics.mean_average_precision(torch.tensor([[0.0, NAN]]), torch.tensor([0]), torch.tensor([0, 1]))
+        metrics.mean_average_precision(torch.tensor([[0.0, NAN]]), torch.tensor([0]),
+                                       torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="one each"):
-        metrics.mean_inverse_negative_penalty(torch.zeros(2, 3), torch.tensor([0, 0]), torch.tensor([0, 1]))
+        metrics.mean_inverse_negative_penalty(torch.zeros(2, 3), torch.tensor([0, 0]),
+                                              torch.tensor([0, 1]))
 
 
-# --------------------------------------------------------------------------------------------------- picture
+# ---- picture -------------------------------------------------------------------------------------
 
 
 def test_ced_plot_draws_each_curve_where_it_belongs():
-    image = metrics.ced_plot({"half": torch.full((7,), 0.05), "quarter": torch.tensor([0.02, 1.0, 1.0, NAN])})
+    image = metrics.ced_plot({"half": torch.full((7,), 0.05),
+                              "quarter": torch.tensor([0.02, 1.0, 1.0, NAN])})
     assert image.shape == (600, 1200, 3) and image.dtype == np.uint8
     axes = image[:, :880]  # the legend is beside them
     first, second = (np.all(axes == colour, axis=2) for colour in metrics.CURVE_COLOURS[:2])
-    # The axes span x 70 to 870 and y 50 (all images) to 530 (none). All errors 0.05: a step at half way.
+    # The axes span x 70 to 870 and y 50 (all images) to 530 (none). All errors 0.05: a step at half
+    # way.
     assert first[200:400, 468:473].any(1).all() and not first[200:400, 100:465].any()
     assert first[49:52, 500:860].any(0).all()
-    # One image of four at 0.02: a step at a fifth of the width, up to a quarter of the height, for good.
+    # One image of four at 0.02: a step at a fifth of the width, up to a quarter of the height, for
+    # good.
     assert second[408:412, 240:540].any(0).all() and second[430:520, 228:233].any(1).all()
     assert not second[50:400].any()
     axes = metrics.ced_plot({"perfect": torch.zeros(3)})[:, :880]
@@ -571,6 +610,6 @@ def test_ced_plot_legend_and_grid_do_not_depend_on_the_curves_colours():
     image = metrics.ced_plot(many, threshold=0.08)
     for colour in metrics.CURVE_COLOURS:
         assert np.all(image == colour, axis=2).sum() > 200
-    assert (image[:40] < 100).any() and (image[545:] < 100).any()             # titles of the axes are there
+    assert (image[:40] < 100).any() and (image[545:] < 100).any()     # titles of the axes are there
     with pytest.raises(ValueError, match="errors"):
         metrics.ced_plot({"empty": torch.zeros(0)})

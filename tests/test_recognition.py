@@ -40,7 +40,7 @@ def put_text(path, text):
     return str(path)
 
 
-# ---- Identity folders and landmarks ------------------------------------------------------------------------
+# ---- Identity folders and landmarks --------------------------------------------------------------
 
 def people(root, points=5):
     """Persons n10 and n2 with images 2 and 10, 10 in a folder of its own; a .pts beside each."""
@@ -54,20 +54,23 @@ def people(root, points=5):
 def test_identities_are_the_first_folders_in_natural_order(tmp_path):
     faces = recognition.read_identities(str(people(tmp_path)))
     assert [face.identity for face in faces] == ["n2", "n2", "n10", "n10"]
-    assert [os.path.relpath(face.image, tmp_path) for face in faces[:2]] == ["n2/2.jpg", "n2/10/10.jpg"]
+    assert [os.path.relpath(face.image, tmp_path) for face in faces[:2]] == ["n2/2.jpg",
+                                                                             "n2/10/10.jpg"]
     images = recognition.FolderImages(faces)
     assert images.labels.tolist() == [0, 0, 1, 1] and images.ids.tolist() == ["n2", "n10"]
     np.testing.assert_array_equal(images[3], load_image(faces[3].image))
     recognition.check_points(faces, "TPS")
     (tmp_path / "n2" / "2.pts").unlink()
     faces = recognition.read_identities(str(tmp_path))
-    with pytest.raises(ValueError, match="n2/2.jpg has no landmarks, which TPS needs; so for 1 of 4.*--land"):
+    with pytest.raises(ValueError,
+                       match="n2/2.jpg has no landmarks, which TPS needs; so for 1 of 4.*--land"):
         recognition.check_points(faces, "TPS")
 
 
 def test_natural_order():
     names = ["10", "2", "a", "a1", "a02", "a2", "1b", "b", ""]
-    assert sorted(names, key=recognition.natural) == ["", "1b", "2", "10", "a", "a1", "a02", "a2", "b"]
+    assert sorted(names, key=recognition.natural) == ["", "1b", "2", "10", "a", "a1", "a02", "a2",
+                                                      "b"]
 
 
 def test_identities_that_are_none(tmp_path):
@@ -124,7 +127,8 @@ def test_points_of_a_folder_that_mirrors_the_images(tmp_path):
         recognition.attach_points(bare, root, root)
     (tmp_path / "b").mkdir()
     write_pts(tmp_path / "b" / "x.pts", np.ones((5, 2)))
-    with pytest.raises(ValueError, match="covers other images: it has .*x.pts, of 4 wanted images the .* n2"):
+    with pytest.raises(ValueError,
+                       match="covers other images: it has .*x.pts, of 4 wanted images the .* n2"):
         recognition.attach_points(bare, str(tmp_path / "b"), root)
 
 
@@ -135,8 +139,9 @@ def test_points_of_a_table_in_pixels(tmp_path):
                                   [[[np.nan] * 2] * 2, [[1, 2], [30, 4]], [[5, 6], [7, 8]]])
     for text, message in {"n2/2,1,2,3,4\nn2/2.jpg,1,2,3,4\n": "several rows of image n2/2",
                           "n2/2,1,2,3,4\nn2/2,1,2,3,4\n": "several rows of image n2/2",
-                          "x.jpg,1,2,3,4\n": "it has x.jpg, of 3 wanted images the first is n2/1.jpg",
-                          "n2/2,.1,.2,1.1,.4\n": "found .* for n2/2.jpg and nothing larger"}.items():
+                          "x.jpg,1,2,3,4\n": "it has x.jpg, of 3 wanted images the first is "
+                                             "n2/1.jpg",
+                          "n2/2,.1,.2,1.1,.4\n": "found .* for n2/2.jpg and nothing"}.items():
         with pytest.raises(ValueError, match=message):
             recognition.read_landmarks(names, put_text(path, text))
     with pytest.raises(FileNotFoundError, match="--landmarks .*none.csv: no such"):
@@ -146,13 +151,15 @@ def test_points_of_a_table_in_pixels(tmp_path):
 def test_points_of_another_number_than_the_images_have(tmp_path):
     faces = recognition.read_identities(str(people(tmp_path)))
     with pytest.raises(ValueError, match="has 2 points, the .pts of .*n2/2.jpg 5; wanted as many"):
-        recognition.attach_points(faces, put_text(tmp_path / "p.csv", "n2/2.jpg,1,2,3,4\n"), str(tmp_path))
+        recognition.attach_points(faces, put_text(tmp_path / "p.csv", "n2/2.jpg,1,2,3,4\n"),
+                                  str(tmp_path))
 
 
 def test_points_of_cvlface(tmp_path):
     head = "idx," + ",".join(f"ldmk_{i}" for i in range(10)) + "\n"
     values, path = RNG.uniform(-0.1, 1.1, (2, 10)), tmp_path / "ldmk_5points.csv"
-    put_text(path, head + "".join(f"{i}," + ",".join(map(str, row)) + "\n" for i, row in zip((2, 0), values)))
+    put_text(path, head
+             + "".join(f"{i}," + ",".join(map(str, row)) + "\n" for i, row in zip((2, 0), values)))
     found = recognition.read_landmarks("abc", str(path))
     np.testing.assert_allclose(found[[2, 0]], values.reshape(2, 5, 2) * 112 - 0.5, atol=1e-4)
     assert np.isnan(found[1]).all()
@@ -165,10 +172,11 @@ def test_points_of_cvlface(tmp_path):
             recognition.read_landmarks("abc", put_text(path, head + text))
 
 
-# ---- Records -----------------------------------------------------------------------------------------------
+# ---- Records -------------------------------------------------------------------------------------
 
 def test_records_with_a_header(tmp_path):
-    """As insightface writes them: a header, images, then a record for each identity, without image."""
+    """As insightface writes them: a header, images, then a record for each identity, without
+    image."""
     images = [picture() for _ in range(4)]
     contents = [payload(label, encoded(image)) for label, image in zip((90, 90, 5, 90), images)]
     contents = [payload((5, 7)), *contents, payload((1, 3)), payload((3, 5))]
@@ -188,7 +196,8 @@ def test_records_with_a_header(tmp_path):
 
 
 def test_records_without_a_header(tmp_path):
-    """As CVLface writes them: key 0 is an image. Labels may be arrays, whose first number counts."""
+    """As CVLface writes them: key 0 is an image. Labels may be arrays, whose first number
+    counts."""
     contents = [payload(3, encoded(picture())), payload((2, 9), encoded(picture()))]
     records = recognition.Records(put_records(tmp_path, contents))
     assert records.labels.tolist() == [1, 0] and records.keys.tolist() == [0, 1]
@@ -199,11 +208,11 @@ def test_a_record_that_was_cut_at_the_magic_number(tmp_path):
     comment = b"\xff\xfe" + struct.pack(">H", 2 + 42) + b"xx" + MAGIC * 2 + b"y" * 28 + MAGIC
     jpeg = jpeg[:2] + comment + jpeg[2:]
     contents = [payload(0, jpeg), payload(1, encoded(picture()))]
-    assert record(contents[0]).count(MAGIC) == 4                                # itself, and three parts
+    assert record(contents[0]).count(MAGIC) == 4                           # itself, and three parts
     records = recognition.Records(put_records(tmp_path, contents))
     np.testing.assert_array_equal(records[0], recognition.decode(jpeg, ""))
     assert records._payload(0, int(records._lengths[0])) == contents[0]
-    header = struct.pack("<IfQQ", 0, 1.0, 0xced7230a, 0)                        # the image's id is the number
+    header = struct.pack("<IfQQ", 0, 1.0, 0xced7230a, 0)              # the image's id is the number
     records = recognition.Records(put_records(tmp_path, [header + jpeg, contents[0]]))
     assert records.labels.tolist() == [1, 0]
     np.testing.assert_array_equal(records[0], recognition.decode(jpeg, ""))
@@ -213,10 +222,13 @@ def test_records_that_are_damaged(tmp_path):
     contents = [payload(label, encoded(picture())) for label in (0, 1, 2)]
     root = put_records(tmp_path, contents)
     data, lines = (tmp_path / "train.rec").read_bytes(), (tmp_path / "train.idx").read_text()
-    for cut, message in {20: "no whole record 2 at byte", 1200: "record 2 would be at byte"}.items():
+    for cut, message in {20: "no whole record 2 at byte",
+                         1200: "record 2 would be at byte"}.items():
         (tmp_path / "train.rec").write_bytes(data[:-cut])
-        with pytest.raises(ValueError, match=rf"train.rec \({len(data) - cut} bytes\) is cut short, or "
-                                             rf".*train.idx \(3 records\) belongs to another: {message}"):
+        with pytest.raises(ValueError,
+                           match=rf"train.rec \({len(data) - cut} bytes\) is cut short, or "
+                                             r".*train.idx \(3 records\) belongs to another: "
+                                             rf"{message}"):
             recognition.Records(root)
     (tmp_path / "train.rec").write_bytes(data)
     (tmp_path / "train.idx").write_text(lines.replace("\t0", "\t4"))
@@ -231,7 +243,8 @@ def test_records_that_are_damaged(tmp_path):
     (tmp_path / "train.idx").write_text(lines)
     records = recognition.Records(root)
     (tmp_path / "train.rec").write_bytes(b"\0" * len(data))
-    with pytest.raises(ValueError, match="no whole record at byte 0: it is cut short, or was changed"):
+    with pytest.raises(ValueError,
+                       match="no whole record at byte 0: it is cut short, or was changed"):
         records[0]
     (tmp_path / "train.idx").unlink()
     with pytest.raises(FileNotFoundError, match="no .*train.idx; wanted a folder with train.rec"):
@@ -240,7 +253,8 @@ def test_records_that_are_damaged(tmp_path):
 
 def test_records_of_the_wrong_content(tmp_path):
     with pytest.raises(ValueError, match="its header counts 8 images, the index finds 2"):
-        recognition.Records(put_records(tmp_path, [payload((9, 12)), *(payload(i, b"x") for i in (0, 1))]))
+        recognition.Records(put_records(tmp_path,
+                                        [payload((9, 12)), *(payload(i, b"x") for i in (0, 1))]))
     with pytest.raises(ValueError, match="2 images of 1 identities, wanted two"):
         recognition.Records(put_records(tmp_path, [payload(4, encoded(picture()))] * 2))
     records = recognition.Records(put_records(tmp_path, [payload(i, b"no image") for i in (0, 1)]))
@@ -248,10 +262,12 @@ def test_records_of_the_wrong_content(tmp_path):
         records[1]
 
 
-@pytest.mark.parametrize("label, shown", [(np.nan, "nan"), (1e30, "1e.30"), (-7, "-7"), (2.5, "2.5")])
+@pytest.mark.parametrize("label, shown",
+                         [(np.nan, "nan"), (1e30, "1e.30"), (-7, "-7"), (2.5, "2.5")])
 def test_records_whose_label_is_no_identity(tmp_path, label, shown):
     contents = [payload(value, encoded(picture())) for value in (0, 1, label, 2)]
-    with pytest.raises(ValueError, match=f"train.rec, record 2: found the label {shown}, wanted the number"):
+    with pytest.raises(ValueError,
+                       match=f"train.rec, record 2: found the label {shown}, wanted the number"):
         recognition.Records(put_records(tmp_path, contents))
 
 
@@ -263,8 +279,9 @@ def test_what_is_kept_is_used_while_the_sources_stay_and_never_if_damaged(tmp_pa
         return np.arange(len(calls))
 
     source.write_text("x")
-    assert len(recognition._cached(make, str(source))) == len(recognition._cached(make, str(source))) == 1
-    os.utime(source, ns=(1, 1))                                                 # another file, even if older
+    assert len(recognition._cached(make, str(source))) == len(recognition._cached(make,
+                                                                                  str(source))) == 1
+    os.utime(source, ns=(1, 1))                                        # another file, even if older
     assert len(recognition._cached(make, str(source))) == 2
     (tmp_path / "a.txt.npy").write_bytes(b"\x93NUM")
     os.utime(tmp_path / "a.txt.npy", ns=(1, 1))
@@ -274,19 +291,22 @@ def test_what_is_kept_is_used_while_the_sources_stay_and_never_if_damaged(tmp_pa
     assert len(recognition._cached(make, str(source))) == 4 and not list(tmp_path.glob("*.part"))
 
 
-# ---- Whole images ------------------------------------------------------------------------------------------
+# ---- Whole images --------------------------------------------------------------------------------
 
 def test_whole_images_of_the_size_are_copied_and_others_fitted():
-    images = [picture((24, 24)), np.full((10, 5, 3), 200, np.uint8), np.full((60, 120, 3), 50, np.uint8)]
+    images = [picture((24, 24)), np.full((10, 5, 3), 200, np.uint8),
+              np.full((60, 120, 3), 50, np.uint8)]
     points = np.array([[[3.0, 4]], [[4.5, 9.5]], [[-0.5, -0.5]]])
     batch = recognition.WholeImages(images, 24, points).__getitems__([(0, 0), (0, 1), (0, 2)])
     np.testing.assert_array_equal(batch["image"][0], images[0])
-    np.testing.assert_allclose(batch["points"][:, 0], [[3, 4], [17.5, 23.5], [-0.5, 5.5]], atol=1e-5)
+    np.testing.assert_allclose(batch["points"][:, 0], [[3, 4], [17.5, 23.5], [-0.5, 5.5]],
+                               atol=1e-5)
     np.testing.assert_allclose(batch["matrix"][1], [[2.4, 0, 6.7], [0, 2.4, 0.7]], atol=1e-5)
     assert (batch["image"][1, 2:-2, 7:17] == 200).all() and (batch["image"][1, :, :5] == 127).all()
     assert (batch["image"][2, 6:18] == 50).all() and (batch["image"][2, :6] == 127).all()
     assert batch["image"].dtype == torch.uint8 and batch["index"].tolist() == [0, 1, 2]
-    stripes = np.tile(np.array([0, 255], np.uint8)[:, None, None], (60, 120, 3))    # shrinking does not alias
+    # shrinking does not alias
+    stripes = np.tile(np.array([0, 255], np.uint8)[:, None, None], (60, 120, 3))
     shrunk = recognition.WholeImages([stripes], 30).__getitems__([(0, 0)])["image"]
     assert np.ptp(shrunk.numpy().astype(int)) <= 2 and abs(float(shrunk.float().mean()) - 127.5) < 1
 
@@ -298,11 +318,13 @@ def turn(rng, size):
 
 def test_whole_images_follow_the_augmentation_as_crops_do():
     """The same crops as CropDataset's, for images that both need not resize."""
-    faces = [Face(picture((32, 32)), RNG.uniform(0, 31, (5, 2)).astype(np.float32), (-0.5, -0.5, 31.5, 31.5))
+    faces = [Face(picture((32, 32)), RNG.uniform(0, 31, (5, 2)).astype(np.float32),
+                  (-0.5, -0.5, 31.5, 31.5))
              for _ in range(3)]
     flip, keys = datasets.SCHEMES[5].flip, [(epoch, i) for epoch in range(3) for i in range(3)]
     frames = datasets.square_frames(datasets.face_boxes(faces, "face"), 32, 1.0)
-    crops = datasets.CropDataset(faces, frames, 32, turn, reach=1.0, flip=flip, seed=4).__getitems__(keys)
+    crops = datasets.CropDataset(faces, frames, 32, turn, reach=1.0, flip=flip,
+                                 seed=4).__getitems__(keys)
     points = np.stack([face.points for face in faces])
     whole = recognition.WholeImages([face.image for face in faces], 32, points, turn, flip, 4)
     whole = whole.__getitems__(keys)
@@ -318,9 +340,11 @@ def test_whole_images_mirror_without_points_and_by_a_flip_only():
     images, still = [picture((16, 16))], np.eye(2, 3)
     plain = recognition.WholeImages(images, 16, augment=lambda rng, size: (still, True, {}))
     np.testing.assert_array_equal(plain.__getitems__([(0, 0)])["image"][0], images[0][:, ::-1])
-    kept = recognition.WholeImages(images, 16, np.zeros((1, 3, 2)), lambda rng, size: (still, True, {}))
+    kept = recognition.WholeImages(images, 16, np.zeros((1, 3, 2)),
+                                   lambda rng, size: (still, True, {}))
     np.testing.assert_array_equal(kept.__getitems__([(0, 0)])["image"][0], images[0])
-    with pytest.raises(ValueError, match="image 0 has no landmarks, which this run needs; so for 1 of 1"):
+    with pytest.raises(ValueError,
+                       match="image 0 has no landmarks, which this run needs; so for 1 of 1"):
         recognition.WholeImages(images, 16, np.full((1, 3, 2), np.nan))
     with pytest.raises(ValueError, match=r"points \(2, 3, 2\) for 1 images"):
         recognition.WholeImages(images, 16, np.zeros((2, 3, 2)))
@@ -340,7 +364,8 @@ def test_whole_images_between_whole_and_aligned():
         torch.testing.assert_close(batch["points"], moved, atol=1e-3, rtol=0)
     whole = recognition.WholeImages(images, 32).__getitems__([(0, 0), (0, 1)])
     assert torch.equal(matrices[0], whole["matrix"])
-    torch.testing.assert_close(matrices[2], warp.fit_similarity(turned, template.expand(2, -1, -1)).float())
+    torch.testing.assert_close(matrices[2],
+                               warp.fit_similarity(turned, template.expand(2, -1, -1)).float())
     torch.testing.assert_close(matrices[1], (matrices[0] + matrices[2]) / 2, atol=1e-5, rtol=0)
 
 
@@ -349,15 +374,18 @@ def test_whole_images_in_a_loader(tmp_path):
     points, flip = np.stack([f.points for f in faces]), datasets.SCHEMES[5].flip
     data = recognition.WholeImages(recognition.FolderImages(faces), 32, points, turn, flip)
     batches = datasets.EpochBatches(6, 3)
-    alone, shared = (list(torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=workers,
+    alone, shared = (list(torch.utils.data.DataLoader(data, batch_sampler=batches,
+                                                      num_workers=workers,
                                                       collate_fn=dict)) for workers in (0, 1))
-    assert len(alone) == 2 and all(torch.equal(a[name], b[name]) for a, b in zip(alone, shared) for name in a)
+    assert len(alone) == 2
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(alone, shared) for name in a)
     (tmp_path / "broken.png").write_text("<html>")
     with pytest.raises(ValueError, match="broken.png cannot be decoded"):
-        recognition.WholeImages(recognition.Images([str(tmp_path / "broken.png")]), 32).__getitems__([(0, 0)])
+        recognition.WholeImages(recognition.Images([str(tmp_path / "broken.png")]),
+                                32).__getitems__([(0, 0)])
 
 
-# ---- Verification ------------------------------------------------------------------------------------------
+# ---- Verification --------------------------------------------------------------------------------
 
 BIN = [encoded(picture()) for _ in range(8)]
 SAME = [True, False, True, False]
@@ -388,7 +416,8 @@ def test_bin_of_every_make(tmp_path, content):
     test = read_test(path)
     assert test.name == "lfw" and test.same.tolist() == SAME and test.folds == 2
     assert test.pairs.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert test.names.tolist() == [str(i) for i in range(8)] and test.template.tolist() == [*range(8)]
+    assert test.names.tolist() == [str(i) for i in range(8)]
+    assert test.template.tolist() == [*range(8)]
     for i, image in enumerate(BIN):
         np.testing.assert_array_equal(test.images[i], recognition.decode(image, ""))
 
@@ -409,7 +438,8 @@ class Bomb:
 def test_bin_that_carries_code_is_refused_and_never_runs(tmp_path, call, args, name, protocol):
     trace = str(tmp_path / "trace")
     bomb = Bomb(call, *(arg.format(trace) if isinstance(arg, str) else arg for arg in args))
-    with pytest.raises(ValueError, match=f"evil.bin is no verification .bin: it asks for ({name}), .* refu"):
+    with pytest.raises(ValueError,
+                       match=f"evil.bin is no verification .bin: it asks for ({name}), .* refu"):
         read_test(as_bin(tmp_path / "evil.bin", ([bomb], [True]), protocol))
     assert not os.path.exists(trace)
 
@@ -438,9 +468,11 @@ def test_bin_that_would_end_the_process(tmp_path, content, message):
 
 
 def test_bin_whose_folds_would_be_one_sided(tmp_path):
-    with pytest.raises(ValueError, match="a.bin: found 0 folds, 4 pairs of one person and 0 of two"):
+    with pytest.raises(ValueError,
+                       match="a.bin: found 0 folds, 4 pairs of one person and 0 of two"):
         read_test(as_bin(tmp_path / "a.bin", (BIN, [True] * 4)))
-    with pytest.warns(UserWarning, match="a.bin: consecutive .* each of 2 folds gets as many of both"):
+    with pytest.warns(UserWarning,
+                      match="a.bin: consecutive .* each of 2 folds gets as many of both"):
         test = read_test(as_bin(tmp_path / "a.bin", (BIN, [True, True, False, False])))
     assert test.same.tolist() == [True, False] * 2
     assert test.pairs.tolist() == [[0, 1], [4, 5], [2, 3], [6, 7]]
@@ -462,14 +494,16 @@ def test_both_kinds_are_spread_over_the_folds():
 def test_bin_that_is_damaged(tmp_path):
     whole = pickle.dumps((BIN, SAME), 4)
     for content, message in ((whole[:-50], "no verification .bin"), (b"", "no verification .bin"),
-                             (pickle.dumps([1, 2, 3]), "no verification"), (b"<html>", "no verification"),
+                             (pickle.dumps([1, 2, 3]), "no verification"),
+                             (b"<html>", "no verification"),
                              (pickle.dumps((BIN[:7], SAME)), "found 7 images and 4 pairs"),
                              (pickle.dumps(([1], [True])), "no verification .bin: memoryview")):
         with pytest.raises(ValueError, match=f"a.bin.*{message}|{message}"):
             read_test(as_bin(tmp_path / "a.bin", content))
     with pytest.raises(ValueError, match="a.bin, image 1: 3 bytes that cannot be decoded"):
         read_test(as_bin(tmp_path / "a.bin", ([BIN[0], b"xyz", *BIN[2:]], SAME))).images[1]
-    with pytest.raises(FileNotFoundError, match="none.bin; it comes inside the insightface training"):
+    with pytest.raises(FileNotFoundError,
+                       match="none.bin; it comes inside the insightface training"):
         read_test(tmp_path / "none.bin")
 
 
@@ -478,7 +512,8 @@ def test_landmarks_of_a_test_must_cover_it(tmp_path):
     rows = [f"{i},1,2,3,4\n" for i in range(8)]
     found = recognition.with_landmarks(test, put_text(tmp_path / "p.csv", "".join(rows)))
     assert found.points.shape == (8, 2, 2) and test.points is None and found.images is test.images
-    with pytest.raises(ValueError, match="2 has no landmarks, which --landmarks .*q.csv needs; .* 6 of 8"):
+    with pytest.raises(ValueError,
+                       match="2 has no landmarks, which --landmarks .*q.csv needs; .* 6 of 8"):
         recognition.with_landmarks(test, put_text(tmp_path / "q.csv", "".join(rows[:2])))
 
 
@@ -493,10 +528,11 @@ def lfw(root, people=3, suffix=".jpg"):
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 def test_lfw(tmp_path, suffix):
     lfw(tmp_path, suffix=suffix)
-    for test in (read_test(tmp_path), read_test(tmp_path / "lfw")):             # the list may lie beside
+    for test in (read_test(tmp_path), read_test(tmp_path / "lfw")):        # the list may lie beside
         assert test.folds == 2 and test.same.tolist() == [True, False, True, False]
         names = test.names[test.pairs]
-        assert names[0].tolist() == [f"A/A_0001{suffix}", f"A/A_0002{suffix}"] and names[0, 0] == names[1, 0]
+        assert names[0].tolist() == [f"A/A_0001{suffix}", f"A/A_0002{suffix}"]
+        assert names[0, 0] == names[1, 0]
         assert names[3].tolist() == [f"B/B_0002{suffix}", f"C/C_0001{suffix}"]
         np.testing.assert_array_equal(test.images[test.pairs[1, 1]],
                                       load_image(str(tmp_path / f"lfw/B/B_0002{suffix}")))
@@ -504,7 +540,8 @@ def test_lfw(tmp_path, suffix):
 
 def test_lfw_that_is_wrong(tmp_path):
     pairs = lfw(tmp_path, people=2)
-    with pytest.raises(FileNotFoundError, match="pairs.txt names C/C_0001.jpg, which is not .* for 1 of 5"):
+    with pytest.raises(FileNotFoundError,
+                       match="pairs.txt names C/C_0001.jpg, which is not .* for 1 of 5"):
         read_test(tmp_path)
     put_text(tmp_path / "pairs.txt", "2\t1\nA\t1\t2\nA\t1\tB\t2\nB\t1\t2\nB\t2\tC\n")
     with pytest.raises(ValueError, match="pairs.txt:5: found .*, wanted NAME n1 n2"):
@@ -514,7 +551,8 @@ def test_lfw_that_is_wrong(tmp_path):
         with pytest.raises(ValueError, match="pairs.txt:1: found .* and 1 pairs"):
             read_test(tmp_path)
     os.remove(pairs)
-    with pytest.raises(FileNotFoundError, match="below --test (.*\n)*Tree: pairs.txt (.*\n)*Source: Labeled"):
+    with pytest.raises(FileNotFoundError,
+                       match="below --test (.*\n)*Tree: pairs.txt (.*\n)*Source: Labeled"):
         recognition.read_lfw(str(tmp_path))
 
 
@@ -526,7 +564,8 @@ def ytf(root, folder="aligned_images_DB", header=YTF_HEADER, pair=True):
     for video in ("A/0", "A/1", "B/0"):
         for frame in (2, 10, 1, 3):
             put(root / folder / video / f"0.{frame}.jpg")
-    rows = (("2", "1", "A/0", "B/0", "0"), ("2", "2", "A/1", "A/0", "1"), ("1", "1", "A/0", "A/1", "1"),
+    rows = (("2", "1", "A/0", "B/0", "0"), ("2", "2", "A/1", "A/0", "1"),
+            ("1", "1", "A/0", "A/1", "1"),
             ("1", "2", "A/1", "B/0", "0"))
     rows = [", ".join(row if pair else (row[0], *row[2:])) + "\n" for row in rows]
     return put_text(root / "splits.txt", header + "".join(rows))
@@ -539,11 +578,13 @@ def test_ytf(tmp_path, header, pair):
     test = read_test(tmp_path)
     assert test.folds == 2 and test.same.tolist() == [True, False, False, True]
     videos = [test.names[test.template == i][0].rpartition("/")[0] for i in range(3)]
-    assert [[videos[i] for i in row] for row in test.pairs] == [["A/0", "A/1"], ["A/1", "B/0"], ["A/0", "B/0"],
+    assert [[videos[i] for i in row] for row in test.pairs] == [["A/0", "A/1"], ["A/1", "B/0"],
+                                                                ["A/0", "B/0"],
                                                                 ["A/1", "A/0"]]
     assert test.template.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert test.names[:4].tolist() == ["A/0/0.1.jpg", "A/0/0.2.jpg", "A/0/0.3.jpg", "A/0/0.10.jpg"]
-    assert recognition.read_ytf(str(tmp_path), 2).names[:2].tolist() == ["A/0/0.1.jpg", "A/0/0.10.jpg"]
+    assert recognition.read_ytf(str(tmp_path), 2).names[:2].tolist() == ["A/0/0.1.jpg",
+                                                                         "A/0/0.10.jpg"]
     features = recognition.template_features(torch.eye(12), test.template, np.arange(12))
     np.testing.assert_allclose(features[0], [0.5] * 4 + [0] * 8)
 
@@ -553,7 +594,8 @@ def test_ytf(tmp_path, header, pair):
     ("header\n1, A/0, A/1\n", ValueError, "splits.txt:2: found '1, A/0, A/1'"),
     ("1, 1, 1, A/0, A/1, 1\n", ValueError, "splits.txt:1: found '1, 1, 1,"),
     ("1, A/0, A/1, 1\n" * 3 + "2, A/0, B/0, 0\n", ValueError, "found 2 folds of 1 to 3 pairs"),
-    ("1, A/0, A/1, 1\n2, A/0, B/0, 0\n", ValueError, "found 2 folds, 1 pairs of one .* with both kinds"),
+    ("1, A/0, A/1, 1\n2, A/0, B/0, 0\n", ValueError,
+     "found 2 folds, 1 pairs of one .* with both kinds"),
     ("header\n", ValueError, "splits.txt has no pair")])
 def test_ytf_that_is_wrong(tmp_path, text, error, message):
     ytf(tmp_path)
@@ -576,22 +618,25 @@ def test_cfp(tmp_path):
     assert test.folds == 10 and test.same.tolist() == [True, False] * 10 and test.name == "CFP-FP"
     assert test.names[test.pairs[0]].tolist() == [f"Data/Images/001/{name}.jpg"
                                                   for name in ("frontal/01", "profile/02")]
-    assert test.images[3].shape == (20, 16, 3) and len(recognition.read_cfp(str(tmp_path), "FF").images) == 2
+    assert test.images[3].shape == (20, 16, 3)
+    assert len(recognition.read_cfp(str(tmp_path), "FF").images) == 2
     put_text(tmp_path / "Protocol/Split/FP/03/diff.txt", "2,3\n")
     with pytest.raises(ValueError, match="FP/03/diff.txt:1: found '2,3'"):
         read_test(tmp_path)
 
 
-@pytest.mark.parametrize("name, folder", [("CALFW", "images"), ("CPLFW", "aligned images"), ("CPLFW", ".")])
+@pytest.mark.parametrize("name, folder",
+                         [("CALFW", "images"), ("CPLFW", "aligned images"), ("CPLFW", ".")])
 def test_calfw_and_cplfw(tmp_path, name, folder):
     for image in ("A_1.jpg", "A_2.jpg", "B_1.jpg"):
         put(tmp_path / folder / image)
-    put_text(tmp_path / f"pairs_{name}.txt", "A_1.jpg 3\nA_2.jpg 3\n" * 20 + "A_1.jpg 0\nB_1.jpg 0\n" * 20)
+    put_text(tmp_path / f"pairs_{name}.txt",
+             "A_1.jpg 3\nA_2.jpg 3\n" * 20 + "A_1.jpg 0\nB_1.jpg 0\n" * 20)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         test = read_test(tmp_path)
     assert test.name == name and test.folds == 10 and len(test.same) == 40
-    for block in np.array_split(np.arange(40), 10):                             # two of both in each fold
+    for block in np.array_split(np.arange(40), 10):                       # two of both in each fold
         assert sorted(test.same[block]) == [False, False, True, True]
     assert test.names[test.pairs[:2]].tolist() == [["A_1.jpg", "A_2.jpg"], ["A_1.jpg", "B_1.jpg"]]
     put_text(tmp_path / f"pairs_{name}.txt", "A_1.jpg 3\nA_2.jpg 3\nA_1.jpg 0\n")
@@ -606,10 +651,11 @@ def test_pairs_of_your_own(tmp_path):
     for name in "abc":
         put(tmp_path / f"{name}.png")
     path = tmp_path / "pairs.csv"
-    put_text(path, "image_a,image_b,same,fold\na.png,b.png,1,x\n./a.png,c.png,0,y\nb.png,c.png,0,x\n"
-                   "b.png,b.png,1,y\nc.png,b.png,0,y\n")
-    test = read_test(path)                                                      # the larger fold comes first
-    assert test.names[test.pairs].tolist() == [["a.png", "c.png"], ["b.png", "b.png"], ["c.png", "b.png"],
+    put_text(path, "image_a,image_b,same,fold\na.png,b.png,1,x\n./a.png,c.png,0,y\n"
+                   "b.png,c.png,0,x\nb.png,b.png,1,y\nc.png,b.png,0,y\n")
+    test = read_test(path)                                             # the larger fold comes first
+    assert test.names[test.pairs].tolist() == [["a.png", "c.png"], ["b.png", "b.png"],
+                                               ["c.png", "b.png"],
                                                ["a.png", "b.png"], ["b.png", "c.png"]]
     assert test.folds == 2
     assert test.same.tolist() == [False, True, False, True, False]
@@ -620,14 +666,20 @@ def test_pairs_of_your_own(tmp_path):
         test = read_test(path)
     assert test.same.tolist() == [True, False] * 3 and test.folds == 3
     for text, message in {"image_a,image_b,same\na.png,b.png,maybe\n": "pairs.csv:2: found",
-                          "image_a,image_b\n": "found columns", "image_a,image_b,same\n": "has no row",
+                          "image_a,image_b\n": "found columns",
+                          "image_a,image_b,same\n": "has no row",
                           "a,b\n": "columns .* wanted image_a,image_b,same or path,id,role",
-                          "image_a,image_b,same,fold\n" + "a.png,b.png,1,x\n" * 2 + "a.png,c.png,0,y\n" * 2:
-                          "found 2 folds, 2 pairs of one person and 2 of two; wanted .* with both kinds",
-                          "image_a,image_b,same,fold\n" + "a.png,b.png,1,x\n" * 3 + "a.png,c.png,0,y\n":
+                          "image_a,image_b,same,fold\n" + "a.png,b.png,1,x\n" * 2
+                          + "a.png,c.png,0,y\n" * 2:
+                          "found 2 folds, 2 pairs of one person and 2 of two; wanted .* with both "
+                          "kinds",
+                          "image_a,image_b,same,fold\n" + "a.png,b.png,1,x\n" * 3
+                          + "a.png,c.png,0,y\n":
                           "found 2 folds of 1 to 3 pairs",
-                          "image_a,image_b,same\n" + "a.png,b.png,1\n" * 20: "20 pairs of one person and 0 of",
-                          "image_a,image_b,same\n" + "x" * 140000: "pairs.csv is no table in UTF-8"}.items():
+                          "image_a,image_b,same\n" + "a.png,b.png,1\n"
+                          * 20: "20 pairs of one person and 0 of",
+                          "image_a,image_b,same\n" + "x"
+                          * 140000: "pairs.csv is no table in UTF-8"}.items():
         with pytest.raises(ValueError, match=message):
             read_test(put_text(path, text))
     with pytest.raises(FileNotFoundError, match="names d.png, which is not in"):
@@ -637,7 +689,7 @@ def test_pairs_of_your_own(tmp_path):
         read_test(path)
 
 
-# ---- Identification and templates --------------------------------------------------------------------------
+# ---- Identification and templates ----------------------------------------------------------------
 
 def test_identification_table(tmp_path):
     for name in "abcde":
@@ -664,7 +716,8 @@ def test_identification_table(tmp_path):
 
 
 def test_tinyface(tmp_path):
-    for name in ("Probe/7_2.jpg", "Probe/._7_2.jpg", "Gallery_Match/7_1.jpg", "Gallery_Match/12_1.jpg",
+    for name in ("Probe/7_2.jpg", "Probe/._7_2.jpg", "Gallery_Match/7_1.jpg",
+                 "Gallery_Match/12_1.jpg",
                  "Gallery_Distractor/x.jpg"):
         put(tmp_path / "Testing_Set" / name)
     test = read_test(tmp_path)
@@ -695,15 +748,18 @@ def test_ijb(tmp_path):
         assert test.points.shape == (3, 5, 2) and test.points[1, 2].tolist() == [4, 5]
         assert len(test.images) == 3
     assert (tmp_path / "IJBC/meta/ijbc_template_pair_label.txt.npy").exists()
-    for text, message in {"10 44 0\n10 45 1\n": "label.txt:2: found .10, 45, 1.", "10 44\n": "rows of 3",
-                          "10 44 2\n": "label.txt:1: found", "10 x 0\n": "could not convert"}.items():
+    for text, message in {"10 44 0\n10 45 1\n": "label.txt:2: found .10, 45, 1.",
+                          "10 44\n": "rows of 3",
+                          "10 44 2\n": "label.txt:1: found",
+                          "10 x 0\n": "could not convert"}.items():
         put_text(tmp_path / "IJBC/meta/ijbc_template_pair_label.txt", text)
         with pytest.raises(ValueError, match=message):
             read_test(tmp_path)
     put_text(tmp_path / "IJBC/meta/ijbc_face_tid_mid.txt", "1.jpg 10 5\n")
     with pytest.raises(ValueError, match="has 1 images, .* 3; wanted the same in order"):
         read_test(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no test found. Looked for a .bin .* with one of pairs.txt"):
+    with pytest.raises(FileNotFoundError,
+                       match="no test found. Looked for a .bin .* with one of pairs.txt"):
         read_test(tmp_path / "nowhere")
 
 
@@ -716,12 +772,13 @@ def test_template_features_against_the_formula():
         total = sum((e * weights[:, None])[(template == t) & (media == m)].mean(0)
                     for m in np.unique(media[template == t]))
         np.testing.assert_allclose(found[t], total / np.linalg.norm(total))
-    assert recognition.template_features(torch.randn(40, 6).half(), template, media).dtype == torch.float32
+    assert recognition.template_features(torch.randn(40, 6).half(), template,
+                                         media).dtype == torch.float32
     with pytest.raises(ValueError, match="nan or inf"):
         recognition.template_features(e * np.nan, template, media)
 
 
-# ---- Tests of one's own ------------------------------------------------------------------------------------
+# ---- Tests of one's own --------------------------------------------------------------------------
 
 def crowd(counts):
     return [Face(f"{person}/{i}.png", identity=f"p{person}")
@@ -736,17 +793,20 @@ def test_own_pairs():
     assert test.same.tolist() == [True, False] * (len(test.same) // 2)
     assert test.pairs[test.same][:6].tolist() == [[0, 2], [0, 3], [1, 3], [4, 5], [4, 6], [5, 6]]
     assert set(identity[~test.same, 0]) == {face.identity for face in faces}
-    place = [recognition.natural(name) for name in identity[:, 0]]      # both kinds in the people's order
+    # both kinds in the people's order
+    place = [recognition.natural(name) for name in identity[:, 0]]
     assert place[::2] == sorted(place[::2]) and place[1::2] == sorted(place[1::2])
     again, other = recognition.own_pairs(faces), recognition.own_pairs(faces, seed=1)
-    assert (again.pairs == test.pairs).all() and (other.pairs != test.pairs).any() and test.points is None
+    assert (again.pairs == test.pairs).all() and (other.pairs != test.pairs).any()
+    assert test.points is None
     e = torch.nn.functional.one_hot(torch.from_numpy(test.images.labels)).double()
     a, b = e[test.pairs].unbind(1)
     assert metrics.verification_accuracy(a, b, test.same, test.folds)[0] == 1
     assert recognition.own_pairs(crowd([2, 2, 1, 1])).folds == 2
     with pytest.raises(ValueError, match="one pair of images of one person"):
         recognition.own_pairs(crowd([2, 1, 1, 1]))
-    for counts, message in {(1, 1): "found 2 images of 2 people, 1 at most", (5,): "of 1 people"}.items():
+    for counts, message in {(1, 1): "found 2 images of 2 people, 1 at most",
+                            (5,): "of 1 people"}.items():
         with pytest.raises(ValueError, match=message):
             recognition.own_pairs(crowd(counts))
         with pytest.raises(ValueError, match=message):
@@ -767,7 +827,8 @@ def test_own_tests_of_drawn_faces_keep_their_points():
 def test_score_of_pairs_of_probes_and_of_templates():
     faces = synthetic.read_faces("test", 20, 32, 5, per_identity=5)
     person = torch.eye(4, 8).repeat_interleave(5, 0)
-    assert recognition.score(recognition.own_pairs(faces), person) == {"accuracy": 1.0, "accuracy/std": 0.0}
+    assert recognition.score(recognition.own_pairs(faces), person) == {"accuracy": 1.0,
+                                                                       "accuracy/std": 0.0}
     test = recognition.own_identification(faces)
     assert recognition.score(test, person) == {"rank1": 1.0, "rank5": 1.0}
     wrong = person.clone()
@@ -776,7 +837,9 @@ def test_score_of_pairs_of_probes_and_of_templates():
     test.group = np.repeat(["left", "right"], 10)
     assert recognition.score(test, wrong)["rank1/left"] == pytest.approx(5 / 6)
     assert recognition.score(test, wrong)["rank1/right"] == 1.0
-    names, video, same = np.arange(20).astype(str), np.repeat(np.arange(4), 5), np.array([False, True])
+    names = np.arange(20).astype(str)
+    video = np.repeat(np.arange(4), 5)
+    same = np.array([False, True])
     pairs = np.array([[0, 1], [2, 2]])
     pairs = recognition.VerificationSet("videos", None, video, pairs, same, names, folds=2)
     assert recognition.score(pairs, 7 * person)["accuracy"] == 1.0

@@ -1,4 +1,5 @@
-"""Drawn faces: points mean what the schemes say, pixels are under the points, and face i is always face i."""
+"""Drawn faces: points mean what the schemes say, pixels are under the points, and face i is always
+face i."""
 import copy
 import pickle
 import subprocess
@@ -14,9 +15,11 @@ from common.datasets import SCHEMES, Face
 from common.synthetic import SHAPE, TAGS, draw_face, face_points, read_faces
 
 ROOT = Path(__file__).resolve().parents[1]
-NEUTRAL = dict(yaw=0, pitch=0, roll=0, open=0, smile=0, lids=1, brows=0, frown=0, skew=0, gaze_x=0, gaze_y=0,
+NEUTRAL = dict(yaw=0, pitch=0, roll=0, open=0, smile=0, lids=1, brows=0, frown=0, skew=0, gaze_x=0,
+               gaze_y=0,
                at_x=0.5, at_y=0.5, fill=0.5)
-CLEAR = dict(occlusion=False, blur=False, illumination=False, makeup=False, specs=1, soft=0, noise=0, jpeg=1,
+CLEAR = dict(occlusion=False, blur=False, illumination=False, makeup=False, specs=1, soft=0,
+             noise=0, jpeg=1,
              style=0.25, beard=0)
 
 
@@ -38,7 +41,8 @@ def unit_points(q, points):
 
 
 def picture(q, size):
-    """The face of some parameters without nuisances, as float; equal parameters give equal pixels."""
+    """The face of some parameters without nuisances, as float; equal parameters give equal
+    pixels."""
     for name, value in CLEAR.items():
         setattr(q, name, np.full((1, 1), value))
     return synthetic._Painter(q, size, np.random.default_rng(7)).draw().astype(float)
@@ -64,7 +68,8 @@ def test_mean_face_is_its_mirror_image(points):
 def test_turning_the_other_way_gives_the_mirror_image(points):
     turned = dict(yaw=0.8, roll=0.3, gaze_x=0.02, skew=0.1)
     p = unit_points(mean_face(pitch=0.2, smile=0.5, open=0.4, **turned), points)
-    q = unit_points(mean_face(pitch=0.2, smile=0.5, open=0.4, **{k: -v for k, v in turned.items()}), points)
+    q = unit_points(mean_face(pitch=0.2, smile=0.5, open=0.4, **{k: -v for k, v in turned.items()}),
+                    points)
     np.testing.assert_allclose((q * [-1, 1] + [1, 0])[SCHEMES[points].flip], p, atol=1e-12)
     assert np.abs(p - q).max() > 0.1
 
@@ -73,57 +78,70 @@ def test_order_in_an_upright_face():
     q = mean_face(open=0.5)
     p = {points: unit_points(q, points) for points in SCHEMES}
     for points, scheme in SCHEMES.items():
-        (left, right, nose, *mouth), y = (p[points][list(group)].mean(0) for group in scheme.five), 1
+        (left, right, nose, *mouth) = (p[points][list(group)].mean(0) for group in scheme.five)
+        y = 1
         assert left[0] < nose[0] < right[0] and mouth[0][0] < nose[0] < mouth[1][0]
         assert max(left[y], right[y]) < nose[y] < min(mouth[0][y], mouth[1][y])
         if "chin" in scheme.anchors:
             assert p[points][:, 1].argmax() == scheme.anchors["chin"][0]
     x, y = p[98].T
     assert (np.diff(x[:33]) > 0).all() and (np.diff(y[:17]) > 0).all()
-    assert (np.diff(x[33:38]) > 0).all() and (np.diff(x[42:47]) > 0).all()       # brow: over the top and back
+    # brow: over the top and back
+    assert (np.diff(x[33:38]) > 0).all() and (np.diff(x[42:47]) > 0).all()
     assert (np.diff(x[38:42]) < 0).all() and (np.diff(x[47:51]) < 0).all()
     assert (y[[41, 40, 39, 38]] > y[[34, 35, 36, 37]]).all()
     assert (y[[50, 49, 48, 47]] > y[[42, 43, 44, 45]]).all()
     assert (np.diff(y[51:55]) > 0).all() and (np.diff(x[55:60]) > 0).all()
-    for first in (60, 68):                                                       # eye: over the top and back
-        assert (np.diff(x[first:first + 5]) > 0).all() and (np.diff(x[first + 4:first + 8]) < 0).all()
+    for first in (60, 68):                                              # eye: over the top and back
+        assert (np.diff(x[first:first + 5]) > 0).all()
+        assert (np.diff(x[first + 4:first + 8]) < 0).all()
         assert y[first + 2] < y[first] < y[first + 6] and y[first + 2] < y[first + 4] < y[first + 6]
     for first, half in ((76, 6), (88, 4)):
         assert (np.diff(x[first:first + half + 1]) > 0).all()
         assert (np.diff(x[first + half:first + 2 * half]) < 0).all()
     assert y[79] < y[90] < y[94] < y[85]
     x, y = p[194].T
-    assert (np.diff(x[:41]) > 0).all() and p[98][51, 1] < y[0] < p[98][57, 1]    # from the height of the nose
-    assert (np.diff(y[41:46]) > 0).all() and (np.diff(x[45:54]) > 0).all() and (np.diff(y[53:58]) < 0).all()
-    assert (np.diff(x[58:72]) > 0).all() and (np.diff(x[72:86]) < 0).all() and (y[59:71] < y[84:72:-1]).all()
-    for first, out in ((114, 1), (134, -1), (154, 1), (174, -1)):                # from the inner end and back
+    # from the height of the nose
+    assert (np.diff(x[:41]) > 0).all() and p[98][51, 1] < y[0] < p[98][57, 1]
+    assert (np.diff(y[41:46]) > 0).all() and (np.diff(x[45:54]) > 0).all()
+    assert (np.diff(y[53:58]) < 0).all()
+    assert (np.diff(x[58:72]) > 0).all() and (np.diff(x[72:86]) < 0).all()
+    assert (y[59:71] < y[84:72:-1]).all()
+    for first, out in ((114, 1), (134, -1), (154, 1), (174, -1)):      # from the inner end and back
         assert (out * np.diff(x[first:first + 11]) > 0).all()
         assert (out * np.diff(x[first + 10:first + 20]) < 0).all()
         assert (y[first + 1:first + 10] < y[first + 19:first + 10:-1]).all()
 
 
 EQUAL = {  # pairs of schemes: indices that are the same place of the head
-    (68, 98): [*((i, 2 * i) for i in range(17)), (17, 33), (26, 46), *zip(range(27, 36), range(51, 60)),
+    (68, 98): [*((i, 2 * i) for i in range(17)), (17, 33), (26, 46),
+               *zip(range(27, 36), range(51, 60)),
                (36, 60), (39, 64), (42, 68), (45, 72), *zip(range(48, 68), range(76, 96))],
     (106, 98): [*zip(range(55), range(55)), *zip(range(58, 63), range(55, 60)),
                 *zip(range(66, 74), range(60, 68)), *zip(range(75, 83), range(68, 76)),
                 *zip(range(84, 104), range(76, 96)), (104, 96), (105, 97)],
     (5, 98): [(0, 96), (1, 97), (2, 54), (3, 76), (4, 82)],
-    (29, 98): [(0, 33), (1, 46), (4, 35), (5, 40), (6, 44), (7, 48), (8, 60), (9, 72), (10, 64), (11, 68),
-               (12, 62), (13, 66), (14, 70), (15, 74), (16, 96), (17, 97), (20, 54), (21, 57), (22, 76),
+    (29, 98): [(0, 33), (1, 46), (4, 35), (5, 40), (6, 44), (7, 48), (8, 60), (9, 72), (10, 64),
+               (11, 68),
+               (12, 62), (13, 66), (14, 70), (15, 74), (16, 96), (17, 97), (20, 54), (21, 57),
+               (22, 76),
                (23, 82), (24, 79), (25, 90), (26, 94), (27, 85), (28, 16)],
     (29, 68): [(2, 21), (3, 22)],
-    (19, 68): [(0, 17), (1, 19), (2, 21), (3, 22), (4, 24), (5, 26), (6, 36), (8, 39), (9, 42), (11, 45),
+    (19, 68): [(0, 17), (1, 19), (2, 21), (3, 22), (4, 24), (5, 26), (6, 36), (8, 39), (9, 42),
+               (11, 45),
                (13, 30), (15, 48), (17, 54), (18, 8)],
     (19, 106): [(7, 74), (10, 83)],
     (19, 29): [(12, 18), (14, 19)],
-    (194, 98): [(20, 16), (49, 57), (58, 76), (71, 82), (86, 88), (93, 90), (100, 92), (107, 94), (114, 68), (124, 72),
-                (134, 64), (144, 60), (154, 42), (164, 46), (173, 50), (174, 37), (184, 33), (193, 38)],
+    (194, 98): [(20, 16), (49, 57), (58, 76), (71, 82), (86, 88), (93, 90), (100, 92), (107, 94),
+                (114, 68), (124, 72),
+                (134, 64), (144, 60), (154, 42), (164, 46), (173, 50), (174, 37), (184, 33),
+                (193, 38)],
     (194, 29): [(45, 18), (53, 19), (119, 14), (129, 15), (139, 12), (149, 13)]}
 
 
 def drawn_sets(split, count, size):
-    return {points: np.stack([face.points for face in read_faces(split, count, size=size, points=points)])
+    return {points: np.stack([face.points
+                              for face in read_faces(split, count, size=size, points=points)])
             for points in SCHEMES}
 
 
@@ -135,14 +153,17 @@ def test_schemes_are_read_off_the_same_head():
 
 
 def test_98_points_interpolated_to_68_are_near():
-    """PIPNet's table: what it does not copy is the mean of a brow's edges or between two points of a lid."""
+    """PIPNet's table: what it does not copy is the mean of a brow's edges or between two points of
+    a lid."""
     sets = drawn_sets("test", 100, 256)
     p98, p68 = sets[98], sets[68]
     eye = np.linalg.norm(p68[:, 36] - p68[:, 39], axis=-1)
-    for i, j, k in ((18, 34, 41), (19, 35, 40), (20, 36, 39), (21, 37, 38), (22, 42, 50), (23, 43, 49),
+    for i, j, k in ((18, 34, 41), (19, 35, 40), (20, 36, 39), (21, 37, 38), (22, 42, 50),
+                    (23, 43, 49),
                     (24, 44, 48), (25, 45, 47)):
         assert np.linalg.norm(p68[:, i] - (p98[:, j] + p98[:, k]) / 2, axis=-1).max() < 0.6
-    for i, j, k in ((37, 61, 62), (38, 63, 62), (40, 65, 66), (41, 67, 66), (43, 69, 70), (44, 71, 70),
+    for i, j, k in ((37, 61, 62), (38, 63, 62), (40, 65, 66), (41, 67, 66), (43, 69, 70),
+                    (44, 71, 70),
                     (46, 73, 74), (47, 75, 74)):
         assert np.linalg.norm(p68[:, i] - (2 * p98[:, j] + p98[:, k]) / 3, axis=-1).max() < 1.5
     assert np.median(np.linalg.norm(p68[:, 36:42].mean(1) - sets[5][:, 0], axis=-1) / eye) < 0.15
@@ -152,18 +173,20 @@ def test_98_points_interpolated_to_68_are_near():
 
 
 def test_projection_is_a_rotation_by_yaw_pitch_roll_and_a_scale():
-    q, xyz = parameters(yaw=0.5, pitch=-0.2, roll=0.3), np.random.default_rng(0).normal(size=(3, 20))
+    q = parameters(yaw=0.5, pitch=-0.2, roll=0.3)
+    xyz = np.random.default_rng(0).normal(size=(3, 20))
     q.scale, q.shift_x, q.shift_y = 0.3, 0.4, 0.6
     (cy, sy), (cp, sp), (cr, sr) = ((np.cos(a), np.sin(a)) for a in (0.5, -0.2, 0.3))
-    yaw = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])                       # the nose to image-right
+    yaw = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])                 # the nose to image-right
     pitch = np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])
-    roll = np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]])                      # clockwise, as y points down
+    roll = np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]])            # clockwise, as y points down
     expected = 0.3 * (roll @ pitch @ yaw @ (xyz + [[0], [0], [0.3]]))[:2].T + [0.4, 0.6]
     np.testing.assert_allclose(synthetic._project(q, *xyz)[0], expected, atol=1e-12)
 
 
 def test_points_out_of_sight_stand_on_the_visible_outline():
-    """Against a search along each section, the relief (which is not part of the outline's rule) left out."""
+    """Against a search along each section, the relief (which is not part of the outline's rule)
+    left out."""
     for yaw in (-1.0, -0.5, 0.0, 0.6, 1.0):
         q = synthetic._parameters(0, "train", [3], 10)
         q.yaw, q.pitch = np.full((1, 1), yaw), np.zeros((1, 1))
@@ -175,7 +198,7 @@ def test_points_out_of_sight_stand_on_the_visible_outline():
         expected = synthetic._project(q, *synthetic._surface(q, angles[extreme, 0], y))
         found = synthetic._points(q, synthetic._plan("contour 0 32 32"))
         np.testing.assert_allclose(found, expected, atol=2e-4)
-        near = slice(17, None) if yaw < 0 else slice(0, 16)                      # here the jaw line itself
+        near = slice(17, None) if yaw < 0 else slice(0, 16)               # here the jaw line itself
         assert (np.abs(angles[extreme, 0][0, near]) > np.pi / 2 - 1e-3).all()
 
 
@@ -211,7 +234,8 @@ EDGES = [("lips", 0.0, 0.999, [77, 78, 79, 80, 81], [87, 86, 85, 84, 83]),
 @pytest.mark.parametrize("name, first, second, upper, lower", EDGES)
 @pytest.mark.parametrize("size", [128, 320])
 def test_edges_of_drawn_features_are_at_the_points(name, first, second, upper, lower, size):
-    """Where one colour (or light) decides, its change is 0 outside, full inside, and half at the point."""
+    """Where one colour (or light) decides, its change is 0 outside, full inside, and half at the
+    point."""
     fields = dict(light_x=0, lip_upper=0.13, lip_lower=0.16, brow_thick=0.12)
     one, other = (picture(mean_face(**{**fields, name: value}), size) for value in (first, second))
     change, points = np.abs(one - other).sum(-1), size * unit_points(mean_face(**fields), 98) - 0.5
@@ -220,7 +244,8 @@ def test_edges_of_drawn_features_are_at_the_points(name, first, second, upper, l
             along = np.roll(points, -1, 0)[rows] - np.roll(points, 1, 0)[rows]
             normal = along[:, ::-1] * [-1, 1] / np.linalg.norm(along, axis=1, keepdims=True)
             normal *= outward * np.sign(normal[:, 1:])
-            outside, edge, inside = (sample(change, points[rows] + step * normal) for step in (1.5, 0, -1.5))
+            outside, edge, inside = (sample(change, points[rows] + step * normal)
+                                     for step in (1.5, 0, -1.5))
             assert (outside < 0.1 * inside).all() and (inside > 5).all()
             assert 0.3 < (edge / inside).mean() < 0.7
             assert (edge > 0.1 * inside).all() and (edge < 0.95 * inside).all()
@@ -251,7 +276,7 @@ def test_conditions_show():
 
 
 def test_occluder_hides_part_of_the_face_only_with_the_tag():
-    for cover in (0.1, 0.4, 0.6, 0.9):                                           # hand, glasses, scarf, box
+    for cover in (0.1, 0.4, 0.6, 0.9):                                   # hand, glasses, scarf, box
         q, hidden = mean_face(cover=cover), mean_face(cover=cover)
         plain = picture(q, 96)
         for name, value in CLEAR.items():
@@ -288,15 +313,18 @@ def test_face_is_a_function_of_its_index():
     np.random.seed(1)
     [face.image() for face in many[:6]]
     np.testing.assert_array_equal(many[4].image(), alone)
-    images = [alone, *(draw_face(*which) for which in ((1, "train", 4), (0, "test", 4), (0, "train", 3)))]
-    assert min(np.abs(a - b.astype(float)).mean() for i, a in enumerate(images) for b in images[:i]) > 5
+    images = [alone,
+              *(draw_face(*which) for which in ((1, "train", 4), (0, "test", 4), (0, "train", 3)))]
+    assert min(np.abs(a - b.astype(float)).mean() for i, a in enumerate(images)
+               for b in images[:i]) > 5
 
 
 def test_another_process_draws_the_same():
     code = ("import hashlib; from common import synthetic as s; "
-            "made = [f(2, 'test', i).tobytes() for i in (11, 3) for f in (s.draw_face, s.face_points)]; "
-            "print(hashlib.sha256(b''.join(made)).hexdigest())")
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+            "made = [f(2, 'test', i).tobytes() for i in (11, 3) for f in (s.draw_face, "
+            "s.face_points)]; print(hashlib.sha256(b''.join(made)).hexdigest())")
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                           check=True)
     lines = []
     exec(code, {"print": lines.append})
     assert there.stdout.strip() == lines[0]
@@ -306,10 +334,11 @@ def test_identity_is_shared_by_its_faces_and_not_by_the_splits():
     shapes = {}
     for split in ("train", "test"):
         q = synthetic._parameters(0, split, range(200), 10)
-        look = np.hstack([getattr(q, name) for name in (*SHAPE, *synthetic.LOOK) if name != "hairline"])
+        look = np.hstack([getattr(q, name) for name in (*SHAPE, *synthetic.LOOK)
+                          if name != "hairline"])
         shapes[split] = look.reshape(20, 10, -1)
         assert (shapes[split] == shapes[split][:, :1]).all()
-        assert len(np.unique(q.yaw)) > 190                                       # each face has its own pose
+        assert len(np.unique(q.yaw)) > 190                              # each face has its own pose
     everybody = np.concatenate([shapes[split][:, 0] for split in shapes])
     assert len(np.unique(everybody, axis=0)) == 40
     faces = read_faces("train", 30, per_identity=10)
@@ -322,8 +351,9 @@ def test_identity_is_shared_by_its_faces_and_not_by_the_splits():
 def test_geometry_scales_with_size(points):
     sets = [read_faces("train", 20, size=size, points=points) for size in (96, 128, 256)]
     for small, middle, large in zip(*sets):
-        for face, size in ((small, 96), (large, 256)):                           # pixel 0 is from -0.5 to 0.5
-            for one, other in ((face.points, middle.points), (np.array(face.box), np.array(middle.box))):
+        for face, size in ((small, 96), (large, 256)):                 # pixel 0 is from -0.5 to 0.5
+            for one, other in ((face.points, middle.points),
+                               (np.array(face.box), np.array(middle.box))):
                 np.testing.assert_allclose((one + 0.5) / size, (other + 0.5) / 128, atol=1e-6)
 
 
@@ -345,7 +375,7 @@ def test_placement():
     assert (middle.std(0) > 3).all() and np.abs(middle - (size - 1) / 2).max() < 0.12 * size
     box = np.array([face.box for face in faces])
     side = box[:, 2:] - box[:, :2]
-    np.testing.assert_allclose(side[:, 0], side[:, 1], rtol=1e-9)                # square, loose, jittered
+    np.testing.assert_allclose(side[:, 0], side[:, 1], rtol=1e-9)          # square, loose, jittered
     assert (side[:, 0] > 1.05 * extent).all() and (side[:, 0] < 1.5 * extent).all()
     off = np.abs((box[:, 2:] + box[:, :2]) / 2 - middle).max(1) / extent
     assert off.max() < 0.1 and np.median(off) > 0.01
@@ -362,7 +392,8 @@ def test_tags_come_at_their_rates_and_mean_something():
     posed = np.array(["pose" in face.tags for face in faces])
     assert yaw[posed].min() >= 30 and 55 < yaw.max() <= 60 and yaw[~posed].max() < 30
     assert 0.4 < (q.yaw[posed] > 0).mean() < 0.6 and np.degrees(np.abs(q.roll)).max() < 26
-    strong = (q.open[:, 0] > 0.2) | (q.smile[:, 0] > 0.6) | (q.lids[:, 0] < 0.6) | (q.frown[:, 0] > 0.5)
+    strong = (q.open > 0.2) | (q.smile > 0.6) | (q.lids < 0.6) | (q.frown > 0.5)
+    strong = strong[:, 0]
     tagged = np.array(["expression" in face.tags for face in faces])
     assert strong[tagged].mean() > 0.95 and strong[~tagged].mean() < 0.2
 
@@ -376,4 +407,5 @@ def test_errors(arguments, message):
         read_faces(**arguments)
     if "count" not in message:
         with pytest.raises(ValueError, match=message):
-            face_points(0, index=0, **{name: value for name, value in arguments.items() if name != "count"})
+            face_points(0, index=0,
+                        **{name: value for name, value in arguments.items() if name != "count"})

@@ -21,13 +21,15 @@ def similarity(angle, scale, x, y):
 def affine_batch(*lead):
     """Random maps (*lead, 2, 3), far from singular."""
     noise = torch.randn(*lead, 2, 3, generator=rng(3), dtype=torch.float64)
-    return torch.eye(2, 3, dtype=torch.float64) + noise * torch.tensor([0.2, 0.2, 9.0], dtype=torch.float64)
+    return torch.eye(2, 3, dtype=torch.float64) + noise * torch.tensor([0.2, 0.2, 9.0],
+                                                                       dtype=torch.float64)
 
 
 def smooth_image(height, width, channels=2):
     """A float image without edges: sums of long waves, (1, channels, height, width)."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    waves = [torch.sin(x / (7 + k) + k) * torch.cos(y / (9 - k)) + 0.02 * x for k in range(channels)]
+    waves = [torch.sin(x / (7 + k) + k) * torch.cos(y / (9 - k)) + 0.02 * x
+             for k in range(channels)]
     return torch.stack(waves)[None]
 
 
@@ -39,7 +41,8 @@ def blob(height, width, centre, sigma=2.0):
 def centroid(image):
     """Centre of mass (x, y) of the part of (1, 1, H, W) above a tenth of its maximum."""
     weight = (image[0, 0] - 0.1 * image.max()).clamp_min(0).double()
-    y, x = torch.meshgrid(torch.arange(weight.shape[0]), torch.arange(weight.shape[1]), indexing="ij")
+    y, x = torch.meshgrid(torch.arange(weight.shape[0]), torch.arange(weight.shape[1]),
+                          indexing="ij")
     return torch.stack([(weight * x).sum(), (weight * y).sum()]) / weight.sum()
 
 
@@ -49,7 +52,8 @@ def lattice(side):
 
 
 def bent(targets, batch=3, amount=0.06):
-    """Smooth sources without folds, (batch, K, 2): each batch entry turned, scaled, shifted and waved."""
+    """Smooth sources without folds, (batch, K, 2): each batch entry turned, scaled, shifted and
+    waved."""
     sources = []
     for i in range(batch):
         m = similarity(0.2 * i - 0.3, 0.9 + 0.1 * i, 0.1 * i, -0.05)
@@ -75,10 +79,11 @@ def numpy_spline(targets, sources, points):
     return rows @ solution, solution
 
 
-# ---- Coordinates ----------------------------------------------------------------------------------------
+# ---- Coordinates ---------------------------------------------------------------------------------
 
 def test_normalised_coordinates_of_corners():
-    # A 4 x 2 image: its edges are at -0.5 and 3.5, so a pixel is half a unit wide and one unit high.
+    # A 4 x 2 image: its edges are at -0.5 and 3.5, so a pixel is half a unit wide and one unit
+    # high.
     px = torch.tensor([[0.0, 0.0], [3.0, 1.0], [-0.5, -0.5], [3.5, 1.5], [1.5, 0.5]])
     norm = torch.tensor([[-0.75, -0.5], [0.75, 0.5], [-1, -1], [1, 1], [0, 0]])
     torch.testing.assert_close(warp.to_norm(px, (2, 4)), norm)
@@ -99,10 +104,11 @@ def test_normalised_coordinates_round_trip_and_agree_with_grid_sample(size):
     torch.testing.assert_close(values, image[0][:, at[:, 1], at[:, 0]], atol=1e-5, rtol=0)
 
 
-# ---- Fits -----------------------------------------------------------------------------------------------
+# ---- Fits ----------------------------------------------------------------------------------------
 
 def umeyama(src, dst):
-    """Least-squares similarity by SVD, numpy (K, 2) each. Source: Umeyama, IEEE PAMI 1991, Eqs. (38)-(43)."""
+    """Least-squares similarity by SVD, numpy (K, 2) each. Source: Umeyama, IEEE PAMI 1991, Eqs.
+    (38)-(43)."""
     s, d = src - src.mean(0), dst - dst.mean(0)
     u, singular, vt = np.linalg.svd(d.T @ s / len(src))
     sign = np.array([1, np.sign(np.linalg.det(u) * np.linalg.det(vt))])
@@ -121,7 +127,8 @@ def test_similarity_is_umeyamas(count, mirrored):
     for m, s, d in zip(got.numpy(), src.numpy(), dst.numpy()):
         np.testing.assert_allclose(m, umeyama(s, d), atol=1e-9)
     assert (torch.linalg.det(got[..., :2]) > 0).all()
-    assert torch.equal(got[..., 0, 0], got[..., 1, 1]) and torch.equal(got[..., 0, 1], -got[..., 1, 0])
+    assert torch.equal(got[..., 0, 0], got[..., 1, 1])
+    assert torch.equal(got[..., 0, 1], -got[..., 1, 0])
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
@@ -136,7 +143,8 @@ def test_similarity_finds_an_exact_one_far_from_the_origin(dtype, tolerance):
 
 def test_similarity_of_quarter_turn():
     # (1, 0) -> (0, 2), (0, 0) -> (0, 0): twice as large, turned from x to y
-    m = warp.fit_similarity(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, 2.0]]))
+    m = warp.fit_similarity(torch.tensor([[0.0, 0.0], [1.0, 0.0]]),
+                            torch.tensor([[0.0, 0.0], [0.0, 2.0]]))
     torch.testing.assert_close(m, torch.tensor([[0.0, -2.0, 0.0], [2.0, 0.0, 0.0]]))
 
 
@@ -150,7 +158,8 @@ def test_affine_is_lstsq(count):
         for j in range(3):
             rows = np.column_stack([src[i, j], np.ones(count)])
             want = np.linalg.lstsq(rows, dst[i, j].numpy(), rcond=None)[0].T
-            np.testing.assert_allclose(warp.apply_affine(got[i, j], src[i, j]), rows @ want.T, atol=1e-8)
+            np.testing.assert_allclose(warp.apply_affine(got[i, j], src[i, j]), rows @ want.T,
+                                       atol=1e-8)
             np.testing.assert_allclose(got[i, j], want, atol=1e-6)
 
 
@@ -199,10 +208,14 @@ def test_check_points_accepts_what_determines_a_map():
 
 
 @pytest.mark.parametrize("points, kind, message", [
-    ([[900.1, 7.3]] * 3, "similarity", r"points\[1\]: 3 points, 1 of them distinct.*two that differ"),
-    ([[900.1, 7.3], [900.1001, 7.3]], "similarity", r"points\[1\]: 2 points, 2 of .*two that differ"),
-    ([[900.1, 7.3], [900.1, 7.3], [5.0, 6.0]], "affine", r"points\[1\]: 3 points, 2 of .*not on one line"),
-    ([[0.1, 700.3], [7.1, 707.3], [11.1, 711.3]], "spline", r"points\[1\]: 3 points, 3 of .*not on one line"),
+    ([[900.1, 7.3]] * 3, "similarity",
+     r"points\[1\]: 3 points, 1 of them distinct.*two that differ"),
+    ([[900.1, 7.3], [900.1001, 7.3]], "similarity",
+     r"points\[1\]: 2 points, 2 of .*two that differ"),
+    ([[900.1, 7.3], [900.1, 7.3], [5.0, 6.0]], "affine",
+     r"points\[1\]: 3 points, 2 of .*not on one line"),
+    ([[0.1, 700.3], [7.1, 707.3], [11.1, 711.3]], "spline",
+     r"points\[1\]: 3 points, 3 of .*not on one line"),
     ([[0.0, 0.0], [float("nan"), 1.0], [1.0, 1.0]], "affine", r"points\[1\]: .*finite"),
     ([[0.0, 0.0], [float("inf"), 1.0], [1.0, 1.0]], "similarity", r"points\[1\]: .*finite"),
     ([[2.0, 5.0]], "similarity", r"points\[0\]: 1 points, 1 of")])
@@ -222,16 +235,18 @@ def test_check_points_refuses_coincident_spline_points_and_shapes():
             warp.check_points(torch.zeros(shape), "affine")
 
 
-# ---- Maps of points -------------------------------------------------------------------------------------
+# ---- Maps of points ------------------------------------------------------------------------------
 
 def test_apply_affine_is_the_loop_and_broadcasts():
-    m, points = affine_batch(2, 3), torch.randn(2, 3, 4, 2, generator=rng(), dtype=torch.float64) * 30
+    m = affine_batch(2, 3)
+    points = torch.randn(2, 3, 4, 2, generator=rng(), dtype=torch.float64) * 30
     got, shared = warp.apply_affine(m, points), warp.apply_affine(m, points[0, 0])
     for i in range(2):
         for j in range(3):
             for k in range(4):
                 a, (x, y) = m[i, j], points[i, j, k]
-                want = torch.stack([a[0, 0] * x + a[0, 1] * y + a[0, 2], a[1, 0] * x + a[1, 1] * y + a[1, 2]])
+                want = torch.stack([a[0, 0] * x + a[0, 1] * y + a[0, 2],
+                                    a[1, 0] * x + a[1, 1] * y + a[1, 2]])
                 torch.testing.assert_close(got[i, j, k], want)
             torch.testing.assert_close(shared[i, j], warp.apply_affine(m[i, j], points[0, 0]))
 
@@ -266,7 +281,8 @@ def test_apply_projective_is_cv2s():
 def test_gradients_of_maps():
     src = torch.rand(2, 4, 2, generator=rng(), dtype=torch.float64, requires_grad=True)
     dst = torch.rand(2, 4, 2, generator=rng(1), dtype=torch.float64, requires_grad=True)
-    h = (torch.eye(3, dtype=torch.float64) + 0.1 * torch.rand(3, 3, generator=rng(2))).requires_grad_()
+    h = (torch.eye(3, dtype=torch.float64) + 0.1
+         * torch.rand(3, 3, generator=rng(2))).requires_grad_()
     for function in (warp.fit_similarity, warp.fit_affine):
         assert torch.autograd.gradcheck(function, (src, dst))
     m = affine_batch(2).requires_grad_()
@@ -289,7 +305,7 @@ def test_maps_keep_their_precision_under_autocast():
     assert warp.apply_affine(m.bfloat16(), src.bfloat16()).dtype == torch.float32
 
 
-# ---- Images ---------------------------------------------------------------------------------------------
+# ---- Images --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size", SIZES)
 def test_identity_and_whole_pixel_shifts(size):
@@ -317,13 +333,15 @@ def test_warp_affine_is_cv2s(size, border, m):
                           borderMode=cv2.BORDER_CONSTANT, borderValue=(border, border))
     got = warp.warp_affine(image, m[None], size, border=border)[0].permute(1, 2, 0)
     assert got.shape == want.shape
-    # cv2 rounds coordinates to 1/32 px: an error of up to 1/64 of the slope, which is steep at the border.
+    # cv2 rounds coordinates to 1/32 px: an error of up to 1/64 of the slope, which is steep at the
+    # border.
     np.testing.assert_allclose(got, want, atol=0.04)
     inside = warp.warp_affine(torch.ones(1, 1, 53, 40), m[None], size)[0, 0] > 0.999
     np.testing.assert_allclose(got[inside], want[inside], atol=0.004)
 
 
-@pytest.mark.parametrize("m", [similarity(0.5, 1.0, 12.3, -7.1), similarity(-0.9, 1.4, -10.0, 30.4)])
+@pytest.mark.parametrize("m",
+                         [similarity(0.5, 1.0, 12.3, -7.1), similarity(-0.9, 1.4, -10.0, 30.4)])
 def test_points_follow_the_image(m):
     p = torch.tensor([[25.3, 22.6]], dtype=torch.float64)
     image = blob(50, 45, p[0])
@@ -332,8 +350,10 @@ def test_points_follow_the_image(m):
 
 
 def test_sampling_a_ramp_gives_back_the_map():
-    """An image whose channels are its own x and y reads, at each output pixel, where the pixel comes from."""
-    ramp = torch.stack(torch.meshgrid(torch.arange(40.0), torch.arange(50.0), indexing="ij")[::-1])[None]
+    """An image whose channels are its own x and y reads, at each output pixel, where the pixel
+    comes from."""
+    ramp = torch.stack(torch.meshgrid(torch.arange(40.0), torch.arange(50.0),
+                                      indexing="ij")[::-1])[None]
     m = similarity(0.3, 1.2, -4.0, -10.0)
     got = warp.warp_affine(ramp.double(), m[None], (24, 20))[0]
     for y in range(0, 24, 5):
@@ -345,21 +365,25 @@ def test_sampling_a_ramp_gives_back_the_map():
 
 def test_gradients_of_image_warps():
     image = torch.rand(2, 1, 5, 6, generator=rng(), dtype=torch.float64, requires_grad=True)
-    m = torch.stack([similarity(0.3, 1.1, 0.4, 0.3), similarity(-0.2, 0.9, 0.21, -0.37)]).requires_grad_()
-    assert torch.autograd.gradcheck(lambda i, a: warp.warp_affine(i, a, (4, 5), border=0.3), (image, m))
+    m = torch.stack([similarity(0.3, 1.1, 0.4, 0.3),
+                     similarity(-0.2, 0.9, 0.21, -0.37)]).requires_grad_()
+    assert torch.autograd.gradcheck(lambda i, a: warp.warp_affine(i, a, (4, 5), border=0.3),
+                                    (image, m))
 
 
 def test_images_come_out_in_float():
     eye = torch.eye(2, 3)[None]
     for dtype in (torch.uint8, torch.bfloat16, torch.float32, torch.float64):
-        warped = warp.warp_affine(torch.full((1, 1, 6, 8), 200, dtype=dtype), eye, (6, 8), border=0.5)
+        warped = warp.warp_affine(torch.full((1, 1, 6, 8), 200, dtype=dtype), eye, (6, 8),
+                                  border=0.5)
         assert warped.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert (warped - 200).abs().max() < 0.01
 
 
-# ---- Thin-plate spline ----------------------------------------------------------------------------------
+# ---- Thin-plate spline ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("targets", [lattice(2), lattice(4), torch.rand(30, 2, generator=rng(5)) * 2 - 1])
+@pytest.mark.parametrize("targets",
+                         [lattice(2), lattice(4), torch.rand(30, 2, generator=rng(5)) * 2 - 1])
 def test_spline_is_the_dense_solution(targets):
     targets = targets.double()
     spline = warp.ThinPlateSpline(targets)
@@ -381,7 +405,8 @@ def test_spline_of_an_affine_map_has_no_bend():
     spline = warp.ThinPlateSpline(targets)
     coefficients = spline.fit(warp.apply_affine(m, targets))
     assert coefficients[:, :25].abs().max() < 1e-12
-    torch.testing.assert_close(coefficients[:, 25:], m.mT[:, [2, 0, 1]])        # rows: a, then A's columns
+    # rows: a, then A's columns
+    torch.testing.assert_close(coefficients[:, 25:], m.mT[:, [2, 0, 1]])
     points = torch.randn(9, 2, generator=rng(), dtype=torch.float64)
     torch.testing.assert_close(spline.transform(coefficients, points), warp.apply_affine(m, points))
 
@@ -391,9 +416,10 @@ def test_spline_grid_is_the_transform_of_pixel_centres(size):
     targets = lattice(4)
     spline = warp.ThinPlateSpline(targets)
     coefficients = spline.fit(bent(targets))
-    centres = torch.tensor([[x, y] for y in range(size[0]) for x in range(size[1])], dtype=torch.float64)
+    centres = torch.tensor([[x, y] for y in range(size[0]) for x in range(size[1])],
+                           dtype=torch.float64)
     want = spline.transform(coefficients, warp.to_norm(centres, size)).view(3, *size, 2)
-    for _ in range(2):                                                      # made, then found in the cache
+    for _ in range(2):                                               # made, then found in the cache
         torch.testing.assert_close(spline.grid(coefficients, size), want)
     single = spline.grid(coefficients.float(), size)
     assert single.dtype == torch.float32 and spline.grid(coefficients, (7, 5)).shape == (3, 7, 5, 2)
@@ -430,14 +456,16 @@ def test_spline_inverse_of_a_similarity_is_closed():
     points = torch.rand(20, 2, generator=rng()) * 3 - 1.5                       # (M, 2), float32
     back = spline.invert_points(spline.fit(warp.apply_affine(m, targets)[None]).float(), points)
     assert back.dtype == torch.float32 and not back.requires_grad
-    torch.testing.assert_close(back[0], warp.apply_affine(warp.invert(m).float(), points), atol=1e-5, rtol=0)
+    torch.testing.assert_close(back[0], warp.apply_affine(warp.invert(m).float(), points),
+                               atol=1e-5, rtol=0)
 
 
 def test_spline_inverse_on_a_fold_follows_the_start():
     # The middle column of targets is drawn beyond the right one: x goes up, then down again.
     targets = lattice(3)
     spline = warp.ThinPlateSpline(targets)
-    coefficients = spline.fit((targets + torch.tensor([[0.0, 0], [1.6, 0], [0, 0]]).repeat(3, 1))[None])
+    coefficients = spline.fit((targets
+                               + torch.tensor([[0.0, 0], [1.6, 0], [0, 0]]).repeat(3, 1))[None])
     line = torch.stack([torch.linspace(-1, 1, 201), torch.zeros(201)], -1).double()
     x = spline.transform(coefficients, line)[0, :, 0]
     top = int(x.argmax())
@@ -468,7 +496,8 @@ def test_spline_gradients():
     sources = bent(targets, 2, 0.2).requires_grad_()
     points = torch.rand(3, 2, generator=rng(), dtype=torch.float64, requires_grad=True)
     image = torch.rand(2, 1, 5, 6, generator=rng(1), dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda s, p: spline.transform(spline.fit(s), p), (sources, points))
+    assert torch.autograd.gradcheck(lambda s, p: spline.transform(spline.fit(s), p),
+                                    (sources, points))
     assert torch.autograd.gradcheck(lambda i, s: warp.sample(i, spline.grid(spline.fit(s), (4, 3))),
                                     (image, sources))
 
@@ -482,8 +511,10 @@ def test_spline_gradient_at_its_own_targets(dtype):
     points = targets.to(dtype).requires_grad_()
     spline.transform(coefficients, points)[..., 0].sum().backward()
     step = torch.tensor([1e-5, 0.0], dtype=torch.float64)
-    both = spline.transform(coefficients.double(), torch.cat([targets + step, targets - step]))[0, :, 0]
-    torch.testing.assert_close(points.grad[:, 0].double(), (both[:9] - both[9:]) / 2e-5, atol=1e-3, rtol=0)
+    both = spline.transform(coefficients.double(),
+                            torch.cat([targets + step, targets - step]))[0, :, 0]
+    torch.testing.assert_close(points.grad[:, 0].double(), (both[:9] - both[9:]) / 2e-5, atol=1e-3,
+                               rtol=0)
     assert points.grad.isfinite().all()
 
 
@@ -493,7 +524,8 @@ def test_spline_keeps_its_precision_under_autocast():
     sources = (targets + 0.05 * torch.randn(2, 64, 2, generator=rng())).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         coefficients = spline.fit(sources)
-        own, grid = spline.transform(coefficients, targets.float()), spline.grid(coefficients, (9, 9))
+        own = spline.transform(coefficients, targets.float())
+        grid = spline.grid(coefficients, (9, 9))
         back = spline.invert_points(coefficients, sources, targets.float())
     torch.testing.assert_close(own, sources, atol=1e-5, rtol=0)
     torch.testing.assert_close(back, targets.float().expand(2, 64, 2), atol=1e-4, rtol=0)
