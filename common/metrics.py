@@ -322,7 +322,7 @@ def mean_average_precision(distance, query_ids, gallery_ids):
 
 
 def mean_inverse_negative_penalty(distance, query_ids, gallery_ids):
-    """mINP: a query's number of mates over the place of its last one, averaged; args as for mAP."""
+    """mINP: a query's number of mates over the place of its last one, averaged."""
     mate, place = _sorted_mates(distance, query_ids, gallery_ids)
     return (mate.sum(1) / (mate * place).amax(1)).mean().item()
 

@@ -86,7 +86,7 @@ def _cached(make: Callable[[], np.ndarray], *sources: str) -> np.ndarray:
 # ---- Images by index -----------------------------------------------------------------------------
 
 def decode(data, where: str) -> np.ndarray:
-    """RGB uint8 (H, W, 3) of the bytes of a JPEG or PNG, or a UserError that begins with `where`."""
+    """RGB uint8 (H, W, 3) of the bytes of a JPEG or PNG, or UserError that begins with `where`."""
     data = np.frombuffer(data, np.uint8)
     pixels = None
     if len(data):

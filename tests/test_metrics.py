@@ -22,54 +22,39 @@ def f64(values):
 # ---- landmark errors -----------------------------------------------------------------------------
 
 
-def test_nme_by_hand():
+def test_nme_by_hand_of_any_type():
     target = torch.tensor([[[0.0, 0.0], [10.0, 0.0]], [[5.0, 5.0], [5.0, 25.0]]])
     pred = target + torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[0.0, -1.0], [6.0, 8.0]]])
-    errors = metrics.nme(pred, target, torch.tensor([10.0, 50.0]))
-    # Image 0: (5 + 0) / 2 / 10; image 1: (1 + 10) / 2 / 50. A mean of squares or of |dx| + |dy|
-    # gives others.
-    assert errors.tolist() == [0.25, 0.11]
-    assert errors.dtype == torch.float64 and errors.shape == (2,)
-
-
-def test_nme_takes_integers_half_precision_and_transposed_memory():
-    target = torch.randint(0, 100, (4, 7, 2), generator=generator())
-    pred = target + 2
-    norm = torch.full((4,), 20)
-    expected = torch.full((4,), math.sqrt(8) / 20, dtype=torch.float64)
-    torch.testing.assert_close(metrics.nme(pred, target, norm), expected)
-    torch.testing.assert_close(metrics.nme(pred.half(), target.half(), norm), expected)
+    norm = torch.tensor([10.0, 50.0])
+    # (5 + 0) / 2 / 10; (1 + 10) / 2 / 50. A mean of squares or of |dx| + |dy| gives others.
     column_major = pred.transpose(1, 2).contiguous().transpose(1, 2)
-    torch.testing.assert_close(metrics.nme(column_major, target, norm), expected)
+    for p, t in ((pred, target), (pred.long(), target.long()), (pred.half(), target.half()),
+                 (column_major, target)):
+        errors = metrics.nme(p, t, norm)
+        assert errors.tolist() == [0.25, 0.11] and errors.dtype == torch.float64
 
 
 def test_nme_does_not_change_under_a_mirror_or_a_common_scale():
     target, pred = torch.rand(2, 3, 68, 2, generator=generator()).double() * 112
     norm = torch.tensor([40.0, 50.0, 60.0])
     swap = torch.randperm(68, generator=generator())
-
-    def mirror(points):
-        return torch.stack([112 - 1 - points[..., 0], points[..., 1]], -1)[:, swap]
-
+    mirrored = [(points * f64([-1, 1]) + f64([111, 0]))[:, swap] for points in (pred, target)]
     errors = metrics.nme(pred, target, norm)
-    torch.testing.assert_close(metrics.nme(mirror(pred), mirror(target), norm), errors)
+    torch.testing.assert_close(metrics.nme(*mirrored, norm), errors)
     torch.testing.assert_close(metrics.nme(3 * pred, 3 * target, 3 * norm), errors)
     torch.testing.assert_close(metrics.nme(pred, target, 2 * norm), errors / 2)
-
-
-@pytest.mark.parametrize("bad", [0.0, -3.0, NAN, math.inf])
-def test_nme_names_the_image_whose_normaliser_is_bad(bad):
-    points = torch.zeros(3, 5, 2)
-    with pytest.raises(ValueError, match=rf"image 1 is {bad:g}"):
-        metrics.nme(points, points, torch.tensor([1.0, bad, bad]))
 
 
 @pytest.mark.parametrize("pred, target, norm", [
     ((2, 5, 2), (2, 6, 2), (2,)), ((2, 5, 3), (2, 5, 3), (2,)), ((5, 2), (5, 2), (5,)),
     ((2, 5, 2), (1, 5, 2), (2,)), ((2, 5, 2), (2, 5, 2), (2, 1)), ((2, 5, 2), (2, 5, 2), ())])
-def test_nme_refuses_shapes_that_would_broadcast(pred, target, norm):
+def test_nme_refuses_shapes_that_would_broadcast_and_bad_normalisers(pred, target, norm):
     with pytest.raises(ValueError, match=re.escape(str(pred))):
         metrics.nme(torch.zeros(pred), torch.zeros(target), torch.ones(norm))
+    points = torch.zeros(3, 5, 2)
+    for bad in (0.0, -3.0, NAN, math.inf):
+        with pytest.raises(ValueError, match=rf"image 1 is {bad:g}"):
+            metrics.nme(points, points, torch.tensor([1.0, bad, bad]))
 
 
 def test_failure_is_strictly_above_the_threshold_in_both_precisions():
@@ -81,13 +66,10 @@ def test_failure_is_strictly_above_the_threshold_in_both_precisions():
     assert metrics.failure_rate(five_pixels_of_fifty, 0.10) == 0
 
 
-def test_auc_by_hand():
+def test_auc_is_the_integral_of_the_distribution():
     # 0.00 encloses all, 0.05 half, 0.10 and above nothing: (1 + 0.5 + 0 + 0) / 4.
     assert metrics.auc(f64([0.0, 0.05, 0.10, 7.0]), 0.10) == pytest.approx(0.375, abs=1e-15)
     assert metrics.auc(torch.tensor([0, 1]), 0.5) == 0.5                       # integers are cast
-
-
-def test_auc_is_the_integral_of_the_distribution():
     errors = (torch.randn(300, generator=generator(), dtype=torch.float64) / 2 - 3.0).exp()
     for threshold in (0.07, 0.10):
         t = np.linspace(0, threshold, 200_001)
@@ -102,18 +84,9 @@ def test_auc_steps_is_sdfls_trapezoid_rule():
     trapezoids = sum(0.005 * (share[i] + share[i + 1]) / 2 for i in range(19)) * 10
     assert metrics.auc_steps(errors) == pytest.approx(trapezoids, abs=1e-12)
     assert abs(metrics.auc_steps(errors) - metrics.auc(errors, 0.1)) < 0.01
-    # By hand: 0.10 is reached at the last threshold only, 0.05 from the tenth on: half a step, 10.5
-    # steps.
+    # 0.10 is reached at the last threshold only, 0.05 from the tenth on: half a step, 10.5 steps.
     assert metrics.auc_steps(f64([0.10])) == pytest.approx(10 * 0.005 / 2)
     assert metrics.auc_steps(f64([0.05])) == pytest.approx(10 * 0.005 * 10.5)
-
-
-def test_perfect_predictions():
-    points = torch.rand(4, 68, 2, generator=generator()) * 100
-    errors = metrics.nme(points, points, torch.ones(4))
-    assert errors.tolist() == [0] * 4
-    assert metrics.failure_rate(errors, 0.1) == 0 and metrics.auc(errors, 0.1) == 1
-    assert metrics.auc_steps(errors) == pytest.approx(0.95)
 
 
 def test_nan_is_a_failure_and_stays_in_the_count():
@@ -121,9 +94,9 @@ def test_nan_is_a_failure_and_stays_in_the_count():
     pred[2, 3, 1] = NAN
     errors = metrics.nme(pred, target, torch.ones(4))
     assert errors.isnan().tolist() == [False, False, True, False]
-    assert metrics.failure_rate(errors, 0.1) == 0.25
-    assert metrics.auc(errors, 0.1) == 0.75
-    assert metrics.auc_steps(errors) == pytest.approx(0.95 * 0.75)
+    for own, share in ((errors, 0.75), (errors.nan_to_num(), 1)):       # without nan: perfect
+        assert metrics.failure_rate(own, 0.1) == 1 - share and metrics.auc(own, 0.1) == share
+        assert metrics.auc_steps(own) == pytest.approx(0.95 * share)
     assert metrics.auc(torch.tensor([math.inf, 0.0]), 0.1) == 0.5
     curve = metrics.curve_error(pred, target, {"a": [0, 1, 2], "b": [3, 4]}, torch.ones(4))
     assert not curve["a"].isnan().any() and curve["b"].isnan().tolist() == errors.isnan().tolist()
@@ -177,38 +150,23 @@ def test_curve_error_by_hand():
     assert errors["overall"].item() == pytest.approx((errors["a"].item() + 0.5) / 2)
 
 
-def test_curve_error_equals_a_loop():
-    target, pred = torch.rand(2, 3, 12, 2, generator=generator(1)).double() * 30
-    parts = {"contour": list(range(7)), "mouth": range(7, 12)}
-    norm = torch.tensor([9.0, 10.0, 11.0])
-    errors = metrics.curve_error(pred, target, parts, norm)
-    expected = loop_curve_error(pred, target, parts, norm)
-    assert list(errors) == ["contour", "mouth", "overall"]
-    for name in errors:
-        np.testing.assert_allclose(errors[name].numpy(), expected[name], rtol=1e-12)
-
-
-def test_curve_error_between_faces_of_different_landmarks_equals_a_loop():
-    target, pred = (torch.rand(3, points, 2, generator=generator(points)).double() * 30
-                    for points in (12, 9))
+@pytest.mark.parametrize("points", [12, 9])                         # of the prediction
+def test_curve_error_equals_a_loop(points):
+    target = torch.rand(3, 12, 2, generator=generator(1)).double() * 30
+    pred = torch.rand(3, points, 2, generator=generator(2)).double() * 30
     parts = {"contour": range(7), "mouth": [7, 9, 8, 10, 11]}
-    own = {"mouth": [0, 1], "contour": [8, 7, 2, 3]}
+    own = parts if points == 12 else {"mouth": [0, 1], "contour": [8, 7, 2, 3]}
+    given = None if points == 12 else own
     norm = torch.tensor([9.0, 10.0, 11.0])
-    errors = metrics.curve_error(pred, target, parts, norm, pred_parts=own)
+    errors = metrics.curve_error(pred, target, parts, norm, pred_parts=given)
     expected = loop_curve_error(pred, target, parts, norm, own)
     assert list(errors) == ["contour", "mouth", "overall"]
     for name in errors:
         np.testing.assert_allclose(errors[name].numpy(), expected[name], rtol=1e-12)
-    # fewer points on the same curves
-    few = {name: list(indices)[::2] for name, indices in parts.items()}
-    kept = [index for indices in few.values() for index in indices]
-    places = {name: [kept.index(index) for index in indices] for name, indices in few.items()}
-    errors = metrics.curve_error(target[:, kept], target, parts, norm, pred_parts=places)
-    assert all((error > 0).all() for error in errors.values())
     same = metrics.curve_error(pred, pred, own, norm, pred_parts=own)
     assert all(error.tolist() == [0, 0, 0] for error in same.values())
     with pytest.raises(ValueError, match="image 1 is 0"):
-        metrics.curve_error(pred, target, parts, torch.tensor([1.0, 0.0, 1.0]), pred_parts=own)
+        metrics.curve_error(pred, target, parts, torch.tensor([1.0, 0.0, 1.0]), pred_parts=given)
 
 
 def test_curve_error_ignores_the_numbering_within_a_part_only():
@@ -345,27 +303,22 @@ def test_verification_with_tied_distances_equals_brute_force():
 def test_verification_by_hand_over_two_consecutive_folds():
     # Fold 0 alone asks for a threshold between 0.2 and 1.0, fold 1 for one between 1.2 and 1.6.
     # Judged with 1.4, fold 0 accepts its pair at 1.0 wrongly (3 of 4); with 0.6, fold 1 refuses its
-    # pair at 1.2 (3 of 4).
+    # pair at 1.2 (3 of 4). If pairs are dealt alternately, each fold sees both kinds of threshold.
     a, b = unit_pairs([0.1, 1.0, 0.2, 1.8, 0.3, 1.2, 1.6, 1.9])
     same = torch.tensor([1, 0, 1, 0, 1, 1, 0, 0])
     assert metrics.verification_accuracy(a, b, same, folds=2) == (0.75, 0.0)
-    # Other blocks, other numbers: if pairs are dealt alternately, each fold sees both kinds of
-    # threshold.
     order = [0, 4, 1, 5, 2, 6, 3, 7]
     assert metrics.verification_accuracy(a[order], b[order], same[order], folds=2) != (0.75, 0.0)
 
 
-def test_verification_of_separable_pairs_at_any_scale_is_perfect():
+def test_verification_of_separable_and_of_constant_embeddings():
     same = torch.arange(200) % 2 == 0
     for scale in (1.0, 1e-3):           # 1e-3: all distances below the first step of a grid of 0.01
         a, b = unit_pairs(torch.where(same, 0.2, 1.8) * scale)
         assert metrics.verification_accuracy(5 * a, 0.1 * b, same) == (1.0, 0.0)
-
-
-def test_verification_does_not_reward_constant_embeddings():
-    same = torch.tensor([True] * 5 + [False] * 5).repeat(10)
     constant = torch.ones(100, 8)
-    assert metrics.verification_accuracy(constant, constant, same) == (0.5, 0.0)
+    blocks = torch.tensor([True] * 5 + [False] * 5).repeat(10)
+    assert metrics.verification_accuracy(constant, constant, blocks) == (0.5, 0.0)
 
 
 def test_verification_refuses_bad_input():
@@ -403,17 +356,13 @@ def identification_set(seed=0):
     return probe, probe_ids, gallery[shuffle] * 3, gallery_ids[shuffle]
 
 
-def test_rank_k_equals_sorting_the_gallery():
+def test_rank_k_equals_sorting_the_gallery_in_blocks_of_any_size():
     data = identification_set()
     rates = metrics.rank_k(*data, ks=(1, 2, 5, 20))
     assert rates == {k: pytest.approx(loop_rank(*data, k)) for k in (1, 2, 5, 20)}
     assert 0.1 < rates[1] < rates[5] < rates[20] < 1
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 40, 99])
-def test_rank_k_in_small_blocks_equals_one_block(chunk):
-    data, ks = identification_set(1), (1, 3, 10)
-    assert metrics.rank_k(*data, ks=ks, chunk=chunk) == metrics.rank_k(*data, ks=ks, chunk=1000)
+    for chunk in (1, 7, 40, 99):
+        assert metrics.rank_k(*data, ks=(1, 2, 5, 20), chunk=chunk) == rates
 
 
 def test_rank_k_never_holds_more_than_a_block(monkeypatch):
@@ -545,10 +494,14 @@ def test_map_and_minp_by_hand():
     # Query 0 has mates at places 1 and 3, query 1 its only one at place 4.
     distance = torch.tensor([[0.1, 0.3, 0.4, 0.2], [1.0, 2.0, 3.0, 4.0]])
     ids = torch.tensor([1, 2]), torch.tensor([1, 1, 3, 2])
-    assert metrics.mean_average_precision(distance,
-                                          *ids) == pytest.approx(((1 + 2 / 3) / 2 + 1 / 4) / 2)
-    assert metrics.mean_inverse_negative_penalty(distance,
-                                                 *ids) == pytest.approx((2 / 3 + 1 / 4) / 2)
+    both = metrics.mean_average_precision, metrics.mean_inverse_negative_penalty
+    assert both[0](distance, *ids) == pytest.approx(((1 + 2 / 3) / 2 + 1 / 4) / 2)
+    assert both[1](distance, *ids) == pytest.approx((2 / 3 + 1 / 4) / 2)
+    ids = torch.tensor([0, 0, 1, 1])
+    distance = (ids[:2, None] != ids).float()                       # perfect; then all tied:
+    for function in both:
+        assert function(distance, ids[:2], ids) == 1
+        assert function(torch.zeros(2, 4), ids[:2], ids) < 0.51     # mates at places 3 and 4
 
 
 @pytest.mark.parametrize("levels", [4, 10 ** 6])                      # with many ties and with none
@@ -561,14 +514,6 @@ def test_map_and_minp_equal_loops(levels):
     assert metrics.mean_average_precision(distance, *ids) == pytest.approx(average_precision)
     assert metrics.mean_inverse_negative_penalty(distance,
                                                  *ids) == pytest.approx(inverse_negative_penalty)
-
-
-def test_map_and_minp_of_perfect_and_tied_rankings():
-    ids = torch.tensor([0, 0, 1, 1])
-    distance = (ids[:2, None] != ids).float()
-    for function in (metrics.mean_average_precision, metrics.mean_inverse_negative_penalty):
-        assert function(distance, ids[:2], ids) == 1
-        assert function(torch.zeros(2, 4), ids[:2], ids) < 0.51            # mates at places 3 and 4
 
 
 def test_map_refuses_queries_without_mates_nan_and_unequal_lengths():
