@@ -1,91 +1,98 @@
 """KeyPoint Relative Position Encoding for Face Recognition (KP-RPE).
 
-Minchul Kim, Yiyang Su, Feng Liu, Anil Jain, Xiaoming Liu; CVPR 2024. https://arxiv.org/abs/2403.14852
+Minchul Kim, Yiyang Su, Feng Liu, Anil Jain, Xiaoming Liu; CVPR 2024.
+https://arxiv.org/abs/2403.14852
 
-The method. A vision transformer that learned from aligned faces fails on faces that are not. KP-RPE tells it
-where the face is: five keypoints, of any detector, go into the relative position encoding. What a query adds
-to the attention of a key at some distance (one of 49 quantised offsets) is not a learned number but a linear
-function of where the query is from the keypoints, for each head of each layer. The image is not touched.
+The method. A vision transformer that learned from aligned faces fails on faces that are not. KP-RPE
+tells it where the face is: five keypoints, of any detector, go into the relative position encoding.
+What a query adds to the attention of a key at some distance (one of 49 quantised offsets) is not a
+learned number but a linear function of where the query is from the keypoints, for each head of each
+layer. The image is not touched.
 
-Where each equation is:
-  Eq. (1), (2)        attention                             Attention
-  Eq. (3)             position embedding                    ViT
-  Eq. (4)             iRPE, on queries, keys and values     ContextualRPE
-  Eq. (5), (6)        attention with a bias, from a table   Attention
-  Eq. (7)             f(P), absolute                        KPRPE
-  Eq. (8), (9), (10)  f(P), relative; split in two parts    KPRPE
-  Eq. (11)            the bias of a pair of patches         Attention
-  Eq. (12)            noise on keypoints                    disturb
-  Eq. (13), (14)      face aligner: weights of its anchors  DFA
-  Eq. (15)            face aligner: landmarks               DFA
-  Eq. (16)            fusion weighted by norms              fuse
-  Eq. (17), (18)      fusion weighted by landmarks          fuse
-
-Differs from the paper, or settles what it leaves open (code: CVLface, the authors'):
-  - f(P) of Eq. (10) is linear in M - P, so it is the sum of a part of the keypoints that is the same for all
-    queries and a part of the queries that is the same for all images: 196 times fewer numbers an image.
-  - "Absolute" is the paper's formula. The code's adds one number to a whole row, which the softmax drops:
-    that is the plain ViT, as which Table 2's first row looks. By the split, it lacks only a static table.
-  - B is divided by sqrt(d) as Eq. (5) has it; code: it is not, and so learns sqrt(d) times as fast. By
-    default --rpe-lr makes up for that: sqrt(d) times --lr for the tables and W_L of Eqs. 5 to 10, --lr for
-    iRPE, which both divide. W_L has a bias as in the code (Table 3).
-  - Tables start at 0, from which a CPU's thousand steps do not bring them far enough: the small presets
-    have 50 times the rate for them, and a softmax without margin. Nor does Table 6's augmentation move the
-    keypoints of aligned faces far enough for a short training to make use of them: --augment wide does.
-  - Keypoints and patch centres are (x + 0.5) / W; code: keypoints x / W, half a pixel off. "No keypoints" is
-    the plain ViT.
-  - Eq. (12), printed as a scaling, is noise in the text: normal, alpha of the crop's side in x and in y. That
-    gives the NME of 0.12 which the supplement reports for alpha = 0.1.
-  - What Table 6 leaves out is the code's: --clip 5, and what decays: matrices, not vectors and embeddings.
-  - Losses have their true gradients; code: the margin passes them through. Class weights are sharded.
-  - Sec. 4.1's "repeated augmentation" is the code's: the next image is one of the same person.
-  - Aligned: a similarity takes five points to ArcFace's in 112 px. Unaligned: the box of the landmarks times
-    --margin, or the whole image, which keeps its aspect ratio between grey borders (paper: resized). Between
-    the two (Fig. 5): (1 - t) times one matrix plus t times the other. Without landmarks an image is taken as
-    aligned, with its keypoints at ArcFace's.
-  - Outside the image is mid-grey in crops, black where the augmentation moves them (code: black).
-  - TAR is read at a false accept rate of at most the target; code: at the nearest.
-  - Digits: the paper gives no settings. Trained on MNIST moved by up to 6 px on a canvas of 40 px, tested on
-    affNIST made by its published ranges; a normalised softmax of 10 classes.
-  - Of the face aligner's training, optimiser, learning rate, augmentation, the weight of its aggregation and
-    the test split of WIDER FACE are ours. Its warps have align_corners=False (code: True).
-  - With --dfa keypoints are found, in training before the augmentation, and in the mirror image anew; on the
-    crop as it is (code: in training with a border of 0.215).
-  - Gait (Sec. 5): SwinGait-2D is not published; it is made of OpenGait's SwinGait-3D (class SwinGait). Here
-    all of it is trained from scratch, at one rate, by a cosine without steps; OpenGait begins with trained
-    convolutions. M is the grid of a window, in [0, 1], and serves all windows of a frame.
-
-Train on WebFace4M on four GPUs (the paper: TinyFace rank-1 75.80 %; not run here), its keypoints in a file
-like CVLface's, those of TinyFace in tinyface.landmarks.csv:
-  python kprpe.py --data webface-base --data-root WF4M --landmarks WF4M.csv --gpus 4 --amp --test tinyface/
-Without any data, on drawn faces, KP-RPE and the plain ViT, four minutes on two CPU cores:
+Train on WebFace4M on four GPUs (the paper: TinyFace rank-1 75.80 %; not run here), its keypoints in
+a file like CVLface's, those of TinyFace in tinyface.landmarks.csv:
+  python kprpe.py --data webface-base --data-root WF4M --landmarks WF4M.csv --gpus 4 --amp \
+      --test tinyface/
+Without any data, on drawn faces, two minutes on two CPU cores; and the plain ViT beside it:
   python kprpe.py
-Digits; continue; evaluate with noise and between unaligned and aligned; use:
-  python kprpe.py --data affnist --data-root MNIST --also-rpe none,product,irpe
-  python kprpe.py --data webface-base --gpus 8 --resume
-  python kprpe.py --eval RUN/last.pt --keypoint-noise 0.02,0.05,0.1 --align-steps 5 --test lfw/
+  python kprpe.py --rpe none
+Digits; continue; evaluate with noise on the keypoints; use:
+  python kprpe.py --data affnist --data-root MNIST
+  python kprpe.py --data webface-base --gpus 4 --resume
+  python kprpe.py --eval RUN/last.pt --keypoint-noise 0.02,0.05,0.1 --test lfw/
   python kprpe.py --predict photo.jpg --weights RUN/last.pt        # photo.pts beside it, or --detector
 The face aligner, on drawn faces, two to three minutes on a CPU; its keypoints instead of a file's:
   python kprpe.py --task dfa
   python kprpe.py --dfa runs/kprpe-dfa-faces/last.pt --fusion average,norm,landmark
-Gait, drawn walkers with and without KP-RPE; Gait3D (the paper: rank-1 68.2 %; not run here):
+Gait, on drawn walkers; Gait3D (the paper: rank-1 68.2 %; not run here):
   python kprpe.py --task gait
-  python kprpe.py --task gait --data gait3d --data-root GAIT3D --gpus 4 --amp --also-rpe swin
+  python kprpe.py --task gait --data gait3d --data-root GAIT3D --gpus 4 --amp
+
+Where each equation is:
+  Eq. (1), (2)         attention                             Attention
+  Eq. (3)              position embedding                    ViT
+  Eq. (4)              iRPE, on queries, keys and values     ContextualRPE
+  Eq. (5)              attention with a bias                 Attention
+  Eq. (6)              bias from a learned table             StaticRPE
+  Eq. (7)              f(P), absolute                        KPRPE
+  Eq. (8), (9), (10)   f(P), relative                        KPRPE
+  Eq. (11)             bias of a pair of patches             PairBias
+  Eq. (12)             noise on keypoints                    add_keypoint_noise
+  Eq. (13), (14)       face aligner: weights of its anchors  DFA
+  Eq. (15)             face aligner: landmarks               DFA
+  Eq. (16)             fusion weighted by norms              fuse
+  Eq. (17), (18)       fusion weighted by landmarks          fuse
+
+Where the paper is silent, or the authors' code (CVLface, mk-minchul/CVLface at d3d09c9) differs from
+it:
+  - f(P) of Eq. (10) is linear in M - P, so it is a part of the queries, the same for all images, plus
+    a part of the keypoints, the same for all queries. We add the two after the product with W_L:
+    196 times fewer numbers an image.
+  - "Absolute" is the paper's formula. The code's adds one number to a whole row, which the softmax
+    drops: that is the plain ViT, as which Table 2's first row looks.
+  - B is divided by sqrt(d) as in Eq. (5); the code does not divide it, and so learns sqrt(d) times as
+    fast. --rpe-lr makes up for that by default: sqrt(d) times --lr for the tables and W_L of Eq. (5)
+    to (10), --lr for iRPE, which both divide. W_L has a bias as in the code, whose parameters are
+    Table 3's.
+  - Tables start at 0, from which a CPU's thousand steps do not bring them far enough. So the small
+    presets have 50 times the rate for them, a softmax without margin, and --augment wide: Table 6's
+    augmentation hardly moves the keypoints of aligned faces.
+  - Keypoints and patch centres are (x + 0.5) / W. The code has keypoints at x / W, half a pixel off
+    its grid. "No keypoints" is the plain ViT.
+  - Eq. (12) is printed as a scaling, but the text has noise: normal, alpha of the crop's side in x and
+    in y. That gives the NME of 0.12 which the supplement reports for alpha = 0.1.
+  - What Table 6 leaves out is the code's: --clip 5, and what decays, matrices but no vectors and no
+    embeddings.
+  - Losses have their true gradients; the code passes them through the margin unchanged. The classes
+    are spread over the processes, and not rounded up to a multiple of their number.
+  - Sec. 4.1's "repeated augmentation" is the code's: the next image is one of the same person. A
+    person's picture that is drawn twice in an epoch is augmented alike.
+  - An image is warped once, by alignment and augmentation in one matrix; the code warps the aligned
+    crop again. Outside the image is its reflection, in training and in test, so that no black frame
+    shows how far a face was moved; the code has black. Greys are whole numbers after each step.
+  - Aligned: a similarity takes five points to ArcFace's in 112 px. Unaligned: with --box image the
+    whole image in a square (the paper resizes it); else the square about the box times --margin, which
+    is scaled, shifted and turned at random by image. Without landmarks an image counts as aligned.
+  - TAR is read at a false accept rate of at most the target; the code reads at the nearest.
+  - Digits: the paper gives no settings. Trained on MNIST moved by up to 6 px on a canvas of 40 px,
+    tested on affNIST made by its published ranges; a normalised softmax of 10 classes.
+  - With --dfa keypoints are found once before training, on the crops that are not augmented, as the
+    code's are (there with a border of 0.215); in a test in the crop and anew in its mirror image.
+  - Of the face aligner's training, optimiser, learning rate, augmentation, the weight of its
+    aggregation and the test split of WIDER FACE are ours. Its warps have align_corners=False.
+  - Gait (Sec. 5): SwinGait-2D is not published; it is made of OpenGait's SwinGait-3D (class SwinGait).
+    Here all of it is trained from scratch, at one rate, by a cosine without steps; OpenGait begins
+    with trained convolutions. M is the grid of a window and serves all windows of a frame.
 """
-import argparse
 import copy
 import functools
 import itertools
-import json
 import math
 import os
 import re
-import sys
-import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,267 +103,128 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
-from tqdm import tqdm
 
-from common import datasets, digits, gait, metrics, recognition, synthetic, warp
+from common import UserError, datasets, digits, gait, metrics, photos, recognition, run, synthetic, warp
 
 # ---- Settings ------------------------------------------------------------------------------------
 
-# Table 6; its "large" is the text's "base".
-ABLATION = dict(model="small", rpe="kp-multihead", size=112, patch=8, epochs=34, batch_size=512, lr=1e-3,
-                weight_decay=0.05, warmup=3.0, drop_path=0.1, loss="adaface", sample_rate=1.0, augment="full",
-                repeat=0.5, box="image", margin=1.4, unaligned=False, cache="", workers=-1)
-SMALL = dict(ABLATION, model="own", epochs=40, batch_size=64, lr=6e-4, warmup=1.0, repeat=0.0, rpe_lr=50.0,
+# Table 6, in the supplement; its "large" is the text's "base".
+PAPER = dict(model="small", rpe="kp-multihead", size=112, patch=8, epochs=34, batch_size=512, lr=1e-3,
+             weight_decay=0.05, warmup=3.0, drop_path=0.1, loss="adaface", augment="full", repeat=0.5,
+             box="image", margin=1.4)
+SMALL = dict(model="own", epochs=40, batch_size=64, lr=6e-4, warmup=1.0, repeat=0.0, rpe_lr=50.0,
              loss="softmax", scale=32.0, box="landmarks", unaligned=True, cache="device", eval_every=7,
              augment="wide")
 PRESETS = {
-    "ms1m-small": dict(ABLATION),
-    "webface-base": dict(ABLATION, model="base", epochs=36, batch_size=1024, lr=1e-4, sample_rate=0.6,
-                         repeat=0.1),
-    "folder": dict(SMALL),
-    "youtube": dict(SMALL),
+    "ms1m-small": {},
+    "webface-base": dict(model="base", epochs=36, batch_size=1024, lr=1e-4, sample_rate=0.6, repeat=0.1),
+    "folder": SMALL,
+    "youtube": SMALL,
     "affnist": dict(SMALL, size=40, patch=4, dim=64, depth=4, heads=4, mlp_ratio=2.0, epochs=12, lr=1e-3,
-                    scale=16.0, augment="none", eval_every=2),
+                    scale=16.0, eval_every=2),
     "faces": dict(SMALL, size=48, depth=4, dim=64, heads=4, limit=6000, epochs=12, batch_size=32,
-                  also_rpe="none", align_steps=4, eval_every=6),
+                  eval_every=6),
 }
-# The supplement gives the size, batch and epochs of "widerface"; the rest is ours.
-WIDER = dict(size=160, batch_size=320, epochs=750, lr=1e-3, weight_decay=0.05, warmup=3.0, augment="full",
-             clip=5.0, box="face", eval_every=10)
-SMALL_WIDER = dict(WIDER, batch_size=16, epochs=10, lr=2e-3, warmup=1.0, augment="move", cache="device",
-                   eval_every=5)
-DFA_PRESETS = {
-    "widerface": dict(WIDER),
-    "folder": dict(SMALL_WIDER, box="landmarks"),
-    "youtube": dict(SMALL_WIDER, box="landmarks"),
-    "faces": dict(SMALL_WIDER),
-}
-# Sec. 5: 32 people x 4 sequences, 60,000 steps (93 an epoch). The rest is OpenGait's.
-GAIT3D = dict(model="own", rpe="kp-multihead", dim=256, heads=16, epochs=645, batch_size=128, frames=30,
-              lr=3e-4, weight_decay=0.02, warmup=0.0, clip=0.0, eval_every=65)
-WALKERS = dict(GAIT3D, dim=32, heads=2, epochs=20, batch_size=32, frames=4, lr=2e-3, warmup=1.0,
-               also_rpe="swin", unaligned=True, eval_every=10)
-# --task, and the presets of its --data; without --data it is the last one, which needs no files.
-TASKS = {"face": PRESETS, "dfa": DFA_PRESETS, "gait": {"gait3d": GAIT3D, "walkers": WALKERS}}
-# Flags that a task other than "face" reads; the others are refused.
-READ = {"dfa": {
-    "task", "data", "data_root", "output", "epochs", "batch_size", "lr", "weight_decay", "gpus", "device",
-    "workers", "seed", "amp", "compile", "limit", "resume", "eval", "predict", "weights", "box", "cache",
-    "size", "eval_every", "points", "detector", "augment", "warmup", "clip"}, "gait": {
-    "task", "data", "data_root", "output", "epochs", "batch_size", "lr", "weight_decay", "gpus", "device",
-    "workers", "seed", "amp", "compile", "limit", "resume", "eval", "eval_every", "dim", "heads", "drop_path",
-    "rpe", "also_rpe", "rpe_lr", "frames", "warmup", "clip", "unaligned"}}
-RECORDS = ("ms1m-small", "webface-base")
+RECORDS = ("ms1m-small", "webface-base")  # sets of images that are aligned already
 DRAWN = {"train": 1600, "test": 400}  # faces of --data faces
-DRAWN_WALKERS = {"train": dict(people=100), "test": dict(people=60, sequences=4, frames=16)}
-SEQUENCES = 4  # of each person in a batch (gait)
-SPOIL = dict(shift=6.0, zoom=0.2)  # of crops of 64 x 44 px, --unaligned (gait)
-BOXES = ("image", "landmarks", "face")
-MODELS = ("small", "base", "own", "iresnet50", "iresnet101")
-CANVAS = 40  # px, side of a canvas of digits: affNIST's
-# --rpe. With a bias by Eq. (5): "euclidean", "cross" and "product", from a learned table over that distance;
-# kp-*, from tables made of the keypoints (Table 2), over the product distance. That is also "irpe"'s, which
-# adds vectors to queries, keys and values by Eq. (4). Each keeps the positional embedding of Eq. (3).
+# --rpe. Biases by Eq. (5): euclidean, cross and product, from a learned table over that distance; kp-*,
+# from tables made of the keypoints (Table 2), over the product distance. That is also irpe's, which adds
+# vectors to queries, keys and values by Eq. (4). Each keeps the position embedding of Eq. (3).
 STATIC = ("euclidean", "cross", "product")
 KEYPOINT = ("kp-absolute", "kp-relative", "kp-multihead")
 RPES = ("none", *STATIC, "irpe", *KEYPOINT)
-SWIN = ("none", "swin", *KEYPOINT)  # of --task gait
 FUSIONS = ("average", "norm", "landmark")  # --fusion
 
 
 def parse_args(argv=None):
-    """Flags, with the defaults of the preset of --task and --data. `args.given` lists what was typed."""
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chooser.add_argument("--task", default="face", choices=TASKS)
-    presets = TASKS[chooser.parse_known_args(argv)[0].task]
-    chooser.add_argument("--data", default=[*presets][-1], choices=presets)
-    data = chooser.parse_known_args(argv)[0].data
-    parser = argparse.ArgumentParser(description="Keypoint relative position encoding", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    switch = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("shared by all scripts").add_argument
-    add("--task", default="face", choices=TASKS, help="what is learned")
-    add("--data", default=data, choices=presets, help="data set, and the preset of all other flags")
-    add("--data-root", default="", help="folder of the data set; the README shows the layout of each")
-    add("--output", default="", help="folder of the run (default: runs/kprpe-DATA, or the next number)")
-    add("--epochs", type=int, default=34, help="passes over the training set")
-    add("--batch-size", type=int, default=512, help="images a step, over all GPUs")
-    add("--lr", type=float, default=1e-3, help="learning rate at its highest")
-    add("--weight-decay", type=float, default=0.05, help="weight decay of matrices and class weights")
-    add("--gpus", type=int, default=1, help="processes to start, one a GPU; batch norms see their own share")
-    add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto: a GPU if there is one")
-    add("--workers", type=int, default=-1, help="loader processes a GPU; -1: 8 for a GPU, none for a CPU")
-    add("--seed", type=int, default=0, help="seed of weights, order and augmentation")
-    add("--amp", action=switch, default=False, help="bfloat16 on a GPU; cosines and loss in float32")
-    add("--compile", action=switch, default=False, help="torch.compile; minutes at first, then faster")
-    add("--limit", type=int, default=0, help="at most so many images a split, but of records; "
-        "of gait so many people; 0: all")
-    add("--resume", action="store_true", help="continue the run in --output, or the newest run on this data")
-    add("--eval", default="", metavar="CKPT", help="evaluate this checkpoint and stop")
-    add("--predict", nargs="+", default=[], metavar="PATH", help="images or folders to embed")
-    add("--weights", default="", metavar="CKPT", help="checkpoint for --predict")
-    add("--box", default="image", help="the unaligned crop: 'image' (all of it), 'landmarks' (their box) or "
-        "'face' (the set's own box); with --predict, x0,y0,x1,y1 in pixels")
-    add("--cache", default="", help="keep decoded crops: a folder (one file, opened again by the next run), "
-        "or 'device' (in the GPU's memory, where the warp then runs; on a CPU in memory)")
-    add("--size", type=int, default=112, help="side of the crop in px, a multiple of --patch")
-    add("--margin", type=float, default=1.4, help="side of the unaligned crop over the longer side of "
-        "the box; 1.4 suits a box of 68 landmarks, 3 one of five")
-    add("--eval-every", type=int, default=1, help="epochs between evaluations; the last is always evaluated")
-    add("--points", type=int, default=68, help="landmarks of the drawn faces; every other set has its own")
-    add("--detector", default="", metavar="ONNX", help="YuNet model file, to find the faces of --predict and "
-        "their keypoints")
-    own_flags(parser)
-    parser.set_defaults(**presets[data])
-    args = parser.parse_args(argv)
-    # argparse fills in no default where the namespace has a value, so what is not None now was typed.
-    typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
-    args.given = sorted(key for key, value in vars(typed).items() if value is not None)
-    check_flags(args, parser.error)
+    """The flags of all scripts and those of --task, with the defaults of the preset of --data."""
+    task = run.peek(argv, "--task", list(TASKS), "face")
+    if task == "face":
+        parser = run.make_parser("kprpe", "Keypoint relative position encoding", PAPER, PRESETS, argv,
+                                 ("image", "landmarks", "face"))
+        face_flags(parser)
+    elif task == "dfa":
+        parser = run.make_parser("kprpe-dfa", "KP-RPE's face aligner", DFA_PAPER, DFA_PRESETS, argv,
+                                 ("face", "landmarks"))
+        dfa_flags(parser)
+    else:
+        parser = run.make_parser("kprpe-gait", "KP-RPE on gait", GAIT_PAPER, GAIT_PRESETS, argv)
+        gait_flags(parser)
+    add = parser.add_argument_group("all tasks").add_argument
+    add("--task", default="face", choices=TASKS, help="what is learned; each task has its own flags")
+    add("--warmup", type=run.nonnegative, default=3.0, help="epochs over which the rate rises to --lr")
+    add("--clip", type=run.nonnegative, default=5.0, help="largest norm of the gradient; 0: any")
+    parser.prog = "kprpe.py"
+    args = run.parse(parser, argv)
+    if task == "face":
+        check_faces(args, parser.error)
+    elif task == "gait":
+        check_gait(args, parser.error)
     return args
 
 
-def own_flags(parser: argparse.ArgumentParser):
-    """Adds the flags of this script alone."""
-    switch = argparse.BooleanOptionalAction
+def face_flags(parser):
+    """Adds the flags of --task face."""
+    switch = run.argparse.BooleanOptionalAction
     add = parser.add_argument_group("network").add_argument
+    add("--size", type=run.within(int, 8, 1024), default=112, help="side of the crop in px, a multiple of "
+        "--patch")
     add("--model", default="small", choices=MODELS, help="of Table 3, or a ViT by the next four flags")
-    add("--dim", type=int, default=192, help="width of --model own")
-    add("--depth", type=int, default=6, help="layers of --model own")
-    add("--heads", type=int, default=6, help="attention heads of --model own")
-    add("--mlp-ratio", type=float, default=3.0, help="hidden width over --dim of --model own")
-    add("--patch", type=int, default=8, help="side of a patch in px")
-    add("--drop-path", type=float, default=0.1, help="chance that an image skips the last block's branches")
-    add("--rpe", default="kp-multihead", choices=(*RPES, "swin"), help="position encoding of ViTs (Tables 1 "
-        "and 2); 'swin': --task gait's own, of which it also has none and kp-*")
-    add("--also-rpe", default="", help="encodings to train with after it, for comparison, as none,irpe")
-    add("--num-keypoints", type=int, default=5, help="the first 0 to 5 of the keypoints (supp. 2.2)")
+    add("--dim", type=run.positive, default=192, help="width of --model own")
+    add("--depth", type=run.within(int, 1, 1000), default=6, help="layers of --model own")
+    add("--heads", type=run.positive, default=6, help="attention heads of --model own")
+    add("--mlp-ratio", type=run.above_zero, default=3.0, help="hidden width over --dim of --model own")
+    add("--patch", type=run.positive, default=8, help="side of a patch in px")
+    add("--drop-path", type=run.fraction, default=0.1, help="chance that an image skips the last block")
+    add("--rpe", default="kp-multihead", choices=RPES, help="position encoding of ViTs (Tables 1 and 2)")
+    add("--num-keypoints", type=run.within(int, 0, 5), default=5, help="the first of the five keypoints "
+        "that kp-* gets (supp. 2.2)")
     add("--draw-keypoints", action=switch, default=False, help="mark them in the image (Fig. 1, Abs-PE*)")
     add = parser.add_argument_group("training").add_argument
-    add("--loss", default="adaface", choices=list(MARGINS), help="margin of the softmax (supp. 2.1)")
-    add("--scale", type=float, default=64.0, help="what cosines are multiplied by in the softmax")
-    add("--sample-rate", type=float, default=1.0, help="PartialFC: share of the classes that a step sees")
-    add("--rpe-lr", type=float, default=0.0, help="learning rate of relative encodings (all of --rpe but "
-        "none) over --lr; 0: sqrt(d) for biases, as the code's form of Eq. 5 learns, and 1 for irpe")
-    add("--augment", default="full", choices=list(AUGMENTATIONS), help="'full' (Table 6), 'wide' "
-        "(more shift and rotation), 'move' (more shift, geometry alone), 'plain' (AdaFace's: crop, low "
-        "resolution, colour, mirror), 'mirror' or 'none'")
-    add("--repeat", type=float, default=0.5, help="chance that the next image is one of the same person")
-    add("--warmup", type=float, default=3.0, help="epochs over which the rate rises to --lr")
-    add("--frames", type=int, default=30, help="frames of a sequence that a step sees (--task gait)")
-    add("--clip", type=float, default=5.0, help="largest norm of the gradient; 0: any")
+    add("--loss", default="adaface", choices=MARGINS, help="margin of the softmax (supp. 2.1)")
+    add("--scale", type=run.above_zero, default=64.0, help="what cosines are multiplied by")
+    add("--sample-rate", type=run.within(float, 1e-6, 1), default=1.0, help="PartialFC: share of the "
+        "classes that a step sees")
+    add("--rpe-lr", type=run.nonnegative, default=0.0, help="learning rate of relative encodings over --lr; "
+        "0: sqrt(d) for biases, as the code's form of Eq. 5 learns, and 1 for irpe")
+    add("--augment", default="full", choices=[*MOVES, "none"], help="Table 6's; wide: with more shift and "
+        "rotation; digits have their own")
+    add("--repeat", type=run.fraction, default=0.5, help="chance that the next image is one of the same "
+        "person")
     add("--landmarks", default="", metavar="PATH", help="landmarks of a set that has none of its own: a CSV "
         "of image,x0,y0,..., or a folder with the images' tree of .pts, as the landmark scripts write it")
-    add("--dfa", default="", metavar="CKPT", help="find the keypoints of crops, and of the images of "
-        "--predict, by this checkpoint of --task dfa")
+    add("--dfa", type=run.file, default="", metavar="CKPT", help="find the keypoints by this checkpoint of "
+        "--task dfa")
     add = parser.add_argument_group("evaluation").add_argument
-    add("--fusion", default="", help="also identify templates of the test split, videos, by features that "
-        "are fused so (Eqs. 16 to 18): some of average,norm,landmark")
-    add("--unaligned", action=switch, default=False, help="also verify on unaligned crops (Tables 1, 2)")
-    add("--align-steps", type=int, default=0, help="at the end also verify in so many steps between (Fig. 5)")
-    add("--keypoint-noise", default="", help="at the end also verify with noise on keypoints, shares of "
-        "the crop's side, as 0.02,0.05,0.1 (Eq. 12)")
+    add("--unaligned", action=switch, default=False, help="also test on unaligned crops (Tables 1, 2)")
+    add("--keypoint-noise", type=run.listed(run.fraction), default=[], help="at the end also test with "
+        "noise on keypoints, shares of the crop's side, as 0.02,0.05,0.1 (Eq. 12)")
+    add("--fusion", type=run.listed(fusion_rule), default=[], help="also identify templates of the test "
+        "split, videos, by features that are fused so (Eqs. 16 to 18): some of average,norm,landmark")
     add("--test", nargs="+", default=[], metavar="PATH", help="sets to verify and identify on, beside the "
         "test split: a .bin, the folder of LFW, TinyFace, IJB-C, ..., a .csv of pairs or of roles; "
         "landmarks, if they have none, from PATH.landmarks.csv")
-    add("--align", action=switch, default=True, help="whether --predict aligns faces by their keypoints")
 
 
-def check_flags(args, error: Callable[[str], None]):
-    """Calls `error` with a message for the first flag whose value cannot be meant."""
-    wanted = [(name, getattr(args, name) >= least, f"at least {least}") for name, least in [
-        ("epochs", 1), ("batch_size", 2), ("gpus", 1), ("limit", 0), ("seed", 0), ("eval_every", 1),
-        ("dim", 1), ("depth", 1), ("heads", 1), ("patch", 1), ("size", 1), ("workers", -1),
-        ("align_steps", 0), ("frames", 1)]]
-    wanted += [(name, 0 <= getattr(args, name) < math.inf, "at least 0") for name in (
-        "weight_decay", "warmup", "clip", "rpe_lr")]
-    wanted += [(name, 0 < getattr(args, name) < math.inf, "more than 0") for name in (
-        "lr", "margin", "mlp_ratio", "scale")]
-    wanted += [(name, 0 <= getattr(args, name) < 1, "0 to 1, below 1") for name in ("drop_path", "repeat")]
-    encodings = SWIN if args.task == "gait" else RPES
-    side = 32 if args.task == "dfa" else 16 if args.model.startswith("iresnet") else args.patch
-    wanted += [("size", args.size % max(side, 1) == 0, f"a multiple of {side}"),
-               ("dim", args.dim % max(args.heads, 1) == 0, f"a multiple of --heads {args.heads}"),
-               ("batch_size", args.task != "gait" or args.batch_size % (SEQUENCES * args.gpus) == 0,
-                f"a multiple of {SEQUENCES} sequences of a person x --gpus {args.gpus}"),
-               ("num_keypoints", 0 <= args.num_keypoints <= 5, "0 to 5"),
-               ("sample_rate", 0 < args.sample_rate <= 1, "above 0, at most 1"),
-               ("points", args.points in datasets.SCHEMES, f"one of {list(datasets.SCHEMES)}"),
-               ("keypoint_noise", all(0 < a <= 0.3 for a in numbers(args.keypoint_noise)),
-                "numbers above 0, at most 0.3, as 0.02,0.05"),
-               ("rpe", args.rpe in encodings, f"one of {', '.join(encodings)} for --task {args.task}"),
-               ("also_rpe", {*words(args.also_rpe)} <= {*encodings}, f"some of {', '.join(encodings)}"),
-               ("fusion", {*words(args.fusion)} <= {*FUSIONS}, f"some of {', '.join(FUSIONS)}")]
-    for name, holds, what in wanted:
-        if not holds:
-            error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {what}")
-    if args.model.startswith("iresnet") and "also_rpe" not in args.given:
-        args.also_rpe = ""  # a preset's
-    if args.model.startswith("iresnet") and (args.rpe != "none" or args.also_rpe or args.data == "affnist"):
-        error(f"--model {args.model} is for faces, and has no position encoding: give --rpe none")
-    if args.batch_size % args.gpus:
-        error(f"--batch-size {args.batch_size} does not divide over --gpus {args.gpus}")
-    if args.box not in BOXES and (not args.predict or parse_box(args.box) is None):
-        error(f"--box {args.box}: expected image, landmarks or face, with --predict x0,y0,x1,y1 in pixels, "
-              f"x0 < x1, y0 < y1 (written --box=-5,... where x0 is negative)")
-    if args.cache and "cache" in args.given and (args.box == "image" or args.data in (*RECORDS, "affnist")):
-        error("--cache goes with --box landmarks or face; whole images are read anew")
-    refuse_idle(args, error)
-    if args.detector and not os.path.isfile(args.detector):
-        error(f"--detector: no file {args.detector}")
-    if bool(args.predict) != bool(args.weights):
-        error("--predict PATH and --weights CKPT belong together: images, and a checkpoint of this script")
-    if args.eval and (args.predict or args.resume):
-        error("--eval goes neither with --predict nor with --resume")
-    if args.detector and not args.predict:
-        error("--detector belongs to --predict")
+def fusion_rule(word: str) -> str:
+    """One of FUSIONS."""
+    if word not in FUSIONS:
+        raise ValueError(word)
+    return word
 
 
-def refuse_idle(args, error: Callable[[str], None]):
-    """Calls `error` with a message for the first flag that was typed and that nothing would read."""
-    typed = lambda *names: [f"--{name.replace('_', '-')}" for name in names
-                            if name in args.given and getattr(args, name)]
-    for flag in typed(*sorted(vars(args).keys() - READ[args.task] if args.task in READ else {"frames"})):
-        error(f"{flag} does not belong to --task {args.task}")
-    trains = not (args.eval or args.predict or args.resume)  # else the checkpoint says what the data are
-    if args.data == "affnist":
-        for flag in typed("box", "margin", "landmarks", "test", "align_steps", "unaligned", "points", "dfa",
-                          "fusion"):
-            error(f"{flag} is for faces, not for --data affnist")
-        if args.size != CANVAS or args.augment != "none":
-            error(f"--data affnist: its canvas is its augmentation; expected --size {CANVAS} --augment none")
-    if trains and args.data in (*RECORDS, "affnist") and not args.data_root:
+def check_faces(args, error: Callable):
+    """Calls `error` for flags of --task face that do not go together."""
+    convolutional = args.model.startswith("iresnet")
+    side = 16 if convolutional else args.patch
+    if args.size % side:
+        error(f"--size {args.size}: expected a multiple of {side}")
+    if args.model == "own" and args.dim % args.heads:
+        error(f"--dim {args.dim}: expected a multiple of --heads {args.heads}")
+    if convolutional and args.rpe != "none":
+        error(f"--model {args.model} has no position encoding: give --rpe none")
+    if args.data in (*RECORDS, "affnist") and not (args.data_root or args.eval or args.resume):
         error(f"--data {args.data}: give --data-root, the folder of its files")
-    if (trains or "data" in args.given) and args.data in ("faces", "youtube") and args.landmarks:
-        error(f"--landmarks: the images of --data {args.data} have their own")
-    for flag in typed("dim", "depth", "heads", "mlp_ratio") if args.model != "own" else ():
-        error(f"{flag} belongs to --model own, not {args.model}")
-    for flag in typed("also_rpe") if args.eval or args.predict else ():
-        error(f"{flag} belongs to training, not to --eval and --predict")
-    if trains and "num_keypoints" in args.given and not {args.rpe, *words(args.also_rpe)} & {*KEYPOINT}:
-        error(f"--num-keypoints belongs to --rpe {', '.join(KEYPOINT)}, not {args.rpe}")
-
-
-def words(text: str) -> list[str]:
-    """The words of "none,irpe"."""
-    return text.split(",") if text else []
-
-
-def numbers(text: str) -> list[float]:
-    """The numbers of "0.02,0.05"; [nan] if they are none."""
-    try:
-        return [float(word) for word in words(text)]
-    except ValueError:
-        return [math.nan]
-
-
-def parse_box(text: str) -> list[float] | None:
-    """The numbers of "x0,y0,x1,y1" if they are a box."""
-    try:
-        x0, y0, x1, y1 = map(float, text.split(","))
-    except ValueError:
-        return None
-    return [x0, y0, x1, y1] if -math.inf < x0 < x1 < math.inf and -math.inf < y0 < y1 < math.inf else None
 
 
 # ---- Position encodings: Sec. 3 ------------------------------------------------------------------
@@ -366,9 +234,11 @@ DISTANCES = {"euclidean": 7, "cross": 14, "product": 49}  # K of each distance, 
 
 def quantise(x: torch.Tensor) -> torch.Tensor:
     """Piecewise index of Wu et al., "Rethinking and Improving Relative Position Encoding for Vision
-    Transformer" (iRPE), ICCV 2021, at the code's ratio 1.9: whole offsets -> long, 0, +-1, +-2 (for 2 and 3)
-    and +-3 (from 4 on)."""
-    alpha, beta, gamma = 1.9, 2 * 1.9, 8 * 1.9
+    Transformer" (iRPE), ICCV 2021, at the code's ratio 1.9: whole offsets -> long, 0, +-1, +-2 (for 2
+    and 3) and +-3 (from 4 on)."""
+    alpha = 1.9
+    beta = 2 * alpha
+    gamma = 8 * alpha
     far = alpha + (x.abs().clamp(min=1) / alpha).log() / math.log(gamma / alpha) * (beta - alpha)
     # The code cuts to a whole number after the minimum, so that beta = 3.8 makes 3 the largest index.
     return torch.where(x.abs() <= alpha, x.round(), x.sign() * far.round().clamp(max=beta)).long()
@@ -377,12 +247,13 @@ def quantise(x: torch.Tensor) -> torch.Tensor:
 def bucket_ids(height: int, width: int, method: str) -> torch.Tensor:
     """d(i, j) of all pairs of N = height * width patches, query i and key j both counted row by row.
 
-    Args: method, "euclidean" (the rounded distance, quantised: 7 ids, of which the lower 3 stay free, as no
-        distance is negative), "product" (49 ids: quantised row offset times quantised column offset) or
-        "cross" (7 ids of the rows and 7 others of the columns; the values of both are added).
+    Args: method, "euclidean" (the rounded distance, quantised: 7 ids, of which the lower 3 stay free,
+        as no distance is negative), "product" (49 ids: quantised row offset times quantised column
+        offset) or "cross" (7 ids of the rows and 7 others of the columns; the values of both are
+        added).
     Returns: (N, N) long; of "cross" (2, N, N).   Raises: ValueError.
-    Source: Sec. 3.1; iRPE's code. Offsets are query - key: 24 is a patch's own product id, and on a 14 x 14
-        grid the query (7, 7) of Fig. 3 has 48 at the key (0, 0).
+    Source: Sec. 3.1; iRPE's code. Offsets are query - key: 24 is a patch's own product id, and on a
+        14 x 14 grid the query (7, 7) of Fig. 3 has 48 at the key (0, 0).
     """
     if method not in DISTANCES or height < 1 or width < 1:
         raise ValueError(f"distance {method!r} on a grid of {height} x {width}: expected one of "
@@ -391,166 +262,116 @@ def bucket_ids(height: int, width: int, method: str) -> torch.Tensor:
     rows, columns = (places[:, None] - places).unbind(-1)                     # (N, N) each, query - key
     if method == "euclidean":
         return quantise(rows.hypot(columns).round()) + 3
-    rows, columns = quantise(rows) + 3, quantise(columns) + 3
+    rows = quantise(rows) + 3
+    columns = quantise(columns) + 3
     return 7 * rows + columns if method == "product" else torch.stack([rows, 7 + columns])
 
 
-class GatherPairs(torch.autograd.Function):
-    """keypoint (B, H, K) + static (H, N, K) or 0, read at ids (1 or 2, N, N) -> (B, H, N, N) of `dtype`.
-    As torch.gather, which however keeps the sum, (B, H, N, K), for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, keypoint, static, ids, dtype):
-        ctx.save_for_backward(ids)
-        ctx.type, (B, H, K), N = keypoint.dtype, keypoint.shape, ids.shape[1]
-        ctx.shape = (B, H, N, K)
-        table = (keypoint[:, :, None] + static).to(dtype).expand(ctx.shape)
-        maps = [table.gather(-1, own.expand(B, H, -1, -1)) for own in ids]
-        return sum(maps[1:], maps[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        table = grad.new_zeros(ctx.shape, dtype=ctx.type)
-        for own in ctx.saved_tensors[0]:
-            table.scatter_add_(-1, own.expand_as(grad), grad.to(ctx.type))
-        return table.sum(2), table.sum(0) if ctx.needs_input_grad[1] else None, None, None
-
-
 class PairBias(nn.Module):
-    """From values by bucket to values by pair of patches: bias_ij = (keypoint + static_i)[d(i, j)].
+    """From tables by distance to a number for each pair of patches.
 
-    Args: grid, patches (height, width); method, as of `bucket_ids`. `forward`: keypoint (B, H, K); static (H,
-    N, K) or 0; dtype, of the queries -> (B, H, N, N). The backward pass needs constants alone, and nothing of
-    the images, whose tables f(P) would take 14.8 MB each for the base network.
+    Args: grid, patches (height, width); method, of `bucket_ids`. `forward`: a table of each image, the
+        same for all queries (B, H, K), and one of each query, the same for all images (H, N, K), or
+        None; their sum is the table -> (B, H, N, N).
+    The table is read by a product with 0 and 1. The backward pass of a gather would add by atomics on a
+    GPU, slowly and in no fixed order, and keep the sum of both, 14.8 MB an image for the base network.
     """
 
     def __init__(self, grid: tuple[int, int], method: str):
         super().__init__()
-        ids = bucket_ids(*grid, method).view(-1, *(math.prod(grid),) * 2)
-        pairs = (ids == torch.arange(DISTANCES[method])[:, None, None, None]).any(1)
-        self.register_buffer("ids", ids, persistent=False)                    # (1 or 2, N, N)
-        # M: N filled up with zeros to a multiple of 8. A GPU's attention copies a bias of other row lengths.
-        # In bfloat16, which is exact for 0 and 1, all layers of a bfloat16 run share it without a cast.
-        pairs = F.pad(pairs.bfloat16(), (0, -len(ids[0]) % 8))
-        self.register_buffer("pairs", pairs, persistent=False)                # (K, N, M)
+        self.patches = math.prod(grid)
+        ids = bucket_ids(*grid, method).view(-1, self.patches, self.patches)  # (1 or 2, N, N)
+        one_hot = (ids == torch.arange(DISTANCES[method])[:, None, None, None]).any(1).float()
+        # A GPU's attention copies a bias whose rows are no multiple of 8 long: some zeros are added.
+        one_hot = F.pad(one_hot, (0, -self.patches % 8))
+        self.register_buffer("one_hot", one_hot, persistent=False)            # (K, N, N + zeros)
 
-    def forward(self, keypoint, static, dtype):
-        # On a GPU a gather's backward scatters with atomics; the product runs on the matrix units both ways,
-        # and always adds in the same order. On one thread of a CPU, forward and backward (14 x 14 patches,
-        # B = H = 8): gather 5.2 ms, product 17.5 ms, an index into the flattened tables 9.2 ms.
-        return (self.product if keypoint.is_cuda else self.gather)(keypoint, static, dtype)
-
-    def gather(self, keypoint, static, dtype):
-        """By index, from a table (B, H, N, K) that is dropped at once."""
-        static = static if isinstance(static, torch.Tensor) else keypoint.new_zeros(())
-        return GatherPairs.apply(keypoint, static, self.ids, dtype)
-
-    def product(self, keypoint, static, dtype):
-        """By products with 0 and 1, one for each image and one for all; of a row's M keys a view of N."""
-        pairs = self.pairs.to(dtype)
-        bias = torch.einsum("bhk,kij->bhij", keypoint.to(dtype), pairs)       # (B, H, N, M)
-        if isinstance(static, torch.Tensor):
-            bias += torch.einsum("hik,kij->hij", static.to(dtype), pairs)
-        return bias[..., :self.ids.shape[1]]                                  # (B, H, N, N)
+    def forward(self, of_image, of_query=None):
+        # Eq. (11): B_ij = f(P)[i, d(i, j)]
+        bias = torch.einsum("bhk,kij->bhij", of_image, self.one_hot)
+        if of_query is not None:
+            bias = bias + torch.einsum("hik,kij->hij", of_query, self.one_hot)
+        return bias[..., :self.patches]                                       # (B, H, N, N)
 
 
-class ContextualRPE(nn.Module):
-    """Eq. (4): attention with iRPE on queries, keys and values; its tables serve all heads of one layer.
+class StaticRPE(nn.Module):
+    """A learned table for each layer and head, by one of the three distances of Sec. 3.1.
+    Args and `forward`, which ignores the keypoints: as of `KPRPE`."""
 
-    Args: dim, of a head; buckets, K.   q, k, v (B, H, N, dim), ids (1, N, N) of d(i, j) -> (B, H, N, dim).
-    Source: iRPE, contextual mode. Eq. (4) has a term R^Q R^K too: paper; code: none; we follow the code. R^Q
-        is a table over d(j, i): code; paper: over d(i, j), the same but for the order of the buckets.
-    """
-
-    def __init__(self, dim: int, buckets: int):
+    def __init__(self, grid: tuple[int, int], depth: int, heads: int, method: str, scale: float = 1.0):
         super().__init__()
-        self.q, self.k, self.v = (nn.Parameter(torch.zeros(buckets, dim)) for _ in range(3))
+        self.scale = scale
+        self.table = nn.Parameter(torch.zeros(depth, heads, DISTANCES[method]))
+        self.pair_bias = PairBias(grid, method)
 
-    def forward(self, q, k, v, ids):
-        ids = ids[None].expand(*q.shape[:2], -1, -1)                          # (B, H, N, N)
-        # Eq. (4): e_ij = (Q_i K_j + Q_i R^K[d(i, j)] + R^Q[d(j, i)] K_j) / sqrt(d)
-        on_k, on_q = (q @ self.k.T).gather(-1, ids), (k @ self.q.T).gather(-1, ids).mT
-        a = ((q @ k.mT + on_k + on_q) * q.shape[-1] ** -0.5).softmax(-1)
-        # Eq. (4): Y_i = sum_j a_ij (V_j + R^V[d(i, j)]), the a_ij of one bucket summed before its R^V
-        by_bucket = a.new_zeros(*a.shape[:-1], len(self.v)).scatter_add(-1, ids, a)   # (B, H, N, K)
-        return a @ v + by_bucket @ self.v
+    def forward(self, points=None):
+        for table in self.table * self.scale:
+            yield self.pair_bias(table[None])  # Eq. (6): B_ij = W[d(i, j)]   (1, H, N, N)
 
 
 class KPRPE(nn.Module):
-    """Keypoint relative position encoding: what each query adds to its attention by distance bucket.
+    """Keypoint relative position encoding: keypoints P (B, L, 2) -> B of Eq. (5), (B, H, N, N), times
+    `scale`, of one layer after the other.
 
-    Keypoints are ((x + 0.5) / W, (y + 0.5) / H) for pixel centres at whole numbers, as the grid's are patch
-    centres: so a mirrored image has the keypoints (1 - x, y), left and right renamed. (Code: x / W, half a
-    pixel off its grid.) They may lie outside [0, 1], and gradients reach them.
-    Args: keypoints, L; grid, patches (height, width); depth, layers of the network; heads; variant, of Sec.
-        3.2: "absolute" or "relative" (one table for all layers and heads) or "multihead" (one for each), or
-        the --rpe flag that names it.
+    Keypoints are ((x + 0.5) / W, (y + 0.5) / H) for pixel centres at whole numbers, as the grid's are
+    patch centres: so a mirrored image has the keypoints (1 - x, y), left and right renamed. They may
+    lie outside [0, 1], and gradients reach them.
+    Args: keypoints, L; grid, patches (height, width); depth, layers of the network; heads; variant, of
+        Sec. 3.2: "kp-absolute" or "kp-relative" (one table for all layers and heads) or "kp-multihead"
+        (one for each); scale, 1 / sqrt(d) of Eq. (5), here where B is still small.
     Raises: ValueError.
     """
 
-    def __init__(self, keypoints: int, grid: tuple[int, int], depth: int, heads: int, variant: str):
+    def __init__(self, keypoints: int, grid: tuple[int, int], depth: int, heads: int, variant: str,
+                 scale: float = 1.0):
         super().__init__()
-        if f"kp-{variant.removeprefix('kp-')}" not in KEYPOINT or keypoints < 1:
-            raise ValueError(f"variant {variant!r} of {keypoints} keypoints: expected absolute, relative or "
-                             "multihead, and at least 1 keypoint")
-        self.keypoints, self.depth, self.heads = keypoints, depth, heads
-        self.variant = variant.removeprefix("kp-")
-        self.own = (depth, heads) if self.variant == "multihead" else (1, 1)
-        # W_L with a bias: code, and Table 3's parameters; paper: without. At 0 the net is the plain ViT.
+        if variant not in KEYPOINT or keypoints < 1:
+            raise ValueError(f"variant {variant!r} of {keypoints} keypoints: expected one of "
+                             f"{', '.join(KEYPOINT)}, and at least 1 keypoint")
+        self.keypoints = keypoints
+        self.depth = depth
+        self.heads = heads
+        self.variant = variant
+        self.scale = scale
+        self.own = (depth, heads) if variant == "kp-multihead" else (1, 1)
+        # W_L with a bias: code, and Table 3's parameters. At 0 the network is the plain ViT.
         self.keypoint_linear = nn.Linear(2 * keypoints, math.prod(self.own) * DISTANCES["product"])
         nn.init.zeros_(self.keypoint_linear.weight)
         nn.init.zeros_(self.keypoint_linear.bias)
-        rows, columns = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in grid)
-        self.register_buffer("grid", torch.cartesian_prod(rows, columns).view(-1, 2).flip(1),
-                             persistent=False)                                # (N, 2) M, xy in [0, 1]
+        rows, columns = ((torch.arange(n) + 0.5) / n for n in grid)
+        centres = torch.cartesian_prod(rows, columns).view(-1, 2).flip(1)
+        self.register_buffer("grid", centres, persistent=False)               # (N, 2), M: xy in [0, 1]
+        self.pair_bias = PairBias(grid, "product")
 
-    def spread(self, f: torch.Tensor) -> torch.Tensor:
-        """What W_L puts out, (..., depth * H * K) or one table's (..., K) -> (depth, H, ..., K)."""
-        f = f.unflatten(-1, (*self.own, -1)).movedim((-3, -2), (0, 1))
-        return f.expand(self.depth, self.heads, *f.shape[2:])
+    def forward(self, points: torch.Tensor) -> Iterator[torch.Tensor]:
+        for of_image, of_query in zip(*self.tables(points)):
+            yield self.pair_bias(of_image * self.scale, None if of_query is None else of_query * self.scale)
 
-    def coordinates(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """P (B, L, 2) and M (N, 2), in the type of the weights.   Raises: see `check_keypoints`."""
-        weight = self.keypoint_linear.weight
-        return check_keypoints(points, self.keypoints).to(weight), self.grid.to(weight)
-
-    def tables(self, points: torch.Tensor) -> torch.Tensor:
-        """f(P) as the paper's equations read, for reference: (B, L, 2) in [0, 1] -> (depth, B, H, N, K)."""
-        points, grid = self.coordinates(points)
-        if self.variant == "absolute":
-            # Eq. (7): B_ij = f(P)[d(i, j)], with f(P) = P' W_L: the same for every query
-            # (Code: its bias has an axis of length 1 where the keys should be, which cancels in the softmax.)
-            D = points.flatten(1)[:, None].expand(-1, len(grid), -1)          # (B, N, 2L)
-        else:
-            # Eq. (8): D = Expand(M, dim=1) - Expand(P, dim=0)
-            D = grid[:, None] - points[:, None]                               # (B, N, L, 2)
-            # Eq. (9): D' = Reshape(D)
-            D = D.flatten(2)                                                  # (B, N, 2L)
-        # Eq. (10): f(P) = D' W_L
-        return self.spread(self.keypoint_linear(D)).transpose(1, 2)           # (depth, B, H, N, K)
-
-    def split(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`tables` as a keypoint part (depth, B, H, K) and a static part (depth, H, N, K), to be added.
-
-        f(P) is linear in M - P, so W_L acts on P and on M apart. What depends on the image does not depend on
-        the query, and is N times smaller than the tables; what depends on the query is the same for all
-        images ("absolute": 0), so that the paper's "unique for each query" holds of this part alone.
-        """
-        points, grid = self.coordinates(points)
-        weight, bias = self.keypoint_linear.weight, self.keypoint_linear.bias
+    def tables(self, points: torch.Tensor):
+        """f(P) as the sum of a part of each image (depth, B, H, K) and one of each query (depth, H, N,
+        K), depth times None if it has none."""
+        W_L = self.keypoint_linear
+        P = check_keypoints(points, self.keypoints).to(W_L.weight.dtype).flatten(1)             # (B, 2L)
         with torch.autocast(points.device.type, enabled=False):
-            # Eq. (10) for all i: sum_l (M_i - P_l) w_l + b = (b - sum_l P_l w_l) + M_i sum_l w_l
-            absolute = self.variant == "absolute"
-            keypoint = F.linear(points.flatten(1) * (1 if absolute else -1), weight, bias)      # (B, out)
-            slope = weight.unflatten(1, (-1, 2)).sum(1)                       # (out, 2)
-            static = F.linear(grid, torch.zeros_like(slope) if absolute else slope)             # (N, out)
-        return self.spread(keypoint).transpose(1, 2), self.spread(static)
+            if self.variant == "kp-absolute":
+                # Eq. (7): B_ij = f(P)[d(i, j)], f(P) = P W_L, the same for every query
+                return self.by_layer(W_L(P)).transpose(1, 2), [None] * self.depth
+            # Eq. (8), (9): D' = Expand(M) - Expand(P), a row of L offsets for each query (B, N, 2L)
+            # Eq. (10): f(P) = D' W_L, which is Expand(M) W_L - Expand(P) W_L
+            M = self.grid.repeat(1, self.keypoints)                           # (N, 2L)
+            of_image = W_L.bias - F.linear(P, W_L.weight)
+            of_query = F.linear(M, W_L.weight)
+        return self.by_layer(of_image).transpose(1, 2), self.by_layer(of_query)
+
+    def by_layer(self, f: torch.Tensor) -> torch.Tensor:
+        """What W_L puts out, (A, depth * H * K) or one table's (A, K) -> (depth, H, A, K)."""
+        f = f.unflatten(1, (*self.own, -1)).permute(1, 2, 0, 3)
+        return f.expand(self.depth, self.heads, -1, -1)
 
 
 def check_keypoints(points: torch.Tensor, count: int) -> torch.Tensor:
-    """Keypoints (B, count, 2) as they are.   Raises: ValueError for another shape, and for values outside
-    [-2, 3] or not finite; values on a GPU are not read, as that would wait for it."""
+    """Keypoints (B, count, 2) as they are.   Raises: ValueError for another shape, and for values
+    outside [-2, 3] or not finite; values on a GPU are not read, as that would wait for it."""
     if points.ndim != 3 or points.shape[1:] != (count, 2):
         raise ValueError(f"keypoints have the shape {tuple(points.shape)}: expected (B, {count}, 2)")
     if points.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -560,57 +381,74 @@ def check_keypoints(points: torch.Tensor, count: int) -> torch.Tensor:
     return points
 
 
-# ---- Networks ------------------------------------------------------------------------------------
+class ContextualRPE(nn.Module):
+    """Attention with iRPE on queries, keys and values; its tables serve all heads of one layer.
+
+    Args: dim, of a head; grid.   q, k, v (B, H, N, dim) -> (B, H, N, dim).
+    Source: iRPE, contextual mode, product distance. Eq. (4) has a term R^Q R^K too; the code has none,
+        and we follow it. R^Q is a table over d(j, i) as in the code; in the paper over d(i, j), the
+        same but for the order of the buckets.
+    """
+
+    def __init__(self, dim: int, grid: tuple[int, int]):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Parameter(torch.zeros(DISTANCES["product"], dim)) for _ in range(3))
+        self.register_buffer("ids", bucket_ids(*grid, "product"), persistent=False)             # (N, N)
+
+    def forward(self, q, k, v):
+        ids = self.ids.expand(*q.shape[:2], -1, -1)                           # (B, H, N, N)
+        # Eq. (4): e_ij = (Q_i K_j + Q_i R^K[d(i, j)] + R^Q[d(j, i)] K_j) / sqrt(d)
+        on_keys = (q @ self.k.T).gather(-1, ids)
+        on_queries = (k @ self.q.T).gather(-1, ids).mT
+        a = ((q @ k.mT + on_keys + on_queries) * q.shape[-1] ** -0.5).softmax(-1)
+        # Eq. (4): Y_i = sum_j a_ij (V_j + R^V[d(i, j)]), the a_ij of one bucket summed before its R^V
+        by_bucket = a.new_zeros(*a.shape[:-1], len(self.v)).scatter_add(-1, ids, a)             # (B, H, N, K)
+        return a @ v + by_bucket @ self.v
+
+
+# ---- Network -------------------------------------------------------------------------------------
 
 # Table 3. The code's names; the supplement's "large" is the text's "base".
 VIT_SIZES = {"small": dict(dim=512, depth=12, heads=8, mlp_ratio=5, patch=8, image_size=112),
              "base": dict(dim=512, depth=24, heads=16, mlp_ratio=3, patch=8, image_size=112)}
+MODELS = ("small", "base", "own", "iresnet50", "iresnet101")
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: tokens (B, N, dim) -> the same, with the position encoding of one layer.
+    """Multi-head self-attention: tokens (B, N, dim) -> the same.
+    Args: contextual, a `ContextualRPE` or None. `forward` takes a bias B / sqrt(d), (B, H, N, N)."""
 
-    Args: rpe, one of RPES; buckets, K. `forward` takes `pairs`, a PairBias unless rpe is "none", and of kp-*
-    the `parts` of the layer's table, keypoint (B, H, K) and static (H, N, K). The bias (B, H, N, N) is made
-    here: no other layer's exists besides, but what attention keeps for the backward pass.
-    """
-
-    def __init__(self, dim: int, heads: int, rpe: str, buckets: int):
+    def __init__(self, dim: int, heads: int, contextual: ContextualRPE | None = None):
         super().__init__()
-        self.heads, self.scale = heads, (dim // heads) ** -0.5
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
-        self.table = nn.Parameter(torch.zeros(heads, buckets)) if rpe in STATIC else None
-        self.contextual = ContextualRPE(dim // heads, buckets) if rpe == "irpe" else None
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+        self.contextual = contextual
 
-    def forward(self, x, pairs=None, parts=None):
+    def forward(self, x, bias=None):
         # Eq. (1): Q_i = x_i W_Q, K_j = x_j W_K, V_j = x_j W_V
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
         if self.contextual is not None:
-            y = self.contextual(q, k, v, pairs.ids)
+            y = self.contextual(q, k, v)
         else:
-            bias = None
-            if self.table is not None:
-                # Eq. (6): B_ij = W[d(i, j)]
-                bias = pairs(self.table[None] * self.scale, 0, q.dtype)       # (1, H, N, N)
-            elif parts is not None:
-                # Eq. (11): B_ij = f(P)[i, d(i, j)]
-                bias = pairs(*(part * self.scale for part in parts), q.dtype)                   # (B, H, N, N)
-            # Eq. (2), Eq. (5): Y = softmax((Q K^T + B) / sqrt(d)) V, where the tables of B are divided before
-            # they are spread. Code: Q K^T / sqrt(d) + B; its W_L and tables times sqrt(d) are ours.
+            # Eq. (2) without a bias, Eq. (5) with one: Y = softmax((Q K^T + B) / sqrt(d)) V
             y = F.scaled_dot_product_attention(q, k, v, bias)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block (B, N, dim) -> the same: attention, then a hidden layer of ReLU6.
-    drop: chance that a sample skips a branch (stochastic depth, Huang et al., ECCV 2016)."""
+    In training a sample skips each branch with probability `drop` (stochastic depth)."""
 
-    def __init__(self, dim: int, heads: int, hidden: int, drop: float, rpe: str, buckets: int):
+    def __init__(self, dim: int, heads: int, hidden: int, drop: float,
+                 contextual: ContextualRPE | None = None):
         super().__init__()
         self.drop = drop
-        self.norm1, self.attn = nn.LayerNorm(dim), Attention(dim, heads, rpe, buckets)
-        self.norm2, self.mlp = nn.LayerNorm(dim), nn.Sequential(OrderedDict(
-            fc1=nn.Linear(dim, hidden), act=nn.ReLU6(), fc2=nn.Linear(hidden, dim)))
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads, contextual)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.ReLU6(),
+                                             fc2=nn.Linear(hidden, dim)))
 
     def skip(self, x):
         """A branch's output, 0 for the samples that skip it, the others scaled up in exchange."""
@@ -618,33 +456,20 @@ class Block(nn.Module):
             return x
         return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - self.drop).div_(1 - self.drop)
 
-    def forward(self, x, pairs=None, parts=None):
-        x = x + self.skip(self.attn(self.norm1(x), pairs, parts))
+    def forward(self, x, bias=None):
+        x = x + self.skip(self.attn(self.norm1(x), bias))
         return x + self.skip(self.mlp(self.norm2(x)))
-
-
-def check_image(image: torch.Tensor, wanted: tuple[int, int, int], training: bool) -> None:
-    """Raises ValueError unless images are (B, *wanted), and B at least 2 in training."""
-    if image.ndim != 4 or image.shape[1:] != wanted:
-        raise ValueError(f"images have the shape {tuple(image.shape)}: expected (B, C, H, W) with C, H, W = "
-                         f"{', '.join(map(str, wanted))}")
-    if training and len(image) < 2:
-        raise ValueError("a training batch of 1 image: batch norm needs at least 2; raise --batch-size")
-
-
-def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """Embeddings out of autocast: norms and cosines are taken of them."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ViT(nn.Module):
     """Images (B, channels, H, W) [, keypoints] -> embeddings (B, features), not normalised.
 
     Args: size, "small", "base", or a dict with any of the keys of VIT_SIZES (the others as in "small";
-        image_size is a side, or (height, width)); rpe, one of RPES; num_keypoints of kp-*, the first of the
-        five (as the code has it), 0 for the plain ViT (supp. 2.2); channels; features; drop_path, of the last
-        block, rising evenly from 0.
-    Raises: ValueError.   Source: Sec. 4.1 and Table 3; insightface's class, whose names of weights are kept.
+        image_size is a side, or (height, width)); rpe, one of RPES; num_keypoints of kp-*, the first of
+        the five (as the code has it), 0 for the plain ViT (supp. 2.2); channels; features; drop_path,
+        of the last block, rising evenly from 0.
+    Raises: ValueError.   Source: Sec. 4.1 and Table 3; insightface's class, whose names of weights are
+        kept.
     """
 
     def __init__(self, size: str | Mapping = "small", rpe: str = "none", num_keypoints: int = 5,
@@ -662,148 +487,92 @@ class ViT(nn.Module):
                              f"{patch}: expected no remainder")
         # Supp. 2.2 calls "no keypoints" the vanilla ViT, though W_L's bias would remain, an Eq. (6).
         self.rpe_name = "none" if rpe in KEYPOINT and num_keypoints == 0 else rpe
-        self.num_keypoints, self.wanted = num_keypoints, (channels, *side)
+        self.num_keypoints = num_keypoints
+        self.wanted = (channels, *side)
         grid = (side[0] // patch, side[1] // patch)
-        tokens, distance = math.prod(grid), rpe if rpe in STATIC else "product"
+        tokens = math.prod(grid)
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(channels, dim, patch, patch)))
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim))
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, int(dim * mlp_ratio), drop_path * i / max(depth - 1, 1), self.rpe_name,
-                  DISTANCES[distance]) for i in range(depth))
+        self.blocks = nn.ModuleList()
+        for i in range(depth):
+            contextual = ContextualRPE(dim // heads, grid) if rpe == "irpe" else None
+            drop = drop_path * i / max(depth - 1, 1)
+            self.blocks.append(Block(dim, heads, int(dim * mlp_ratio), drop, contextual))
         self.norm = nn.LayerNorm(dim)
-        self.feature = nn.Sequential(nn.Linear(tokens * dim, dim, bias=False), nn.BatchNorm1d(dim, eps=2e-5),
-                                     nn.Linear(dim, features, bias=False),
-                                     nn.BatchNorm1d(features, eps=2e-5))
-        self.init_weights()
-        # After the weights are drawn: its own start is 0.
-        self.rpe = KPRPE(num_keypoints, grid, depth, heads, rpe) if self.rpe_name in KEYPOINT else None
-        self.pairs = None if self.rpe_name == "none" else PairBias(grid, distance)
-
-    def init_weights(self):
-        """As insightface: normal weights of 0.02, cut at two units, biases 0; convolutions as torch draws."""
+        self.feature = nn.Sequential(
+            nn.Linear(tokens * dim, dim, bias=False), nn.BatchNorm1d(dim, eps=2e-5),
+            nn.Linear(dim, features, bias=False), nn.BatchNorm1d(features, eps=2e-5))
+        init_transformer(self)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.rpe = None  # made after the weights are drawn: it starts at 0
+        scale = (dim // heads) ** -0.5
+        if self.rpe_name in STATIC:
+            self.rpe = StaticRPE(grid, depth, heads, rpe, scale)
+        elif self.rpe_name in KEYPOINT:
+            self.rpe = KPRPE(num_keypoints, grid, depth, heads, rpe, scale)
 
-    def parts(self, keypoints: torch.Tensor | None):
-        """`KPRPE.split` layer by layer, or None for each.   Raises: ValueError."""
+    def biases(self, keypoints: torch.Tensor | None) -> Iterator:
+        """B / sqrt(d) of each block in turn, (B or 1, H, N, N), or None.   Raises: ValueError."""
         if self.rpe is None:
-            return [None] * len(self.blocks)
-        if keypoints is None:
-            raise ValueError(f"--rpe kp-{self.rpe.variant} needs keypoints (B, {self.num_keypoints}, 2) in "
-                             "[0, 1] beside the images")
-        if keypoints.ndim == 3 and keypoints.shape[1] == 5:
-            keypoints = keypoints[:, :self.num_keypoints]
-        return zip(*self.rpe.split(keypoints))
+            return itertools.repeat(None)
+        if isinstance(self.rpe, KPRPE):
+            if keypoints is None:
+                raise ValueError(f"--rpe {self.rpe_name} needs keypoints (B, {self.num_keypoints}, 2) in "
+                                 "[0, 1] beside the images")
+            if keypoints.ndim == 3 and keypoints.shape[1] == 5:
+                keypoints = keypoints[:, :self.num_keypoints]
+        return self.rpe(keypoints)
 
     def forward(self, image: torch.Tensor, keypoints: torch.Tensor | None = None) -> torch.Tensor:
         check_image(image, self.wanted, self.training)
         x = self.patch_embed(image)                                           # (B, dim, h, w)
         # Eq. (3): x' = x + PE
         x = x.flatten(2).mT + self.pos_embed                                  # (B, N, dim)
-        for block, parts in zip(self.blocks, self.parts(keypoints)):
-            x = block(x, self.pairs, parts)
+        for block, bias in zip(self.blocks, self.biases(keypoints)):
+            x = block(x, bias)
         return at_least_float32(self.feature(self.norm(x).flatten(1)))        # (B, features)
 
 
-def conv(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """(B, cin, H, W) -> (B, cout, H/stride, W/stride). No bias: the batch norm behind it has a shift."""
-    return nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False)
+def init_transformer(net: nn.Module):
+    """As insightface and Swin: linear weights normal with 0.02, cut at two units, their biases 0;
+    convolutions as torch draws them."""
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
-def conv_bn(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1, act=None) -> nn.Sequential:
-    """`conv` (0), batch norm (1) and, if its class is given, an activation (2); the shapes of `conv`."""
-    norm = nn.BatchNorm2d(cout)
-    return nn.Sequential(conv(cin, cout, kernel, stride, groups), norm, *([act(inplace=True)] if act else []))
+def check_image(image: torch.Tensor, wanted: tuple[int, int, int], training: bool):
+    """Raises: ValueError unless images are (B, *wanted); UserError for one image in training."""
+    if image.ndim != 4 or image.shape[1:] != wanted:
+        raise ValueError(f"images have the shape {tuple(image.shape)}: expected (B, C, H, W) with C, H, W = "
+                         f"{', '.join(map(str, wanted))}")
+    if training and len(image) < 2:
+        raise UserError("a training batch of 1 image: batch norm needs at least 2; raise --batch-size")
 
 
-class IRBlock(nn.Module):
-    """Batch norm, two 3x3 convolutions, shortcut: (B, cin, H, W) -> (B, planes, H/stride, W/stride).
-    Source: Deng et al., "ArcFace", CVPR 2019 (improved residual unit); AdaFace's code."""
-
-    def __init__(self, cin: int, planes: int, stride: int):
-        super().__init__()
-        self.shortcut_layer = nn.MaxPool2d(1, stride) if cin == planes else conv_bn(cin, planes, 1, stride)
-        self.res_layer = nn.Sequential(nn.BatchNorm2d(cin), *conv_bn(cin, planes, 3), nn.PReLU(planes),
-                                       *conv_bn(planes, planes, 3, stride))
-
-    def forward(self, x):
-        return self.res_layer(x) + self.shortcut_layer(x)
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Embeddings out of autocast: norms and cosines are taken of them."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class IResNet(nn.Module):
-    """Table 3's comparators, as AdaFace has them: images (B, 3, size, size) -> (B, features), not normalised.
-    `forward` takes keypoints like `ViT` and does not use them.
-    Args: depth, 50 or 101; size of the images in px, a multiple of 16.   Raises: ValueError.
-    Source: AdaFace's code, whose names of weights are kept."""
-
-    def __init__(self, depth: int = 50, size: int = 112, features: int = 512):
-        super().__init__()
-        units = {50: (3, 4, 14, 3), 101: (3, 13, 30, 3)}.get(depth)
-        if units is None or size % 16 or size < 16:
-            raise ValueError(f"IResNet{depth}, images of {size} px: expected 50 or 101, and a multiple of 16")
-        self.wanted = (3, size, size)
-        self.input_layer = nn.Sequential(*conv_bn(3, 64, 3), nn.PReLU(64))
-        cin, blocks = 64, []
-        for planes, count in zip((64, 128, 256, 512), units):
-            for i in range(count):
-                blocks.append(IRBlock(cin, planes, 1 if i else 2))
-                cin = planes
-        self.body = nn.Sequential(*blocks)
-        self.output_layer = nn.Sequential(nn.BatchNorm2d(512), nn.Dropout(0.4), nn.Flatten(),
-                                          nn.Linear(512 * (size // 16) ** 2, features),
-                                          nn.BatchNorm1d(features, affine=False))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, image: torch.Tensor, keypoints: torch.Tensor | None = None) -> torch.Tensor:
-        check_image(image, self.wanted, self.training)
-        return at_least_float32(self.output_layer(self.body(self.input_layer(image))))
-
-
-# ---- Losses --------------------------------------------------------------------------------------
-
-class MarginLogits(torch.autograd.Function):
-    """s * (cosines, clamped to +-limit and with margin(.) on the labels' own).
-
-    Autograd on the plain formula would keep or make six matrices of the logits' size; this keeps a byte for
-    each cosine and d margin / d cos at the labels, which autograd finds, and makes one matrix each way.
-    """
-
-    @staticmethod
-    def forward(ctx, cosines, index, margin, limit, scale):
-        with torch.enable_grad():
-            cosine = cosines.gather(1, index).detach().requires_grad_()                     # (B, 1)
-            target = margin(cosine.clamp(-limit, limit))
-            slope, = torch.autograd.grad(target.sum(), cosine)
-        ctx.scale = scale
-        ctx.save_for_backward(cosines.abs() <= limit, index, slope)
-        return cosines.clamp(-limit, limit).scatter_(1, index, target.detach()).mul_(scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        inside, index, slope = ctx.saved_tensors
-        own = slope * grad.gather(1, index)
-        return (grad * inside).scatter_(1, index, own).mul_(ctx.scale), None, None, None, None
-
+# ---- Losses: supplement, 2.1 ---------------------------------------------------------------------
 
 class Margin(nn.Module):
     """What the three losses share: forward(cosines, norms, labels) -> logits (B, C), for cross entropy.
 
-    Args: cosines (B, C) between embeddings and class centres; norms (B,) of the embeddings, used by AdaFace;
-        labels (B,) long, -1 where the class is not among the C, as in another process's shard.
-    The gradient is that of the formulas, and finite at cos = +-1, with the clamps of the AdaFace repository.
-    Code (CVLface, insightface): clamped to +-1 only, and the margin passes the gradient through unchanged.
+    Args: cosines (B, C) between embeddings and class centres; norms (B,) of the embeddings, used by
+        AdaFace; labels (B,) long, -1 where the class is not among the C, as in another process's shard.
+    The gradient is that of the formulas, and finite at cos = +-1, with the clamps of the AdaFace
+    repository; CVLface and insightface clamp to +-1 only.
     """
 
     def __init__(self, m: float, eps: float, scale: float):
         super().__init__()
-        self.m, self.eps, self.scale = m, eps, scale
+        self.m = m
+        self.eps = eps
+        self.scale = scale
 
     def target(self, cosine: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
         """The label's cosine (B, 1) with the margin; norms (B, 1)."""
@@ -814,12 +583,11 @@ class Margin(nn.Module):
         return (cosine.acos() + angle).clamp(self.eps, math.pi - self.eps).cos()
 
     def forward(self, cosines: torch.Tensor, norms: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        norms, labels = norms.detach()[:, None], labels[:, None]
-
-        def margin(cosine):
-            return torch.where(labels < 0, cosine, self.target(cosine, norms))
-
-        return MarginLogits.apply(cosines, labels.clamp(min=0), margin, 1 - self.eps, self.scale)
+        cosines = cosines.clamp(-1 + self.eps, 1 - self.eps)
+        index = labels[:, None].clamp(min=0)
+        own = cosines.gather(1, index)                                        # (B, 1)
+        own = torch.where(labels[:, None] < 0, own, self.target(own, norms.detach()[:, None]))
+        return self.scale * cosines.scatter(1, index, own)
 
 
 class ArcFace(Margin):
@@ -847,12 +615,13 @@ class AdaFace(Margin):
     embedding's norm, a sign of image quality, against the running mean and standard deviation of all norms.
 
     A training step updates these (buffers) before it uses them: `norms` are those of the batch over all
-    processes, as PartialFC gives them. Code: t is 0.01 in every configuration, 1 by the class's default.
+    processes, as PartialFC gives them. t is 0.01 in all of the code's configurations.
     """
 
     def __init__(self, m: float = 0.4, h: float = 0.333, t: float = 0.01, scale: float = 64.0):
         super().__init__(m, 1e-3, scale)
-        self.h, self.t = h, t
+        self.h = h
+        self.t = t
         self.register_buffer("batch_mean", torch.full((1,), 20.0))
         self.register_buffer("batch_std", torch.full((1,), 100.0))
 
@@ -898,9 +667,9 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Gather(torch.autograd.Function):
-    """`all_gather` with a gradient: for each process's part the sum over what all processes made of it, times
-    their number R. The loss is a mean over the whole batch already: the gradient of the network is the sum
-    over the ranks, of which DistributedDataParallel takes the mean."""
+    """`all_gather` with a gradient: for each process's part the sum over what all processes made of it,
+    times their number R. The loss is a mean over the whole batch already: the gradient of the network is
+    the sum over the ranks, of which DistributedDataParallel takes the mean."""
 
     @staticmethod
     def forward(ctx, tensor):
@@ -915,44 +684,15 @@ class Gather(torch.autograd.Function):
         return all_reduce(grad.contiguous().clone()).chunk(world)[rank] * world
 
 
-ROWS = 2048  # classes whose weights are normalised at a time
-
-
-class Cosines(torch.autograd.Function):
-    """features @ normalize(weight[index]).T, without a copy of the weights: features (B, d), weight (C, d),
-    index (S,) without repeats -> (B, S). The gradient of the weights is dense, and 0 outside `index`."""
-
-    @staticmethod
-    def forward(ctx, features, weight, index):
-        ctx.save_for_backward(features, weight, index)
-        cosines = features.new_empty(len(features), len(index))
-        for rows, out in zip(index.split(ROWS), cosines.split(ROWS, 1)):
-            out.copy_(features @ F.normalize(weight[rows]).T)
-        return cosines
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        features, weight, index = ctx.saved_tensors
-        grad_features, grad_weight = torch.zeros_like(features), torch.zeros_like(weight)
-        for rows, part in zip(index.split(ROWS), grad.split(ROWS, 1)):
-            unit = weight[rows]                                                             # (rows, d)
-            norm = unit.norm(dim=1, keepdim=True).clamp(min=1e-12)
-            unit /= norm
-            grad_features.addmm_(part, unit)
-            own = part.T @ features
-            own -= unit * (own * unit).sum(1, keepdim=True)  # a unit vector cannot grow
-            grad_weight.index_copy_(0, rows, own / norm)
-        return grad_features, grad_weight, None
-
-
 class ShardedCrossEntropy(torch.autograd.Function):
-    """Mean cross entropy, with the classes spread over the processes: logits (B, S) of this shard's, labels
-    (B,) long, -1 where the class is in another shard -> scalar, the same in all processes."""
+    """Mean cross entropy, with the classes spread over the processes: logits (B, S) of this shard's,
+    labels (B,) long, -1 where the class is in another shard -> scalar, the same in all processes.
+    Its gradient is written out, as autograd does not reach through the sums over the processes."""
 
     @staticmethod
     def forward(ctx, logits, labels):
-        index, own = labels.clamp(min=0)[:, None], labels >= 0
+        index = labels.clamp(min=0)[:, None]
+        own = labels >= 0
         top = all_reduce(logits.amax(1), dist.ReduceOp.MAX)                                 # (B,)
         exps = (logits - top[:, None]).exp_()
         target = torch.where(own, logits.gather(1, index)[:, 0] - top, 0)
@@ -973,39 +713,44 @@ class ShardedCrossEntropy(torch.autograd.Function):
 class PartialFC(nn.Module):
     """The classifier of a large number of identities with its loss: forward(embeddings, labels) -> scalar.
 
-    Each process owns a shard of the class centres and sees the embeddings of all processes; their softmaxes
-    meet in sums over the processes: none holds the logits of all classes. With a sample rate below 1 a step
-    looks at the labels' own centres and a random choice of the others. In one process and at rate 1 the loss
-    is F.cross_entropy(margin(cosines, norms, labels), labels).
+    Each process owns a shard of the class centres and sees the embeddings of all processes; their
+    softmaxes meet in sums over the processes: none holds the logits of all classes. With a sample rate
+    below 1 a step looks at the labels' own centres and a random choice of the others. In one process and
+    at rate 1 the loss is F.cross_entropy(margin(cosines, norms, labels), labels).
     It is not wrapped in DistributedDataParallel: the gradient of its shard is complete as it stands.
 
-    The gradient of the weights is dense, 0 for classes that were not sampled, as in the code: AdamW moves
-    these on by what is left of their momentum, and decays them, which no cosine sees.
-    Memory: weights, gradient and AdamW's two moments are four times the shard; give AdamW fused=True, whose
-    other forms add one or two. Beside them: the sampled logits once, 2.25 times before the gradient is made.
+    The gradient of the weights is dense, 0 for classes that were not sampled, as in the code: AdamW
+    moves these on by what is left of their momentum, and decays them, which no cosine sees.
+    Memory: weights, gradient and AdamW's two moments are four times the shard; the copy of normalised
+    weights is one more (a backward pass by hand would save it: 0.4 GB at 206,000 classes in a process).
 
-    Args: features, the length d of embeddings; classes, over all processes; margin, a `Margin`; sample_rate,
-        the share of each shard's classes that a step looks at, or as many as the batch has faces if that is
-        more (code: then exactly the labels' own, whose number the host would have to wait for).
-    Code: rounds the classes up to a multiple of the processes; here shards differ by one class, so that the
-    loss does not depend on the number of processes. Nor do the initial weights, N(0, 0.01).
-    Raises: ValueError.   Source: Partial FC, as insightface's arcface_torch has it.
+    Args: features, the length d of embeddings; classes, over all processes; margin, a `Margin`;
+        sample_rate, the share of each shard's classes that a step looks at, or as many as the batch has
+        faces if that is more (code: then exactly the labels' own, for whose number the host would wait).
+    Shards differ by one class at most; neither the loss nor the initial weights, N(0, 0.01), depend on
+    the number of processes.
+    Raises: UserError; ValueError.   Source: Partial FC, as insightface's arcface_torch has it.
     """
 
     def __init__(self, features: int, classes: int, margin: Margin, sample_rate: float = 1.0):
         super().__init__()
         self.rank, self.world = ranks()
         if classes < max(2, self.world):
-            raise ValueError(f"{classes} classes on {self.world} processes: the loss needs two identities or "
-                             "more, and one for each process")
+            raise UserError(f"{classes} classes on {self.world} processes: the loss needs two identities or "
+                            "more, and one for each process")
         if not 0 < sample_rate <= 1:
             raise ValueError(f"sample rate {sample_rate}, expected above 0 and at most 1")
-        self.features, self.classes, self.margin, self.sample_rate = features, classes, margin, sample_rate
+        self.features = features
+        self.classes = classes
+        self.margin = margin
+        self.sample_rate = sample_rate
         self.start, stop = self.bounds(self.rank)
         self.weight = nn.Parameter(torch.empty(stop - self.start, features))
-        for first in range(0, classes, ROWS):  # every process draws all of them and keeps its own
-            block = 0.01 * torch.randn(min(ROWS, classes - first), features)
-            low, high = max(first, self.start), min(first + ROWS, stop)
+        rows = 2048
+        for first in range(0, classes, rows):  # every process draws all of them and keeps its own
+            block = 0.01 * torch.randn(min(rows, classes - first), features)
+            low = max(first, self.start)
+            high = min(first + rows, stop)
             if low < high:
                 self.weight.data[low - self.start:high - self.start] = block[low - first:high - first]
 
@@ -1020,15 +765,16 @@ class PartialFC(nn.Module):
         size = min(count, max(int(self.sample_rate * count), len(local)))
         if size == count:
             return torch.arange(count, device=local.device)
-        scores = torch.rand(count + 1, device=local.device)  # of [0, 1); the last one is for labels elsewhere
+        scores = torch.rand(count + 1, device=local.device)  # of [0, 1); the last is for labels elsewhere
         scores.index_fill_(0, torch.where(local < 0, count, local), 2.0)
         return scores[:count].topk(size).indices.sort().values
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean loss over the batches of all processes, which have the same size; the same value in each.
 
-        Args: embeddings (B, features), not normalised; one that is 0 gets cosines and a gradient of 0; labels
-            (B,) long in [0, classes), best on the CPU, as the loader gives them: reading them on a GPU waits.
+        Args: embeddings (B, features), not normalised; one that is 0 gets cosines and a gradient of 0;
+            labels (B,) long in [0, classes), best on the CPU, as the loader gives them: reading them on a
+            GPU waits.
         """
         low, high = labels.aminmax()
         if low < 0 or high >= self.classes:
@@ -1042,8 +788,10 @@ class PartialFC(nn.Module):
             embeddings = Gather.apply(embeddings.to(self.weight.dtype))
             norms = embeddings.norm(dim=1)
             unit = embeddings / torch.where(norms > 0, norms, torch.inf)[:, None]
-            logits = self.margin(Cosines.apply(unit, self.weight, index), norms, local)
-            return ShardedCrossEntropy.apply(logits, local)
+            sampled = len(index) < len(self.weight)
+            centres = self.weight.index_select(0, index) if sampled else self.weight
+            cosines = unit @ F.normalize(centres).T                           # (B, S)
+            return ShardedCrossEntropy.apply(self.margin(cosines, norms, local), local)
 
     def whole(self, shard: torch.Tensor) -> torch.Tensor | None:
         """The (classes, ...) of all shards on the CPU of rank 0, one shard at a time."""
@@ -1060,23 +808,24 @@ class PartialFC(nn.Module):
         return whole
 
     def gather_state(self, optimizer: torch.optim.Optimizer | None = None) -> dict:
-        """For a checkpoint: weights (classes, features) and the optimizer's state of them, of all shards, and
-        the margin's buffers, on the CPU. All processes call it; what it returns is whole on rank 0 only."""
-        moments = optimizer.state.get(self.weight, {}) if optimizer else {}
-        return {"weight": self.whole(self.weight),
-                "margin": {key: value.detach().to("cpu", copy=True)
-                           for key, value in self.margin.state_dict().items()},
-                "optimizer": {key: self.whole(value) if value.shape == self.weight.shape else
-                              value.detach().to("cpu", copy=True) for key, value in moments.items()}}
+        """For a checkpoint: weights (classes, features) and the optimizer's state of them, of all shards,
+        and the margin's buffers, on the CPU. All processes call it; what it returns is whole on rank 0."""
+        moments = {}
+        for name, value in (optimizer.state.get(self.weight, {}) if optimizer else {}).items():
+            sharded = value.shape == self.weight.shape
+            moments[name] = self.whole(value) if sharded else value.detach().to("cpu", copy=True)
+        margin = {name: value.detach().to("cpu", copy=True)
+                  for name, value in self.margin.state_dict().items()}
+        return {"weight": self.whole(self.weight), "margin": margin, "optimizer": moments}
 
     @torch.no_grad()
     def load_shards(self, state: dict, optimizer: torch.optim.Optimizer | None = None):
         """Takes this process's part of what `gather_state` returned under any number of processes.
-        Raises: ValueError for another number of classes or features."""
+        Raises: UserError for another number of classes or features."""
         shape = (self.classes, self.features)
         if state["weight"].shape != shape:
-            raise ValueError(f"the checkpoint has class weights {tuple(state['weight'].shape)}, expected "
-                             f"{shape} (classes, features): resume on the identities that it was trained on")
+            raise UserError(f"the checkpoint has class weights {tuple(state['weight'].shape)}, expected "
+                            f"{shape} (classes, features): resume on the identities that it was trained on")
         start, stop = self.bounds(self.rank)
         self.weight.copy_(state["weight"][start:stop])
         self.margin.load_state_dict(state["margin"])
@@ -1084,286 +833,412 @@ class PartialFC(nn.Module):
             whole = optimizer.state_dict()
             order = [id(weight) for group in optimizer.param_groups for weight in group["params"]]
             whole["state"][order.index(id(self.weight))] = {
-                key: value[start:stop].clone() if value.shape == shape else value.clone()
-                for key, value in state["optimizer"].items()}
+                name: value[start:stop].clone() if value.shape == shape else value.clone()
+                for name, value in state["optimizer"].items()}
             optimizer.load_state_dict(whole)
 
 
-# ---- Augmentation: supplement --------------------------------------------------------------------
+# ---- Augmentation: supplement, Table 6 -----------------------------------------------------------
 
-@dataclass(frozen=True)
-class Augmentation:
-    """Strengths of the training images' augmentation; the defaults are those of all released KP-RPE networks.
+# The paper names the kinds and "magnitude 14/31"; numbers and order are the code's: geometry, cutout,
+# blur, colour. All of it is drawn in the loader, from (seed, epoch, index): on a GPU too, where
+# --cache device keeps faces in the host's memory, from which eight cores feed 40,000 images a second.
 
-    The paper names the kinds and "magnitude 14/31"; numbers and order are the code's: geometry, cutout, blur,
-    colour. Differs from it: images are not rounded to whole grey levels between the steps; the middle of the
-    image is (W - 1) / 2 and a mirrored x is W - 1 - x (code: W / 2, W - x).
+ZOOM = 0.2
+TURN = math.radians(20)
+
+
+def place(size: int, zoom: float, angle: float, shift: np.ndarray) -> np.ndarray:
+    """p -> zoom (R (p - m) - shift) + m in px, m the crop's middle, R a turn by `angle`: (2, 3)."""
+    middle = (size - 1) / 2
+    c = math.cos(angle)
+    s = math.sin(angle)
+    linear = zoom * np.array([[c, s], [-s, c]])
+    return np.column_stack([linear, middle - middle * linear.sum(1) - zoom * shift])
+
+
+def draw_move(rng: np.random.Generator, size: int, shift: float = 0.1, turned: float = 0.2):
+    """Draws zoom, turn, shift and mirror of one image, as `datasets.CropDataset` takes them.
+
+    Args: shift, of half the side, beyond what the zoom lets the image move; turned, share of images.
+    Returns: matrix (2, 3) crop px -> crop px; whether to mirror; {}.
     """
-    flip: float = 0.5                       # probability
-    scale: float = 0.2                      # zoom by U(1 - scale, 1 + scale)
-    shift: float = 0.1                      # of half the side, beyond what the zoom lets the image move
-    rotate: float = 0.2                     # probability
-    degrees: float = 20.0
-    cutout: float = 0.2                     # probability
-    holes: float = 0.05                     # share of cutouts that are holes; else all but a box is black
-    blur: float = 0.2                       # probability
-    blurs: tuple[float, float] = (0.8, 0.1)  # shares of resizes and boxes among them; the rest is Gaussian
-    ops: int = 2                            # RandAug: operations an image
-    magnitude: int = 14                     # RandAug: of 31; drawn from 9 below to 8 above
-    jitter: float = 0.0                     # probability; brightness, saturation, contrast times U(0.5, 1.5)
+    zoom = rng.uniform(1 - ZOOM, 1 + ZOOM)
+    angle = rng.uniform(-TURN, TURN) if rng.random() < turned else 0.0
+    # U(-1, 1) (h / zoom - h + h e), h half the side: zoomed out, it stays in view but for h e.
+    reach = size / 2 * (1 / zoom - 1 + rng.uniform(0, shift))
+    matrix = place(size, zoom, angle, rng.uniform(-1, 1, 2) * reach)
+    return matrix, bool(rng.random() < 0.5), {}
 
 
-# For networks without keypoints: crop, low resolution, colour, mirror.   Source: the AdaFace repository.
-PLAIN = Augmentation(scale=0, shift=0, rotate=0, holes=0, blurs=(1, 0), ops=0, jitter=0.2)
-WIDE = Augmentation(shift=0.4, rotate=1.0)  # ours: aligned faces as far off as unaligned ones
-AUGMENTATIONS = {"full": Augmentation(), "wide": WIDE, "plain": PLAIN, "none": None,  # --augment
-                 "move": Augmentation(shift=0.4, cutout=0, blur=0, ops=0),  # ours, of the face aligner
-                 "mirror": Augmentation(scale=0, shift=0, rotate=0, cutout=0, blur=0, ops=0)}
+def reach_of(shift: float) -> float:
+    """How far beyond the crop `draw_move` can look, over the crop's side."""
+    return (2 / (1 - ZOOM) - 1 + shift) * (math.cos(TURN) + math.sin(TURN))
 
 
-@functools.cache
-def constant(values: tuple, device: torch.device) -> torch.Tensor:
-    """A float32 tensor, copied to a device once: a copy waits for what the GPU is at."""
-    with torch.inference_mode(False):  # else, made in an evaluation, training could not use it
-        return torch.tensor(values, device=device)
+SHIFTS = {"full": 0.1, "wide": 0.4}  # wide: ours, aligned faces as far off as unaligned ones
+MOVES = {"full": draw_move, "wide": functools.partial(draw_move, shift=0.4, turned=1.0)}
 
 
-def uniform(low: float, high: float, *shape: int, device) -> torch.Tensor:
-    """U(low, high), float32."""
-    return low + (high - low) * torch.rand(shape, device=device)
+def cut_out(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Black but for a box of 20 to 100 % of the area; or, in one case of 20, 12 to 20 black holes."""
+    side = len(image)
+    if rng.random() < 0.05:
+        image = image.copy()
+        for _ in range(rng.integers(12, 21)):
+            width, height = rng.integers(1, 16 * side // 112 + 2, 2)
+            x = rng.integers(side - width + 1)
+            y = rng.integers(side - height + 1)
+            image[y:y + height, x:x + width] = 0
+        return image
+    area = rng.uniform(0.2, 1)
+    aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    width = min(round(side * math.sqrt(area * aspect)), side)
+    height = min(round(side * math.sqrt(area / aspect)), side)
+    x = rng.integers(side - width + 1)
+    y = rng.integers(side - height + 1)
+    kept = np.zeros_like(image)
+    kept[y:y + height, x:x + width] = image[y:y + height, x:x + width]
+    return kept
 
 
-def draw_geometry(batch: int, size: int, strength: Augmentation, device=None) -> tuple:
-    """Draws zoom, shift, rotation and mirror of square images from PyTorch's generator of `device`.
-    Returns: matrix (B, 2, 3), px of an image of `size` -> px of the augmented one; mirror (B,) bool."""
-    draw = functools.partial(uniform, device=device)
-    zoom = draw(1 - strength.scale, 1 + strength.scale, batch)
-    radians = math.radians(strength.degrees)
-    angle = torch.where(draw(0, 1, batch) < strength.rotate, draw(-radians, radians, batch), 0)
-    mirror = draw(0, 1, batch) < strength.flip
-    # t = U(-1, 1) (h / scale - h + h e), h half the side: zoomed out the image stays in view, but for h e.
-    half, middle = size / 2, (size - 1) / 2
-    extra = draw(0, strength.shift, batch)[:, None]
-    shift = draw(-1, 1, batch, 2) * half * (1 / zoom[:, None] - 1 + extra)                  # (B, 2) px
-    # p -> S (R (p - middle) - t) + middle, with S the zoom, and the mirror in x
-    c, s = angle.cos(), angle.sin()
-    rotation = torch.stack([c, s, -s, c], -1).unflatten(-1, (2, 2))
-    zooms = torch.stack([torch.where(mirror, -zoom, zoom), zoom], -1)[..., None]            # (B, 2, 1)
-    linear = zooms * rotation
-    offset = middle - middle * linear.sum(-1, keepdim=True) - zooms * shift[..., None]
-    return torch.cat([linear, offset], -1), mirror
-
-
-def move_points(points: torch.Tensor, matrix: torch.Tensor, mirror: torch.Tensor, flip) -> torch.Tensor:
-    """Points (B, P, 2) px through matrix (B, 2, 3); those of mirrored images in the order `flip` (P,), as the
-    left eye of a mirrored face is its right one."""
-    moved = warp.apply_affine(matrix, points)
-    if flip is None:
-        return moved
-    order = constant(tuple(int(i) for i in flip), points.device)
-    return torch.where(mirror[:, None, None], moved[:, order], moved)
-
-
-def spans(low: torch.Tensor, length: torch.Tensor, size: int) -> torch.Tensor:
-    """Which of `size` places lie in [low, low + length), of whole numbers (...): (..., size) bool."""
-    place = torch.arange(size, device=low.device)
-    return (place >= low[..., None]) & (place < (low + length)[..., None])
-
-
-def draw_cutout(batch: int, size: int, holes: float, device=None) -> torch.Tensor:
-    """What a cutout leaves of images, (B, size, size) bool: a box of 0.2 to 1 of the area, or, in a share
-    `holes` of images, all but 12 to 20 rectangles with sides of 1 to 16 px of 112."""
-    draw = functools.partial(uniform, device=device)
-    # As torchvision's RandomResizedCrop: ten tries to find a box within the image, else all of it.
-    area, log_aspect = draw(0.2, 1, batch, 10), draw(math.log(3 / 4), math.log(4 / 3), batch, 10)
-    sides = size * torch.stack([area * log_aspect.exp(), area / log_aspect.exp()]).sqrt()   # (2, B, 10) px
-    fits = (sides.round() <= size).all(0)
-    tried = fits.long().argmax(1).expand(2, batch)[..., None]
-    sides = torch.where(fits.any(1), sides.round().gather(2, tried)[..., 0], size)          # (2, B)
-    rows, columns = spans(((size - sides + 1) * draw(0, 1, 2, batch)).floor(), sides, size)
-    box = rows[:, :, None] & columns[:, None]                                               # (B, size, size)
-    sides = draw(1, max(1, 16 * size // 112) + 1, 2, batch, 20).floor()
-    rows, columns = spans(((size - sides + 1) * draw(0, 1, 2, batch, 20)).floor(), sides, size)
-    drawn = torch.arange(20, device=device) < draw(12, 21, batch, 1).floor()                # (B, 20)
-    hidden = (rows & drawn[..., None]).float().mT @ columns.float()   # how many holes lie over a pixel
-    return torch.where((draw(0, 1, batch) < holes)[:, None, None], hidden == 0, box)
-
-
-METHODS = ("nearest", "linear", "cubic", "lanczos", "area")  # cv2's INTER_...
-
-
-def resize_matrix(side: int, before: torch.Tensor, after: torch.Tensor, method: torch.Tensor):
-    """cv2.resize of columns of pixels, `before` (B,) of them to `after`, both at most `side`: matrices
-    (B, side, side), of which the first `after` rows count; method (B,) long, an index of METHODS.
-
-    As in cv2, linear, cubic (a = -0.75) and lanczos (8 taps) are not widened when shrinking; area is the
-    overlap of pixels, for which eight taps suffice if `after` is 1/6 of `before` or more."""
-    i, scale = torch.arange(side, device=before.device), (before / after)[:, None]
-    corner, centre = i * scale, (i + 0.5) * scale - 0.5                                     # (B, side)
-    from_corner = ((method == METHODS.index("nearest")) | (method == METHODS.index("area")))[:, None]
-    # 1e-3: 56 must not come out as 55.99999.
-    first = torch.where(from_corner, (corner + 1e-3).floor(), centre.floor() - 3)
-    taps = first[..., None] + torch.arange(8, device=before.device)                         # (B, side, 8)
-    x, corner, scale = (taps - centre[..., None]).abs(), corner[..., None], scale[..., None]
-    near, far = 1 + x * x * (1.25 * x - 2.25), -0.75 * (((x - 5) * x + 8) * x - 4)
-    weights = torch.stack([
-        (taps == first[..., None]).float(),
-        (1 - x).clamp(min=0),
-        torch.where(x < 1, near, torch.where(x < 2, far, 0)),
-        torch.where(x < 4, torch.sinc(x) * torch.sinc(x / 4), 0),
-        (torch.minimum(taps + 1, corner + scale) - torch.maximum(taps, corner)).clamp(min=0)])
-    weights = weights[method, torch.arange(len(method), device=method.device)]              # (B, side, 8)
-    weights = weights / weights.sum(-1, keepdim=True)
-    taps = torch.minimum(taps.clamp(min=0), (before - 1)[:, None, None]).long()  # the border pixel goes on
-    matrix = torch.zeros(len(before), side, side, device=before.device)
-    for k in range(8):  # one at a time: taps that meet at the border would add up in no fixed order on a GPU
-        matrix.scatter_add_(2, taps[..., k:k + 1], weights[..., k:k + 1])
-    return matrix
-
-
-def filter_matrix(side: int, weights: torch.Tensor) -> torch.Tensor:
-    """Filters of columns of pixels as matrices (B, side, side): weights (B, 2 R + 1) of the offsets -R to R,
-    mirrored at the border pixel, cv2's BORDER_REFLECT_101."""
-    reach = weights.shape[1] // 2
-    place = torch.arange(side, device=weights.device)
-    at = (place + torch.arange(-reach, reach + 1, device=weights.device)[:, None]) % (2 * side - 2)
-    at = torch.minimum(at, 2 * side - 2 - at)                                               # (2 R + 1, side)
-    places = (at[..., None] == place).float()
-    return (weights @ places.flatten(1)).unflatten(1, (side, side))
-
-
-def blur(image: torch.Tensor, strength: Augmentation) -> torch.Tensor:
-    """Blurs a share of images (B, 3, H, H): down to U(0.2, 1) of the size and up again, each way by a random
-    method; or a box of 1 to 9 px; or a Gaussian of sigma U(0, 4) px.
-
-    All are linear and act on rows as on columns: a matrix for each image, two products for the batch.
-    """
-    batch, side, device = len(image), image.shape[2], image.device
-    draw = functools.partial(uniform, device=device)
-    down, up = torch.randint(len(METHODS), (2, batch), device=device)
-    full = torch.full((batch,), side, device=device)
-    small = (draw(0.2, 1, batch) * side).floor().clamp(min=1)
-    resize = resize_matrix(side, small, full, up) @ resize_matrix(side, full, small, down)
-    offset, width = torch.arange(-12, 13, device=device), draw(1, 10, batch, 1).floor()     # 12 = 3 sigma
-    box = ((offset >= -(width / 2).floor()) & (offset < (width / 2).ceil())).float()
-    gaussian = (-0.5 * (offset / draw(0, 4, batch, 1).clamp(min=1e-3)) ** 2).exp()
-    kind, chosen = draw(0, 1, batch), draw(0, 1, batch) < strength.blur
-    weights = torch.where(kind[:, None] < sum(strength.blurs), box, gaussian)
-    filtered = filter_matrix(side, weights / weights.sum(1, keepdim=True))
-    matrix = torch.where((kind < strength.blurs[0])[:, None, None], resize, filtered)[:, None]
-    return torch.where(chosen[:, None, None, None], (matrix @ image @ matrix.mT).clamp(0, 255), image)
-
-
-def equalize(image: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3, H, W), channel by channel, with levels spread by PIL's ImageOps.equalize."""
-    level = image.round().long().flatten(2)                                                 # (B, 3, H * W)
-    histogram = torch.zeros(*level.shape[:2], 256, dtype=torch.long, device=image.device)
-    histogram.scatter_add_(2, level, torch.ones_like(level))
-    brightest = histogram.gather(2, level.amax(2, keepdim=True))
-    step = (level.shape[2] - brightest) // 255
-    table = ((histogram.cumsum(2) - histogram + step // 2) // step.clamp(min=1)).clamp(max=255)
-    table = torch.where(step > 0, table, torch.arange(256, device=image.device))
-    return table.gather(2, level).view_as(image).to(image.dtype)
+def blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """To 20 to 100 % of the size and back, each way by a method of cv2; or a box; or a Gaussian."""
+    side = len(image)
+    kind = rng.random()
+    if kind < 0.8:
+        small = max(int(rng.uniform(0.2, 1) * side), 1)
+        down, up = rng.integers(5, size=2).tolist()  # cv2.INTER_NEAREST, LINEAR, CUBIC, AREA, LANCZOS4
+        return cv2.resize(cv2.resize(image, (small, small), interpolation=down), (side, side),
+                          interpolation=up)
+    if kind < 0.9:
+        return cv2.blur(image, (int(rng.integers(1, 10)),) * 2)
+    return cv2.GaussianBlur(image, (0, 0), max(rng.uniform(0, 4), 0.01))
 
 
 OPS = ("identity", "brightness", "saturation", "contrast", "sharpness", "equalize", "grayscale")
-GREY = (0.299, 0.587, 0.114)
+SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # PIL's
 
 
-def recolour(image: torch.Tensor, op: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """One operation for each image, as PIL has it: base + factor (image - base), within 0..255.
-    Args: image (B, 3, H, W); op (B,) long, an index of OPS; factor (B,) of the four ops that have one, 1 for
-        no change: their base is black, the pixel's grey, the mean grey, or the image smoothed."""
-    op, factor = op[:, None, None, None], factor[:, None, None, None]
-    identity, _, saturation, contrast, sharpness, equalized, greyed = (op == i for i in range(len(OPS)))
-    grey = (image * constant(GREY, image.device)[:, None, None]).sum(1, keepdim=True)
-    mean = (grey.mean((2, 3), keepdim=True) + 0.5).floor()
-    base = torch.where(saturation | greyed, grey, torch.where(contrast, mean, 0))           # (B, 1, H, W)
-    # The filter 1 1 1, 1 5 1, 1 1 1 over 13; PIL keeps the border.
-    inner = (9 * F.avg_pool2d(image, 3, 1) + 4 * image[..., 1:-1, 1:-1]) / 13
-    smooth = image.clone()
-    smooth[..., 1:-1, 1:-1] = inner
-    base = torch.where(sharpness, smooth, base)                                             # (B, 3, H, W)
-    base = torch.where(equalized, equalize(image), base)
-    factor = torch.where(identity, 1, torch.where(equalized | greyed, 0, factor))
-    return (base + factor * (image - base)).clamp(0, 255)
+def recolour(image: np.ndarray, op: str, factor: float) -> np.ndarray:
+    """One operation of RandAug, as PIL has it: base + factor (image - base), within 0..255."""
+    if op == "identity":
+        return image
+    if op == "equalize":
+        return cv2.merge([cv2.equalizeHist(channel) for channel in cv2.split(image)])
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    base = cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB)
+    if op == "grayscale":
+        return base
+    if op == "brightness":
+        base = np.zeros_like(image)
+    elif op == "contrast":
+        base = np.full_like(image, round(grey.mean()))
+    elif op == "sharpness":
+        base = cv2.filter2D(image, -1, SMOOTH)
+    return cv2.addWeighted(image, factor, base, 1 - factor, 0)
 
 
-def colour(image: torch.Tensor, strength: Augmentation) -> torch.Tensor:
-    """RandAug's operations on images (B, 3, H, W), then the jitter."""
-    batch, device = len(image), image.device
-    for _ in range(strength.ops):
-        # Equalize and grayscale, the last two, are drawn again, up to twice; changes are of 31 from 0 to 0.9.
-        tries = torch.randint(len(OPS), (3, batch), device=device)
-        op = torch.where(tries[0] < 5, tries[0], torch.where(tries[1] < 5, tries[1], tries[2]))
-        # paper: magnitude 14 of 31; code: 5 to 22 of them, a change by 0.15 to 0.66; we follow the code.
-        low, high = max(0, strength.magnitude - 9), min(31, strength.magnitude + 9)
-        sign = 2 * torch.randint(2, (batch,), device=device) - 1
-        change = sign * torch.randint(low, high, (batch,), device=device) * (0.9 / 30)
-        image = recolour(image, op, 1 + change)
-    if strength.jitter:
-        chosen = torch.rand(batch, device=device) < strength.jitter
-        order = torch.rand(3, batch, device=device).argsort(0) + 1  # brightness to contrast
-        for op in order:
-            image = recolour(image, op, torch.where(chosen, uniform(0.5, 1.5, batch, device=device), 1))
-    return image
+def draw_colour(rng: np.random.Generator) -> tuple[str, float]:
+    """An operation of `recolour` and its factor, 1 for no change."""
+    op = OPS[rng.integers(len(OPS))]
+    for _ in range(2):  # the last two are drawn again, up to twice
+        if op in ("equalize", "grayscale"):
+            op = OPS[rng.integers(len(OPS))]
+    # The paper: magnitude 14 of 31. The code: 5 to 22 of them, a change by 0.15 to 0.66; so do we.
+    change = rng.integers(5, 23) * 0.9 / 30
+    return op, 1 + change if rng.random() < 0.5 else 1 - change
 
 
-@torch.no_grad()
-def augment(image: torch.Tensor, points: torch.Tensor | None, strength: Augmentation, flip=None):
-    """Augments a batch on its device, from PyTorch's generator there; nothing waits for a GPU.
+class Distorted(torch.utils.data.Dataset):
+    """The crops of another dataset, with Table 6's cutout, blur and two changes of colour."""
 
-    Args: image (B, 3, H, H) float, RGB in 0..255; points (B, P, 2) px or None; flip (P,), the order of points
-        in a mirrored image (`datasets.SCHEMES[P].flip`).
-    Returns: image and points, likewise. What comes in from outside the image is black.
-    Raises: ValueError if points are to be mirrored without `flip`.
-    """
-    if points is not None and flip is None and strength.flip:
-        raise ValueError(f"{points.shape[1]} points of unknown meaning cannot be mirrored: set flip to 0")
-    with torch.autocast(image.device.type, enabled=False):
-        size = image.shape[2]
-        matrix, mirror = draw_geometry(len(image), size, strength, image.device)
-        image = warp.warp_affine(image, matrix, (size, size))
-        if strength.cutout:
-            keep = draw_cutout(len(image), size, strength.holes, image.device)
-            keep |= (torch.rand(len(image), device=image.device) >= strength.cutout)[:, None, None]
-            image = image * keep[:, None]
-        if strength.blur:
-            image = blur(image, strength)
-        image = colour(image, strength)
-        return image, None if points is None else move_points(points, matrix, mirror, flip)
+    def __init__(self, crops, seed: int):
+        self.crops = crops
+        self.regions = getattr(crops, "regions", None)  # what --cache keeps
+        self.seed = seed
+
+    def __len__(self):
+        return len(self.crops)
+
+    def __getitems__(self, keys) -> dict:
+        batch = self.crops.__getitems__(keys)
+        for i, key in enumerate(keys):
+            rng = np.random.default_rng((self.seed, *key, 1))  # another stream than the geometry's
+            image = batch["image"][i].numpy()
+            if rng.random() < 0.2:
+                image = cut_out(image, rng)
+            if rng.random() < 0.2:
+                image = blur(image, rng)
+            for _ in range(2):
+                image = recolour(image, *draw_colour(rng))
+            batch["image"][i] = torch.from_numpy(image)
+        return batch
 
 
 def repeated(order: np.ndarray, labels: np.ndarray, p: float, rng: np.random.Generator) -> np.ndarray:
     """The "repeated augmentation" of Table 6 on an epoch's order (L,) of indices into labels (N,): (L,).
 
-    After each image, with probability p, the next is replaced by a random one of the same identity, but never
-    two in a row: a share p / (1 + p) of all. Paper: cites [24], which repeats an image; code: this.
+    After each image, with probability p, the next is replaced by a random one of the same identity, but
+    never two in a row: a share p / (1 + p) of all. The paper cites [24], which repeats an image.
     """
     wish = rng.random(len(order)) < p
     wish[:1] = False
-    place = np.arange(len(order))
+    index = np.arange(len(order))
     # Of wishes in a row the first, third, ... come true.
-    since = place - np.maximum.accumulate(np.where(wish, 0, place))
+    since = index - np.maximum.accumulate(np.where(wish, 0, index))
     chosen = np.flatnonzero(since % 2)
     by_label = np.argsort(labels, kind="stable")
     count = np.bincount(labels)
-    first, label = np.cumsum(count) - count, labels[order[chosen - 1]]
+    first = np.cumsum(count) - count
+    label = labels[order[chosen - 1]]
     order = order.copy()
     order[chosen] = by_label[first[label] + (rng.random(len(chosen)) * count[label]).astype(np.int64)]
     return order
 
 
-# ---- Optimisation: supplement, Table 6 -----------------------------------------------------------
+class SubjectBatches(datasets.EpochBatches):
+    """`EpochBatches` with images replaced by others of the same person, as `repeated` says."""
+
+    def __init__(self, labels: np.ndarray, p: float, batch: int, seed: int, rank: int, world: int):
+        super().__init__(len(labels), batch, seed, rank, world)
+        self.labels = labels
+        self.p = p
+
+    def order(self):
+        rng = np.random.default_rng((self.seed, self.epoch, 1))
+        return repeated(super().order(), self.labels, self.p, rng)
+
+
+# ---- Data ----------------------------------------------------------------------------------------
+
+class Split(NamedTuple):
+    """Images by index, of training with their .labels and .ids; five points (N, 5, 2) px or None, where
+    they are aligned as they stand; boxes (N, 4) of the unaligned crops, None for whole images."""
+    images: Sequence
+    points: np.ndarray | None
+    boxes: np.ndarray | None = None
+
+
+def five_points(points: np.ndarray, where: str) -> np.ndarray:
+    """Landmarks (N, P, 2) of the file or set `where` -> (N, 5, 2): eyes, nose tip and mouth corners,
+    image-left first.   Raises: UserError for a number of landmarks of no known scheme."""
+    if points.shape[1] not in datasets.SCHEMES:
+        raise UserError(f"{where}: {points.shape[1]} landmarks are no known scheme "
+                        f"{list(datasets.SCHEMES)}: give 5, eyes, nose tip and mouth corners, image-left "
+                        "first")
+    return datasets.group_means(points, datasets.SCHEMES[points.shape[1]].five).astype(np.float32)
+
+
+def template(size: int) -> torch.Tensor:
+    """ArcFace's five points in px of a crop of `size`, (5, 2) float64."""
+    return torch.from_numpy((datasets.ARCFACE_5 + 0.5) * (size / 112) - 0.5)
+
+
+def drawn_faces(args, split: str) -> list[datasets.Face]:
+    """A split of --data faces, the same whatever --seed is."""
+    count = args.limit or DRAWN["train"]
+    if split == "test":
+        count = min(count, DRAWN["test"])
+    return synthetic.read_faces(split, count, args.size, args.points)
+
+
+def wants_keypoints(args) -> bool:
+    """Whether the network looks at keypoints."""
+    return args.draw_keypoints or bool(args.num_keypoints and args.rpe in KEYPOINT)
+
+
+def read_faces(args, split: str) -> list[datasets.Face] | None:
+    """The faces of a split of images in folders, or drawn; None for a test split that is not there."""
+    if args.data == "faces":
+        return drawn_faces(args, split)
+    if args.data == "youtube":
+        faces = datasets.read("youtube", args.data_root, split)
+    else:
+        folder = os.path.join(args.data_root, split)
+        if split == "test" and not os.path.isdir(folder):
+            return None
+        faces = recognition.read_identities(folder)
+        if args.landmarks:
+            faces = recognition.attach_points(faces, args.landmarks, args.data_root)
+    faces = faces[:args.limit or None]
+    datasets.check_images(faces)
+    return faces
+
+
+def face_split(args, faces: Sequence[datasets.Face]) -> Split:
+    """Faces with their landmarks as five points, and the boxes of --box.   Raises: UserError if some, or
+    all, have no landmarks where they are needed."""
+    images = recognition.FolderImages(faces)
+    if all(face.points is None for face in faces):
+        if wants_keypoints(args) and not args.dfa:
+            raise UserError(f"--data {args.data}: the network needs keypoints, and the images have no "
+                            "landmarks: give --landmarks or --dfa, or another --rpe")
+        return Split(images, None)
+    recognition.check_points(faces, "alignment, as other images have them,")
+    boxes = None if args.box == "image" else datasets.face_boxes(faces, args.box)
+    points = np.stack([face.points for face in faces])
+    return Split(images, five_points(points, args.landmarks or f"--data {args.data}"), boxes)
+
+
+def record_split(args) -> Split:
+    """The training images of a record set, with the landmarks of --landmarks.   Raises: UserError."""
+    images = recognition.Records(args.data_root)
+    if args.landmarks:
+        points = recognition.read_landmarks(images.keys.astype(str), args.landmarks)
+        return Split(images, five_points(points, args.landmarks))
+    if wants_keypoints(args) and not args.dfa:
+        raise UserError(f"--data {args.data}: the network needs the keypoints of its images: give "
+                        "--landmarks, a file like CVLface's, or --dfa; or train with --rpe none")
+    return Split(images, None)
+
+
+def unaligned(boxes: np.ndarray, size: int, margin: float) -> torch.Tensor:
+    """Crops (N, 2, 3) about boxes, each zoomed, turned and shifted at random, by its index alone."""
+    matrices = torch.from_numpy(datasets.square_crops(boxes, size, margin))
+    moves = []
+    for i in range(len(boxes)):
+        rng = np.random.default_rng((0, i))
+        moves.append(place(size, rng.uniform(1 - ZOOM, 1 + ZOOM), rng.uniform(-TURN, TURN),
+                           rng.uniform(-0.15, 0.15, 2) * size))
+    return warp.compose(torch.from_numpy(np.stack(moves)), matrices)
+
+
+def make_crops(args, split: Split, t: float, kind: str = "none"):
+    """Crops of --size, one warp from each image: unaligned, t = 0, or aligned, t = 1, or, as of Fig. 5,
+    by (1 - t) times one matrix plus t times the other. Images without points are taken as they stand.
+    Args: kind, of --augment; its geometry is in the matrix."""
+    move = MOVES.get(kind)
+    flip = datasets.SCHEMES[5].flip
+    if split.points is None or t < 1 and split.boxes is None:
+        align = None if split.points is None else (template(args.size), t)
+        return recognition.WholeImages(split.images, args.size, split.points, move, flip, args.seed,
+                                       align, reflect=True)
+    matrices = warp.fit_similarity(torch.from_numpy(split.points).double(), template(args.size))
+    if t < 1:
+        matrices = torch.lerp(unaligned(split.boxes, args.size, args.margin), matrices, t)
+    faces = [datasets.Face(functools.partial(split.images.__getitem__, i), points)
+             for i, points in enumerate(split.points)]
+    reach = reach_of(SHIFTS[kind]) if move else 1.0
+    return datasets.CropDataset(faces, matrices, args.size, move, reach, 1.0, flip, args.seed,
+                                reflect=True)
+
+
+class Digits(torch.utils.data.Dataset):
+    """Digits as batches, as `datasets.CropDataset` has them, but gray: image (B, size, size, 1).
+    Args: images (N, 28, 28) uint8, moved by up to 6 px anew in each epoch; or canvases (N, size, size)
+    with their points (N, 5, 2), which stay."""
+
+    def __init__(self, images, labels, size: int, points=None, seed: int = 0):
+        self.images = images
+        self.labels = labels.astype(np.int64)
+        self.ids = np.arange(10)
+        self.size = size
+        self.points = points
+        self.seed = seed
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitems__(self, keys) -> dict:
+        index = np.array([i for _, i in keys])
+        image = self.images[index]
+        if self.points is None:
+            image, points = digits.mnist_canvas(image, (self.seed, *keys[0]), canvas=self.size)
+        else:
+            points = self.points[index]
+        return {"image": torch.from_numpy(image)[..., None], "points": torch.from_numpy(points),
+                "index": torch.from_numpy(index)}
+
+
+def read_digits(args, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 28, 28) and labels (N,) uint8 of MNIST: its four idx files, .gz or not, in
+    --data-root."""
+    arrays = []
+    for kind in ("images-idx3", "labels-idx1"):
+        name = {"train": "train", "test": "t10k"}[split]
+        path = os.path.join(args.data_root, f"{name}-{kind}-ubyte")
+        arrays.append(digits.read_idx(path if os.path.isfile(path) else path + ".gz")[:args.limit or None])
+    images, labels = arrays
+    if len(images) != len(labels) or images.ndim != 3 or labels.max() > 9:
+        raise UserError(f"{args.data_root}: {split} has images {images.shape} and labels {labels.shape}, "
+                        "expected as many of both, and labels from 0 to 9")
+    return images, labels
+
+
+def training_set(args, device: torch.device):
+    """Images with .labels and .ids, and their crops, aligned and augmented, as a dataset."""
+    if args.data == "affnist":
+        data = Digits(*read_digits(args, "train"), args.size, seed=args.seed)
+        return data, data
+    if args.data in RECORDS:
+        split = record_split(args)
+        move = MOVES.get(args.augment)
+        crops = recognition.WholeImages(split.images, args.size, split.points, move,
+                                        datasets.SCHEMES[5].flip, args.seed, reflect=True)
+    else:
+        split = face_split(args, read_faces(args, "train"))
+        crops = make_crops(args, split, 1.0, args.augment)
+    if args.dfa and wants_keypoints(args):
+        crops.points = find_keypoints(args, crops, device)
+    return split.images, crops
+
+
+@torch.inference_mode()
+def find_keypoints(args, crops, device: torch.device) -> torch.Tensor:
+    """The keypoints that --dfa finds in crops without augmentation, (N, 5, 2) float64 px of the images.
+    Each process looks at its share."""
+    still = copy.copy(crops)
+    still.augment = None
+    found = []
+    for batch in crop_loader(args, still, shard_keys(len(crops), 256, *ranks()), device):
+        points, _ = detect(args.dfa, to_device(batch, device)[0])
+        to_image = warp.invert(batch["matrix"].double())
+        found.append(warp.apply_affine(to_image.to(device), points.double()))
+    return gather_shards(torch.cat(found), len(crops)).cpu()
+
+
+def crop_loader(args, data, batches, device: torch.device, kept: bool = True):
+    """`run.make_loader` in all processes; --cache is for crops that are `kept`, and not for whole images
+    and digits, which are read anew."""
+    args = copy.copy(args)
+    if not kept or getattr(data, "regions", None) is None:
+        args.cache = ""
+    return run.make_loader(args, data, batches, device, shared=True)
+
+
+def to_device(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a batch: images (B, C, H, W) in 0..255, keypoints (B, P, 2) px, ArcFace's where there are none."""
+    image = batch["image"].to(device, non_blocking=True)
+    if image.dtype == torch.uint8:
+        image = image.permute(0, 3, 1, 2).float()
+    points = batch.get("points")
+    if points is None:
+        points = template(image.shape[-1]).float().expand(len(image), -1, -1)
+    return image, points.to(device, non_blocking=True)
+
+
+def inputs(image: torch.Tensor, points: torch.Tensor, draw: bool = False):
+    """What networks take, images in [-1, 1] and keypoints in [0, 1], of what `to_device` returns.
+    Args: draw, whether white dots of about 2 px mark the keypoints in the image (Fig. 1)."""
+    if draw:
+        side = torch.arange(image.shape[-1], device=image.device)
+        x, y = ((side - points[..., axis, None]).square() for axis in (0, 1))  # (B, 5, W), (B, 5, H)
+        dots = (-(x[..., None, :] + y[..., None]) / 2).exp().amax(1, keepdim=True)  # (B, 1, H, W)
+        image = image + (255 - image) * dots
+    return image / 127.5 - 1, (points + 0.5) / image.shape[-1]
+
+
+# ---- Training: supplement, Table 6 ---------------------------------------------------------------
 
 def parameter_groups(net: nn.Module, weight_decay: float, scale: float = 1.0,
                      free: str = "(?<!patch_)emb|token|bias$") -> list[dict]:
     """Parameters for AdamW, with and without weight decay; "scale" is what a group's rate is multiplied by.
 
-    Vectors and names that match `free`, by default biases, the position embedding and tokens, do not decay;
-    tables and projections of the relative encodings do, as do class weights (source: code). Those encodings
-    have the rate times `scale`: a bias that is divided by c (Eq. 5: sqrt(d)) learns at c times the rate, its
-    decay over c, as an undivided one would.
+    Vectors and names that match `free`, by default biases, the position embedding and tokens, do not
+    decay; tables and projections of the relative encodings do, as do class weights (source: code). Those
+    encodings have the rate times `scale`: a bias that is divided by c (Eq. 5: sqrt(d)) learns at c times
+    the rate, its decay over c, as an undivided one would.
     """
     groups = [dict(params=[], weight_decay=weight_decay * decays / own, scale=own)
               for own in (1.0, scale) for decays in (1, 0)]
@@ -1382,318 +1257,13 @@ def learning_rate(step: int, steps: int, warmup_steps: int, base: float) -> floa
     return base * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
-# ---- Data ----------------------------------------------------------------------------------------
-
-
-class Split(NamedTuple):
-    """Images by index, of training with their .labels and .ids; five points (N, 5, 2) px or None, where they
-    are aligned as they stand; as faces with these points and boxes (N, 4), if unaligned crops have boxes."""
-    images: Sequence
-    points: np.ndarray | None
-    faces: list | None = None
-    boxes: np.ndarray | None = None
-
-
-def five_points(points: np.ndarray, where="the landmarks") -> np.ndarray:
-    """Landmarks (N, P, 2) of the file or set `where` -> (N, 5, 2): eyes, nose tip and mouth corners,
-    image-left first.   Raises: ValueError for a number of landmarks of no known scheme."""
-    if points.shape[1] not in datasets.SCHEMES:
-        raise ValueError(f"{where}: {points.shape[1]} landmarks are no known scheme "
-                         f"{list(datasets.SCHEMES)}: give 5, eyes, nose tip and mouth corners, image-left "
-                         "first")
-    return datasets.group_means(points, datasets.SCHEMES[points.shape[1]].five).astype(np.float32)
-
-
-def template(size: int) -> np.ndarray:
-    """ArcFace's five points in px of a crop of `size`, (5, 2)."""
-    return (datasets.ARCFACE_5 + 0.5) * (size / 112) - 0.5
-
-
-def drawn_faces(args, split: str) -> list[datasets.Face]:
-    """A split of --data faces, the same whatever --seed is."""
-    count = args.limit or DRAWN["train"]
-    count = count if split == "train" else min(count, DRAWN["test"])
-    return synthetic.read_faces(split, count, args.size, args.points)
-
-
-def read_set(args, split: str) -> Split | None:
-    """A split of args.data, None for a test split that is not there. What can be wrong with it is found here:
-    Raises: FileNotFoundError; ValueError."""
-    if args.data in RECORDS:
-        if split == "test":
-            return None
-        images = recognition.Records(args.data_root)
-        if not args.landmarks:
-            return Split(images, None)
-        points = recognition.read_landmarks(images.keys.astype(str), args.landmarks)
-        return Split(images, five_points(points, args.landmarks))
-    if args.data == "faces":
-        faces = drawn_faces(args, split)
-    elif args.data == "youtube":
-        faces = datasets.read("youtube", args.data_root, split)
-    else:
-        folder = os.path.join(args.data_root, split)
-        if split == "test" and not os.path.isdir(folder):
-            return None
-        faces = recognition.read_identities(folder)
-        if args.landmarks:
-            faces = recognition.attach_points(faces, args.landmarks, args.data_root)
-    faces = faces[:args.limit or None]
-    datasets.check_images(faces)
-    images = recognition.FolderImages(faces)
-    if all(face.points is None for face in faces):
-        return Split(images, None, faces)
-    recognition.check_points(faces, "alignment, as other images have them,")
-    return marked(args, images, faces, args.landmarks or f"--data {args.data}")
-
-
-def marked(args, images: Sequence, faces: list, where: str) -> Split:
-    """A split of faces that have landmarks, read from `where`, with the boxes of --box."""
-    boxes = None if args.box == "image" else datasets.face_boxes(faces, args.box)
-    points = five_points(np.stack([face.points for face in faces]), where)
-    return Split(images, points, [replace(face, points=own) for face, own in zip(faces, points)], boxes)
-
-
-def make_dataset(args, split: Split, t: float):
-    """Crops of --size between unaligned, t = 0, and aligned, t = 1: by (1 - t) times one matrix plus t times
-    the other. Images without points are aligned as they stand."""
-    to = torch.from_numpy(template(args.size))
-    if split.boxes is None:
-        return recognition.WholeImages(split.images, args.size, split.points,
-                                       align=None if split.points is None else (to, t))
-    frames = torch.from_numpy(datasets.square_frames(split.boxes, args.size, args.margin))
-    if t:  # a face of --predict may have a box alone
-        frames = frames.lerp(warp.fit_similarity(torch.from_numpy(split.points).double(), to), t)
-    return datasets.CropDataset(split.faces, frames, args.size)
-
-
-class Digits(torch.utils.data.Dataset):
-    """Digits as batches, as `datasets.CropDataset` has them, but gray: image (B, 40, 40, 1).
-    Args: images (N, 28, 28) uint8, moved by up to 6 px anew in each epoch; or canvases (N, 40, 40) with
-    their points (N, 5, 2), which stay."""
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray, points: np.ndarray | None = None, seed=0):
-        self.images, self.points, self.seed = images, points, seed
-        self.labels, self.ids = labels.astype(np.int64), np.arange(10)
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitems__(self, keys) -> dict:
-        index = np.array([i for _, i in keys])
-        image, points = self.images[index], None if self.points is None else self.points[index]
-        if points is None:
-            image, points = digits.mnist_canvas(image, (self.seed, *keys[0]), canvas=CANVAS)
-        return {"image": torch.from_numpy(image)[..., None], "points": torch.from_numpy(points),
-                "index": torch.from_numpy(index)}
-
-
-def read_digits(args, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 28, 28) and labels (N,) uint8 of MNIST: its four idx files, .gz or not, in --data-root."""
-    arrays = []
-    for kind in ("images-idx3", "labels-idx1"):
-        path = os.path.join(args.data_root, f"{dict(train='train', test='t10k')[split]}-{kind}-ubyte")
-        arrays.append(digits.read_idx(path if os.path.isfile(path) else path + ".gz")[:args.limit or None])
-    if len(arrays[0]) != len(arrays[1]) or arrays[0].ndim != 3 or arrays[1].max() > 9:
-        raise ValueError(f"{args.data_root}: {split} has images {arrays[0].shape} and labels "
-                         f"{arrays[1].shape}, expected as many of both, and labels from 0 to 9")
-    return tuple(arrays)
-
-
-def training_set(args):
-    """The training set: images with .labels and .ids, and a dataset of aligned crops or of digits."""
-    if args.data == "affnist":
-        data = Digits(*read_digits(args, "train"), seed=args.seed)
-        return data, data
-    split = read_set(args, "train")
-    # Records are aligned already, with landmarks beside them or not.
-    data = recognition.WholeImages(split.images, args.size, split.points) if args.data in RECORDS else \
-        make_dataset(args, split, 1.0)
-    return split.images, data
-
-
-class SubjectBatches(datasets.EpochBatches):
-    """`EpochBatches` with images replaced by others of the same person, as `repeated` says."""
-
-    def __init__(self, labels: np.ndarray, batch: int, p: float, seed: int, rank: int, world: int):
-        super().__init__(len(labels), batch, seed, rank, world)
-        self.labels, self.p = labels, p
-
-    def order(self):
-        order = super().order()
-        rng = np.random.default_rng((self.seed, self.epoch, 1))
-        return repeated(order, self.labels, self.p, rng) if self.p else order
-
-
-def prepare(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a batch: images (B, C, H, W) in 0..255, keypoints (B, 5, 2) px."""
-    image = batch["image"].to(device, non_blocking=True)
-    if image.dtype == torch.uint8:
-        image = image.permute(0, 3, 1, 2).float()
-    if "points" in batch:
-        return image, batch["points"].to(device, non_blocking=True)
-    return image, constant(tuple(template(image.shape[-1]).flatten().tolist()), device).view(1, 5, 2).expand(
-        len(image), -1, -1)
-
-
-def inputs(image: torch.Tensor, points: torch.Tensor, draw: bool = False):
-    """What networks take, images in [-1, 1] and keypoints in [0, 1], of what `prepare` returns.
-    Args: draw, whether white dots of about 2 px mark the keypoints in the image (Fig. 1)."""
-    if draw:
-        side = torch.arange(image.shape[-1], device=image.device)
-        x, y = ((side - points[..., axis, None]).square() for axis in (0, 1))  # (B, 5, W), (B, 5, H)
-        dots = (-(x[..., None, :] + y[..., None]) / 2).exp().amax(1, keepdim=True)  # (B, 1, H, W)
-        image = image + (255 - image) * dots
-    return image / 127.5 - 1, (points + 0.5) / image.shape[-1]
-
-
-# ---- Evaluation: Sec. 4 and supplement -----------------------------------------------------------
-
-class Arm(NamedTuple):
-    """One way of looking at a test set: its data; what is asked of it; what is added to the names of scores;
-    the noise on its keypoints, alpha of Eq. (12); whether it waits for the end of a run."""
-    data: object
-    loader: object
-    protocols: list
-    suffix: str = ""
-    noise: float = 0.0
-    late: bool = False
-
-
-def shares(count: int, batch: int, rank: int = 0, world: int = 1) -> list[list[tuple[int, int]]]:
-    """The keys of a set, in order, that one process looks at: every world-th, and as many in each process."""
-    mine = np.arange(rank, rank + -(-count // world) * world, world) % count
-    return [[(0, i) for i in mine[start:start + batch].tolist()] for start in range(0, len(mine), batch)]
-
-
-def wants_keypoints(args, *rpes: str) -> bool:
-    """Whether a network of one of these encodings looks at keypoints."""
-    return args.draw_keypoints or bool(args.num_keypoints and {*rpes} & {*KEYPOINT})
-
-
-def test_splits(args) -> list[tuple[Split, list, str]]:
-    """The test split of --data, if there is one, and the sets of --test: images, what is asked of them, what
-    ends the names of their scores.
-    Raises: FileNotFoundError for landmarks that the network needs; ValueError for two sets of one name."""
-    say = print if ranks()[0] == 0 else lambda *_: None
-    needy = not args.dfa and wants_keypoints(args, args.rpe, *words(args.also_rpe))
-    between, found, own = args.unaligned or args.align_steps, {}, read_set(args, "test")
-    if args.fusion and own is None:
-        raise ValueError(f"--fusion: --data {args.data} has no test split in {args.data_root}")
-    if own is not None:
-        found[""] = own, [recognition.own_pairs(own.faces), recognition.own_identification(own.faces)]
-        found[""][1].extend([own_templates(own.faces)] if args.fusion else [])
-        if between and own.points is None:
-            say(f"--data {args.data}: no landmarks; test images are aligned as they stand, none unaligned")
-    for path in args.test:
-        test, beside = recognition.read_test(path), os.path.normpath(path) + ".landmarks.csv"
-        if os.path.exists(beside):
-            test = recognition.with_landmarks(test, beside)
-        name, points = f"@{test.name}", test.points
-        if name in found:
-            raise ValueError(f"--test {path}: another set of --test is {test.name}, too; evaluate them apart")
-        if points is None and not path.endswith(".bin"):  # those are aligned
-            if needy:
-                raise FileNotFoundError(f"--test {path}: the network needs the keypoints of its images: no "
-                                        f"{beside}, rows image,x0,y0,..., nor --dfa")
-            say(f"--test {path}: no {beside}; images are taken as they stand")
-        if points is None or args.box != "landmarks":
-            split = Split(test.images, None if points is None else five_points(points, beside))
-            if between and points is not None and args.box == "face":
-                say(f"--test {path}: has no boxes; unaligned are its whole images")
-        else:
-            split = marked(args, test.images, [
-                datasets.Face(functools.partial(test.images.__getitem__, i), own)
-                for i, own in enumerate(points)], beside)
-            if between:
-                say(f"--test {path}: unaligned is the box of {points.shape[1]} landmarks x {args.margin}")
-        found[name] = split, [test]
-    return [(split, protocols, name) for name, (split, protocols) in found.items()]
-
-
-def test_arms(args, device: torch.device) -> list[Arm]:
-    """All ways of looking at the test sets: aligned, and with --unaligned unaligned; `late`, the steps
-    between and the noise. What is wrong with --dfa is found here.
-    Names of scores end in @NAME for a set of --test; then, but for the aligned arm, @unaligned, ..."""
-    arms, noises = [], numbers(args.keypoint_noise)
-    if args.dfa:
-        open_dfa(args.dfa, device)
-
-    def add(data, protocols, suffix, late=False, noises=()):
-        batches = shares(len(data), 64 if device.type == "cpu" else 256, *ranks())
-        kept = not late and suffix in ("", "@unaligned")  # those that every evaluation reads
-        loader = crop_loader(args, data, batches, device, kept)
-        arms.append(Arm(data, loader, protocols, suffix, 0.0, late))
-        arms.extend(Arm(data, loader, protocols, f"{suffix}@noise{alpha:g}", alpha, True) for alpha in noises)
-
-    if args.data == "affnist":
-        images, labels = read_digits(args, "test")
-        upright = digits.mnist_canvas(images, 0, canvas=CANVAS)
-        add(Digits(upright[0], labels, upright[1]), [labels], "", noises=noises)
-        moved, points, _ = digits.affnist(images, 0, canvas=CANVAS)
-        add(Digits(moved, labels, points), [labels], "@affine", noises=noises)
-        return arms
-    for split, protocols, name in test_splits(args):
-        add(make_dataset(args, split, 1.0), protocols, name, noises=noises)
-        if split.points is None:
-            continue
-        if args.unaligned or args.align_steps:
-            add(make_dataset(args, split, 0.0), protocols, f"{name}@unaligned", not args.unaligned)
-        for step in range(1, args.align_steps):
-            add(make_dataset(args, split, step / args.align_steps), protocols, f"{name}@step{step}", True)
-    return arms
-
-
-def disturb(keypoints: torch.Tensor, index: torch.Tensor, alpha: float) -> torch.Tensor:
-    """Keypoints (B, 5, 2) in [0, 1] with noise, the same for an image's index (B,) in every call."""
-    if not alpha:
-        return keypoints
-    draw = lambda i: torch.randn(keypoints.shape[1:], generator=torch.Generator().manual_seed(i))
-    # Eq. (12): L_pert = L + alpha L, where the text means L + alpha N(0, 1)
-    return keypoints + alpha * torch.stack([draw(i) for i in index.tolist()]).to(keypoints)
-
-
-class Embedded(NamedTuple):
-    """What `embed` makes of N images, on the CPU of rank 0."""
-    features: torch.Tensor   # (N, D)
-    keypoints: torch.Tensor  # (N, 5, 2) in [0, 1], as the network had them
-    score: torch.Tensor      # (N,) face score of --dfa, else 1
-
-
-@torch.inference_mode()
-def embed(net: nn.Module, arm: Arm, args, device: torch.device) -> Embedded:
-    """Embeddings of a set, in order; of faces the sum of an image's and its mirror's, whose keypoints --dfa
-    finds anew. Each process makes its share."""
-    net.eval()
-    flip, rows = torch.from_numpy(datasets.SCHEMES[5].flip).to(device), []
-    for batch in copy.copy(arm.loader):  # whose workers end here; the original's would stay for the whole run
-
-        def view(image, points):
-            image, points = inputs(image, points, args.draw_keypoints)
-            return image, disturb(points, batch["index"], arm.noise)
-
-        pixels, points = prepare(batch, device)
-        score = points.new_ones(len(points))
-        if args.dfa:
-            points, score = detect(args.dfa, pixels)
-        image, points = view(pixels, points)
-        if args.dfa:  # in float32, so not under autocast
-            mirrored = view(pixels.flip(3), detect(args.dfa, pixels.flip(3))[0])
-        else:
-            mirrored = image.flip(3), torch.stack([1 - points[..., 0], points[..., 1]], -1)[:, flip]
-        with precision(args, device):
-            features = net(image, points)
-            if args.data != "affnist":
-                features = features + net(*mirrored)
-        rows.append(torch.cat([features, points.flatten(1), score[:, None]], 1))
-    whole = gather_shares(torch.cat(rows), len(arm.data))
-    features, keypoints, score = (whole if ranks()[0] else whole.cpu()).split([whole.shape[1] - 11, 10, 1], 1)
-    return Embedded(features, keypoints.unflatten(1, (5, 2)), score[:, 0])
-
-
-def gather_shares(mine: torch.Tensor, count: int) -> torch.Tensor:
-    """Rows (count, ...) of a set in its order, of each process's rows of its `shares`."""
-    return all_gather(mine).unflatten(0, (ranks()[1], -1)).transpose(0, 1).flatten(0, 1)[:count]
+@torch.no_grad()
+def clip_gradients(net: nn.Module, fc: PartialFC, limit: float):
+    """Scales all gradients down to a common norm of `limit`. The network's are the same in all processes;
+    of the class weights each process has its own, and the squares are summed over the processes."""
+    own = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
+    norm = (own**2 + all_reduce(fc.weight.grad.norm()**2)).sqrt()
+    nn.utils.clip_grads_with_norm_([*net.parameters(), fc.weight], limit, norm)
 
 
 def share_statistics(net: nn.Module):
@@ -1704,715 +1274,446 @@ def share_statistics(net: nn.Module):
             dist.broadcast(module.running_var, 0)
 
 
-def evaluate(net: nn.Module, centres: torch.Tensor | None, arms: Sequence[Arm], args, device) -> dict:
-    """Scores by name, as accuracy, rank1, accuracy@unaligned, tar/0.0001@IJB-C, on rank 0, {} on others.
-    Args: centres (C, D), the class weights, to classify digits by, on rank 0."""
+def build(args, device: torch.device) -> nn.Module:
+    """The network that the flags describe, on `device`."""
+    if args.model.startswith("iresnet"):
+        net = IResNet(int(args.model.removeprefix("iresnet")), args.size)
+        return net.to(device, memory_format=torch.channels_last)
+    size = VIT_SIZES.get(args.model) or dict(dim=args.dim, depth=args.depth, heads=args.heads,
+                                             mlp_ratio=args.mlp_ratio)
+    size = size | dict(patch=args.patch, image_size=args.size)
+    channels = 1 if args.data == "affnist" else 3
+    return ViT(size, args.rpe, args.num_keypoints, channels, drop_path=args.drop_path).to(device)
+
+
+def network_state(optimizer: torch.optim.Optimizer, fc: PartialFC) -> dict:
+    """The optimizer's state without that of the class weights, which `PartialFC.gather_state` has."""
+    state = optimizer.state_dict()
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    state["state"].pop([weight is fc.weight for weight in weights].index(True), None)
+    return state
+
+
+def train_faces(args) -> dict:
+    """Trains, evaluates or predicts, as the flags say; returns the numbers of the last evaluation."""
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU: what needs more is done on the CPU
+    if args.eval:
+        return evaluate_checkpoint(args)
+    if args.predict:
+        return predict(args)
+    job = run.Job(args)
+    # Data
+    images, crops = training_set(args, job.device)
+    conditions = test_conditions(args, job.device)  # what is wrong with them is said now
+    classes = len(images.ids)
+    job.say(f"{len(images):,} training images of {classes:,} identities; {args.model}, {args.rpe}")
+    if not conditions:
+        job.say(f"note: --data {args.data} has no test split: without --test no number will be measured")
+    if 2 * args.warmup > args.epochs:
+        job.say(f"note: the rate rises for {args.warmup:g} of {args.epochs} epochs; a run this short wants "
+                "a smaller --warmup")
+    labels = torch.from_numpy(images.labels)
+    batches = SubjectBatches(images.labels, args.repeat, args.batch_size, args.seed, job.rank, job.world)
+    distort = args.augment != "none" and args.data != "affnist"
+    loader = crop_loader(args, Distorted(crops, args.seed) if distort else crops, batches, job.device)
+    # Network, classes and optimizer
+    net = build(args, job.device)
+    fc = PartialFC(512, classes, MARGINS[args.loss](scale=args.scale), args.sample_rate).to(job.device)
+    root_d = net.rpe.scale**-1 if args.rpe in (*STATIC, *KEYPOINT) and net.rpe else 1.0
+    groups = parameter_groups(net, args.weight_decay, args.rpe_lr or root_d)
+    groups[0]["params"].append(fc.weight)
+    optimizer = torch.optim.AdamW(groups, args.lr, fused=True)
+    job.restore(net, optimizer, [len(images), classes])
+    if job.state:
+        fc.load_shards(job.state["head"], optimizer)
+    model = job.wrap(net)  # not fc: the classes are sharded
+    job.begin(crops, batches, loader)
     scores = {}
-    for arm in arms:
-        features, keypoints, faceness = embed(net, arm, args, device)
-        if ranks()[0]:
-            continue
-        for protocol in arm.protocols:
-            if isinstance(protocol, Templates):
-                for rule in words(args.fusion):
-                    pooled = fuse(features, protocol.template, rule, keypoints, faceness)
-                    scores |= {f"rank{k}{arm.suffix}@{rule}": share
-                               for k, share in identify_templates(pooled, protocol).items()}
-                continue
-            if isinstance(protocol, np.ndarray):
-                cosines = features @ F.normalize(centres).T
-                right = cosines.argmax(1) == torch.from_numpy(protocol.astype(np.int64))
-                found = {"accuracy": right.double().mean().item()}
-            else:
-                # IJB, as CVLface has it for its results: unit features of images, times their faceness.
-                unit = isinstance(protocol, recognition.TemplateSet)
-                found = recognition.score(protocol, F.normalize(features) if unit else features)
-            scores |= {f"{key}{arm.suffix}": value for key, value in found.items()}
+    for epoch in job.epochs():
+        net.train()
+        fc.train()
+        for step, batch in job.steps_of(epoch):
+            rate = learning_rate(step, args.epochs * job.steps, args.warmup * job.steps, args.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+            image, keypoints = inputs(*to_device(batch, job.device), args.draw_keypoints)
+            with run.precision(args, job.device):
+                embeddings = model(image, keypoints)
+            loss = fc(embeddings, labels[batch["index"]])  # over all processes
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if args.clip:
+                clip_gradients(net, fc, args.clip)
+            optimizer.step()
+            job.note(step, loss=loss)
+        share_statistics(net)
+        head = fc.gather_state(optimizer)
+        last = epoch + 1 == args.epochs
+        if job.due(epoch):
+            now = [condition for condition in conditions if last or not condition.late]
+            scores = evaluate(net, head["weight"], now, args, job.device)
+        job.save(epoch, scores if job.due(epoch) else {}, head=head, optimizer=network_state(optimizer, fc))
+    if job.start >= args.epochs:  # it was killed after its last checkpoint
+        scores = evaluate(net, fc.whole(fc.weight), conditions, args, job.device)
+    if job.rank == 0 and scores:
+        print_table(scores, args)
+        write_pictures(job.folder, net, conditions, args.dfa)
     return scores
 
 
-def print_table(rows: dict[str, dict], args):
-    """A row for each network {title: scores}, then all other scores, a line each."""
-    first = next(iter(rows.values()))
+# ---- Evaluation: Sec. 4 and supplement -----------------------------------------------------------
+
+class TestCondition(NamedTuple):
+    """One way of looking at a test set: its data; what is asked of it; what is added to the names of
+    scores; the noise on its keypoints, alpha of Eq. (12); whether it waits for the end of a run."""
+    data: object
+    loader: object
+    protocols: list
+    suffix: str = ""
+    noise: float = 0.0
+    late: bool = False
+
+
+def shard_keys(count: int, batch: int, rank: int = 0, world: int = 1) -> list[list[tuple[int, int]]]:
+    """The keys of a set, in order, that one process looks at: every world-th, as many in each process."""
+    mine = np.arange(rank, rank + -(-count // world) * world, world) % count
+    return [[(0, i) for i in mine[start:start + batch].tolist()] for start in range(0, len(mine), batch)]
+
+
+def gather_shards(mine: torch.Tensor, count: int) -> torch.Tensor:
+    """Rows (count, ...) of a set in its order, of each process's rows of its `shard_keys`."""
+    return all_gather(mine).unflatten(0, (ranks()[1], -1)).transpose(0, 1).flatten(0, 1)[:count]
+
+
+def read_tests(args) -> dict[str, tuple[Split, list]]:
+    """The test split of --data, if there is one, and the sets of --test, by what ends the names of their
+    scores: images, and what is asked of them.
+    Raises: UserError for landmarks that the network needs, for two sets of one name, and for --fusion
+        without a test split."""
+    say = print if ranks()[0] == 0 else lambda *_: None
+    found = {}
+    faces = None if args.data in RECORDS else read_faces(args, "test")
+    if faces is not None:
+        own = face_split(args, faces)
+        protocols = [recognition.own_pairs(faces), recognition.own_identification(faces)]
+        if args.fusion:
+            protocols.append(own_templates(faces))
+        if args.unaligned and own.points is None:
+            say(f"--unaligned: the images of --data {args.data} have no landmarks, so none can be aligned: "
+                "they are tested as they stand")
+        found[""] = own, protocols
+    elif args.fusion:
+        raise UserError(f"--fusion takes a test split, PERSON/VIDEO/*.jpg in a folder test, which --data "
+                        f"{args.data} has not")
+    for path in args.test:
+        test = recognition.read_test(path)
+        name = f"@{test.name}"
+        if name in found:
+            raise UserError(f"--test {path}: another set of --test is {test.name}, too; evaluate them apart")
+        found[name] = test_split(args, path, test, say), [test]
+    return found
+
+
+def test_split(args, path: str, test, say: Callable) -> Split:
+    """The images of a set of --test at `path`, with its landmarks or those of PATH.landmarks.csv."""
+    beside = os.path.normpath(path) + ".landmarks.csv"
+    if os.path.exists(beside):
+        test = recognition.with_landmarks(test, beside)
+    if test.points is None:
+        if path.endswith(".bin"):
+            say(f"--test {path}: no {beside}; its images are aligned, their keypoints ArcFace's")
+        elif wants_keypoints(args) and not args.dfa:
+            raise UserError(f"--test {path}: the network needs the keypoints of its images: no {beside}, "
+                            "rows image,x0,y0,..., nor --dfa")
+        else:
+            say(f"--test {path}: no {beside}; images are taken as they stand")
+        return Split(test.images, None)
+    boxes = None
+    if args.box == "landmarks":
+        boxes = np.concatenate([test.points.min(1), test.points.max(1)], 1).astype(np.float64)
+    if args.unaligned:
+        crop = "whole images" if boxes is None else f"the box of {test.points.shape[1]} landmarks x {args.margin}"
+        say(f"--test {path}: unaligned crops are {crop}")
+    return Split(test.images, five_points(test.points, beside), boxes)
+
+
+def test_conditions(args, device: torch.device) -> list[TestCondition]:
+    """All ways of looking at the test sets: aligned, and with --unaligned unaligned; `late` the noise, and
+    the templates of IJB, whose millions of pairs take a minute.
+    Names of scores end in @NAME for a set of --test, then, but where aligned, in @unaligned, @noise..."""
+    conditions = []
+
+    def add(data, protocols, suffix: str, noisy: bool):
+        keys = shard_keys(len(data), 64 if device.type == "cpu" else 256, *ranks())
+        loader = crop_loader(args, data, keys, device, kept=suffix in ("", "@unaligned"))
+        late = any(isinstance(test, recognition.TemplateSet) for test in protocols)
+        conditions.append(TestCondition(data, loader, protocols, suffix, late=late))
+        for alpha in args.keypoint_noise if noisy else ():
+            conditions.append(TestCondition(data, loader, protocols, f"{suffix}@noise{alpha:g}", alpha, True))
+
     if args.data == "affnist":
-        shown = [("accuracy", "MNIST (%)"), ("accuracy@affine", "affNIST (%)")]
-    else:
-        shown = [("accuracy", "verified (%)"), ("accuracy@unaligned", "unaligned (%)"),
-                 ("rank1", "rank-1 (%)"), ("rank1@unaligned", "unaligned (%)")]
-    shown = [column for column in shown if column[0] in first]
-    if shown:
-        print(f"{args.data}: {args.model}, {args.size} px" + (
-            f", unaligned: {args.box}" + (f" x {args.margin}" if args.box != "image" else "")
-            if "accuracy@unaligned" in first else ""))
-        print(" " * 14 + "".join(f"{title:>15}" for _, title in shown))
-        for title, found in rows.items():
-            print(f"{title:14}" + "".join(f"{100 * found[key]:>15.2f}" for key, _ in shown))
-    for title, found in rows.items():
-        for key in found:
-            own = key in dict(shown) or "@" not in key or key.startswith("rank5") and "@unaligned" in key
-            if not own and "/std" not in key.split("@")[0] and "@step" not in key:
-                print(f"{title}: {key} {100 * found[key]:.2f} %")
-        for name in [key.removesuffix("@step1") for key in found if key.endswith("@step1") and "/std@"
-                     not in key]:
-            values = ", ".join(f"{100 * value:.2f}" for _, value in curve(found, args.align_steps, name))
-            print(f"{title}: {name} from unaligned to aligned {values} %")
+        images, labels = read_digits(args, "test")
+        upright = digits.mnist_canvas(images, 0, canvas=args.size)
+        moved = digits.affnist(images, 0, canvas=args.size)
+        for suffix, (image, points, *_) in (("", upright), ("@affine", moved)):
+            add(Digits(image, labels, args.size, points), [labels], suffix, True)
+        return conditions
+    for name, (split, protocols) in read_tests(args).items():
+        add(make_crops(args, split, 1.0), protocols, name, True)
+        if args.unaligned and split.points is not None:
+            add(make_crops(args, split, 0.0), protocols, f"{name}@unaligned", True)
+    return conditions
 
 
-def curve(scores: dict, steps: int, name: str = "accuracy") -> list[tuple[float, float]]:
-    """Fig. 5 of a score, of the own test split or with @NAME: (t, score) from unaligned, 0, to aligned, 1."""
-    keys = [f"{name}@unaligned", *(f"{name}@step{i}" for i in range(1, steps)), name]
-    return [(i / steps, scores[key]) for i, key in enumerate(keys) if key in scores] if steps else []
+def add_keypoint_noise(keypoints: torch.Tensor, index: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Keypoints (B, 5, 2) in [0, 1] with noise, the same for an image's index (B,) in every call."""
+    if not alpha:
+        return keypoints
+    noise = [np.random.default_rng((1, i)).standard_normal(keypoints.shape[1:]) for i in index.tolist()]
+    # Eq. (12): L_pert = L + alpha L, where the text means L + alpha N(0, 1)
+    return keypoints + alpha * torch.from_numpy(np.stack(noise)).to(keypoints)
 
 
-# ---- Pictures ------------------------------------------------------------------------------------
-
-GREEN, RED, BLUE = (60, 220, 60), (240, 50, 50), (40, 80, 230)
-
-
-def write_image(path, image: np.ndarray):
-    """Writes RGB uint8 (H, W, 3)."""
-    if not cv2.imwrite(str(path), image[..., ::-1]):
-        raise OSError(f"{path}: the picture could not be written")
-
-
-def draw_points(image: np.ndarray, points, colour, radius: float) -> np.ndarray:
-    """Draws points (N, 2) px on RGB uint8 (H, W, 3), in place, at sub-pixel places."""
-    for x, y in np.round(16 * np.asarray(points, np.float64)).astype(int).tolist():  # 4 bits after the point
-        cv2.circle(image, (x, y), max(round(16 * radius), 8), colour, -1, cv2.LINE_AA, 4)
-    return image
-
-
-def tile(tiles: list, columns: int) -> np.ndarray:
-    """Images of one size side by side, `columns` in a row."""
-    tiles = tiles + [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
-    return np.concatenate([np.concatenate(tiles[i:i + columns], 1) for i in range(0, len(tiles), columns)])
-
-
-def framed(image: np.ndarray) -> np.ndarray:
-    """An image in a white frame of 4 px."""
-    return cv2.copyMakeBorder(image, 4, 4, 4, 4, cv2.BORDER_CONSTANT, value=(255, 255, 255))
-
-
-def examples(data, count: int) -> list[int]:
-    """Places of `count` images, evenly spread over a set."""
-    return np.linspace(0, len(data) - 1, min(count, len(data))).astype(int).tolist()
-
-
-def picture(data, i: int, side: int, dfa: str) -> tuple[np.ndarray, np.ndarray]:
-    """Image i of a set as RGB uint8 (side, side, 3), and its keypoints (5, 2) in [0, 1], those of --dfa."""
-    image, points = prepare(data.__getitems__([(0, i)]), torch.device("cpu"))
-    points = detect(dfa, image)[0] if dfa else points
-    pixels = image[0].permute(1, 2, 0).expand(-1, -1, 3).byte().numpy()
-    pixels = cv2.resize(pixels, (side, side), interpolation=cv2.INTER_CUBIC)
-    return np.ascontiguousarray(pixels), inputs(image, points)[1][0].numpy()
-
-
-def draw_arms(arms: Sequence[Arm], dfa: str = "", side: int = 160) -> np.ndarray:
-    """Images of the own test split with their keypoints: a row for each arm, as aligned and unaligned."""
-    tiles = []
-    for arm in arms:
-        for i in examples(arm.data, 6):
-            image, points = picture(arm.data, i, side, dfa)
-            tiles.append(framed(draw_points(image, points * side - 0.5, GREEN, side / 50)))
-    return tile(tiles, len(tiles) // len(arms))
+class Embedded(NamedTuple):
+    """What `embed` makes of N images, on the CPU of rank 0."""
+    features: torch.Tensor   # (N, D)
+    keypoints: torch.Tensor  # (N, 5, 2) in [0, 1], as the network had them
+    score: torch.Tensor      # (N,) face score of --dfa, else 1
 
 
 @torch.inference_mode()
-def offsets(net: ViT, keypoints: torch.Tensor) -> torch.Tensor:
-    """What the encoding adds to the logits of head 0, B_ij / sqrt(d): keypoints (B, 5, 2) in [0, 1] ->
-    (depth, B, N, N)."""
-    maps = []
-    for block, parts in zip(net.blocks, net.parts(keypoints)):
-        keypoint, static = (block.attn.table[None], None) if parts is None else parts
-        keypoint, static = keypoint[:, :1], 0 if static is None else static[:1]
-        maps.append(net.pairs.gather(keypoint * block.attn.scale, static * block.attn.scale, keypoint.dtype)
-                    [:, 0].expand(len(keypoints), -1, -1))
-    return torch.stack(maps)
+def embed(net: nn.Module, condition: TestCondition, args, device: torch.device) -> Embedded:
+    """Embeddings of a set, in order; of faces the sum of an image's and its mirror's, whose keypoints
+    --dfa finds anew. Each process makes its share."""
+    net.eval()
+    flip = torch.from_numpy(datasets.SCHEMES[5].flip).to(device)
+    rows = []
+    for batch in copy.copy(condition.loader):  # whose workers end here, not with the run
+        pixels, points = to_device(batch, device)
+        score = points.new_ones(len(points))
+        if args.dfa:
+            points, score = detect(args.dfa, pixels)
+        image, keypoints = inputs(pixels, points, args.draw_keypoints)
+        keypoints = add_keypoint_noise(keypoints, batch["index"], condition.noise)
+        mirrored = torch.stack([1 - keypoints[..., 0], keypoints[..., 1]], -1)[:, flip]
+        if args.dfa and not condition.noise:
+            mirrored = inputs(pixels, detect(args.dfa, pixels.flip(3))[0])[1]
+        with run.precision(args, device):
+            features = net(image, keypoints)
+            if args.data != "affnist":
+                features = features + net(image.flip(3), mirrored)
+        rows.append(torch.cat([features, keypoints.flatten(1), score[:, None]], 1))
+    whole = gather_shards(torch.cat(rows), len(condition.data))
+    if ranks()[0] == 0:
+        whole = whole.cpu()
+    features, keypoints, score = whole.split([whole.shape[1] - 11, 10, 1], 1)
+    return Embedded(features, keypoints.unflatten(1, (5, 2)), score[:, 0])
 
 
-def draw_offset(values: np.ndarray, query: tuple[int, int], keypoints: np.ndarray, side: int) -> np.ndarray:
-    """One map (h, w), white at its lowest and blue at its highest value, with the query's patch (row, column)
-    as a red star and the keypoints as circles."""
-    height, width = values.shape
-    share = (values - values.min()) / max(np.ptp(values), 1e-9)
-    share = cv2.resize(share.astype(np.float32), (side, side), interpolation=cv2.INTER_NEAREST)[..., None]
-    image = (255 + share * (np.array([30, 60, 170]) - 255)).round().astype(np.uint8)
-    place = (int((query[1] + 0.5) / width * side), int((query[0] + 0.5) / height * side))
-    cv2.drawMarker(image, place, RED, cv2.MARKER_STAR, side // 10, 2, cv2.LINE_AA)
-    return framed(draw_points(image, keypoints * side - 0.5, (30, 150, 30), side / 50))
+def evaluate(net: nn.Module, centres: torch.Tensor | None, conditions: Sequence[TestCondition], args,
+             device: torch.device) -> dict:
+    """Scores by name, as accuracy, rank1, accuracy@unaligned, tar/0.0001@IJB-C, on rank 0, {} on others.
+    Args: centres (C, D), the class weights, to classify digits by, on rank 0."""
+    scores = {}
+    for condition in conditions:
+        found = embed(net, condition, args, device)
+        for protocol in condition.protocols if ranks()[0] == 0 else ():
+            if isinstance(protocol, Templates):
+                for rule in args.fusion:
+                    pooled = fuse(found.features, protocol.template, rule, found.keypoints, found.score)
+                    for k, share in identify_templates(pooled, protocol).items():
+                        scores[f"rank{k}{condition.suffix}@{rule}"] = share
+                continue
+            if isinstance(protocol, np.ndarray):  # labels of digits
+                cosines = found.features @ F.normalize(centres).T
+                right = cosines.argmax(1) == torch.from_numpy(protocol.astype(np.int64))
+                answers = {"accuracy": right.double().mean().item()}
+            elif isinstance(protocol, recognition.TemplateSet):
+                # IJB, as CVLface has it for its results: unit features of images, times their faceness.
+                answers = recognition.score(protocol, F.normalize(found.features))
+            else:
+                answers = recognition.score(protocol, found.features)
+            for name, value in answers.items():
+                scores[f"{name}{condition.suffix}"] = value
+    return scores
 
 
-def draw_offsets(net: ViT, data, dfa: str = "", side: int = 160) -> np.ndarray:
-    """Fig. 12, then Fig. 13: an image, then maps of head 0. The first rows are one image, a row for each of
-    three queries and a column for layers 0, 1, 3, 5, 7; the others three images, by the last of these."""
-    height, width = (n // net.patch_embed.proj.stride[0] for n in net.wanted[1:])
-    layers = [layer for layer in (0, 1, 3, 5, 7) if layer < len(net.blocks)]
-    chosen = [picture(data, i, side, dfa) for i in examples(data, 4)]
-    device = net.pos_embed.device
-    keypoints = torch.from_numpy(np.stack([points for _, points in chosen])).to(device)
-    maps = offsets(net, keypoints).float().cpu().numpy()                      # (depth, 4, N, N)
-    queries = [(height // 2, width // 2), (height // 4, width // 4), (height - 2, width // 2)]
-    shown = [(0, query) for query in queries] + [(i, queries[0]) for i in range(1, len(chosen))]
-    tiles = []
-    for i, query in shown:
-        image, points = chosen[i]
-        tiles.append(framed(draw_points(image.copy(), points * side - 0.5, GREEN, side / 50)))
-        for layer in layers:
-            values = maps[layer, i, query[0] * width + query[1]].reshape(height, width)
-            tiles.append(draw_offset(values, query, points, side))
-    return tile(tiles, len(layers) + 1)
+def print_table(scores: dict, args):
+    """A line for each test condition: its scores in %."""
+    box = f", unaligned: {args.box} x {args.margin:g}" if args.unaligned and args.box != "image" else ""
+    print(f"{args.data}: {args.model}, {args.rpe}, {args.size} px{box}")
+    lines = {}
+    for name, value in scores.items():
+        name, _, condition = name.partition("@")
+        if not name.endswith("/std"):
+            lines.setdefault(condition or "test", []).append(f"{name} {100 * value:.2f} %")
+    for condition, values in lines.items():
+        print(f"  {condition:18} {', '.join(values)}")
 
 
-def draw_curves(curves: dict[str, list], width: int = 800, height: int = 480) -> np.ndarray:
-    """Fig. 5: {title: [(t, accuracy)]}, t from unaligned to aligned, as RGB uint8 (600, 1200, 3)."""
-    image, left, top = np.full((600, 1200, 3), 255, np.uint8), 90, 40
-    low = math.floor(10 * min(y for points in curves.values() for _, y in points)) / 10
-    place = lambda x, y: (round(left + width * x), round(top + height * (1 - y) / (1 - low + 1e-9)))
-    font = dict(fontFace=cv2.FONT_HERSHEY_SIMPLEX, fontScale=0.5, color=(40,) * 3, lineType=cv2.LINE_AA)
-    text = lambda string, x, y: cv2.putText(image, string, (x, y), **font)
-    for i in range(6):
-        y = low + (1 - low) * i / 5
-        cv2.line(image, place(0, y), place(1, y), (222,) * 3)
-        text(f"{100 * y:.0f}", left - 40, place(0, y)[1] + 5)
-    text("verified (%)", left, top - 15)
-    text("unaligned", left, top + height + 30)
-    text("aligned", left + width - 50, top + height + 30)
-    for i, (title, points) in enumerate(curves.items()):
-        colour, x, y = metrics.CURVE_COLOURS[i % len(metrics.CURVE_COLOURS)], left + width + 30, top + 24 * i
-        cv2.polylines(image, [np.array([place(*point) for point in points])], False, colour, 2, cv2.LINE_AA)
-        cv2.line(image, (x, y + 8), (x + 28, y + 8), colour, 3)
-        text(title, x + 40, y + 13)
-    return image
-
-
-def write_pictures(folder: Path, net: nn.Module, arms: Sequence[Arm], dfa: str):
-    """What the paper's figures show, from this run: faces.png, and offsets.png of a ViT with a bias,
-    whose keypoints differ most where faces are not aligned."""
-    own = [arm for arm in arms if not arm.noise and arm.suffix in ("", "@unaligned", "@affine")]
-    if own:
-        write_image(folder / "faces.png", draw_arms(own, dfa))
-        if isinstance(net, ViT) and net.rpe_name not in ("none", "irpe"):
-            write_image(folder / "offsets.png", draw_offsets(net, own[-1].data, dfa))
-
-
-# ---- Run-time: the same lines in all five scripts ------------------------------------------------
-
-def setup(args) -> tuple[int, int, torch.device]:
-    """Starts the processes that --gpus asks for; returns this one's rank, their number and its device.
-
-    `python script.py --gpus 4` replaces itself by torchrun; under a torchrun of the user's (several machines)
-    RANK is set and nothing is started. The processes talk through nccl on GPUs and gloo on CPUs.
-    Raises: ValueError for fewer GPUs than asked for, or a batch that does not divide over the processes.
-    """
-    cuda = args.device != "cpu" and torch.cuda.is_available()
-    if args.device == "cuda" and not cuda:
-        raise ValueError("--device cuda: PyTorch sees no GPU here; take --device cpu")
-    if args.gpus > 1 and "RANK" not in os.environ:
-        if cuda and torch.cuda.device_count() < args.gpus:
-            raise ValueError(f"--gpus {args.gpus}: PyTorch sees {torch.cuda.device_count()}")
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                  f"--nproc-per-node={args.gpus}", *sys.argv])
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size < 1 or args.batch_size % world:
-        raise ValueError(f"--batch-size {args.batch_size} does not divide over {world} processes")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    if world > 1 and not dist.is_initialized():  # two hours: the others wait while rank 0 evaluates
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
-    return rank, world, device
-
-
-def seed_all(seed: int, epoch: int = 0, rank: int = 0):
-    """Seeds PyTorch as a function of where the run is, so that no generator's state needs to be saved."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1)[0]))
-
-
-def precision(args, device: torch.device):
-    """Autocast to bfloat16 with --amp on a GPU, else a context that does nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.amp and device.type == "cuda")
-
-
-def find_run(args, name: str) -> Path | None:
-    """The folder to resume or of --output, None for the default of a new run. Nothing is made yet.
-    Raises: FileExistsError for an --output that holds a run, without --resume; FileNotFoundError for nothing
-        to resume."""
-    base = f"{name}-{args.data}"
-    if args.resume and not args.output:  # the newest run, not an older one in its place
-        found = [re.fullmatch(re.escape(base) + r"(?:-(\d+))?", path.name) for path in Path("runs").glob("*")]
-        number = max((int(match[1] or 1) for match in found if match), default=1)
-        args.output = str(Path("runs", base if number == 1 else f"{base}-{number}"))
-    if args.resume and not Path(args.output, "last.pt").exists():
-        raise FileNotFoundError(f"--resume: no checkpoint {Path(args.output, 'last.pt')}; name the run's "
-                                f"folder by --output, or start it anew")
-    if args.output and not args.resume and Path(args.output, "last.pt").exists():
-        raise FileExistsError(f"--output {args.output} holds a run: continue it by --resume, or name another")
-    return Path(args.output) if args.output else None
-
-
-def make_run(args, name: str, folder: Path | None) -> Path:
-    """Makes the folder of a run: `folder`, or runs/NAME-DATA with the next free number."""
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    for number in itertools.count(1):  # mkdir is atomic: two runs that start at once get two folders
-        folder = Path("runs", f"{name}-{args.data}" + (f"-{number}" if number > 1 else ""))
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            pass
-
-
-def save(path: Path, **state):
-    """Writes tensors and plain values beside `path`, then renames the file: it is whole, or not there."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def read_tensors(path) -> dict:
-    """Reads a dict of tensors and plain values to the CPU.   Raises: FileNotFoundError; ValueError."""
-    if not os.path.isfile(path):
-        hint = ", a folder: name the last.pt in it" if os.path.isdir(path) else ""
-        raise FileNotFoundError(f"no checkpoint {path}{hint}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # zip, pickle and storage errors all mean the same here
-        raise ValueError(f"{path} is cut short, or holds more than tensors and plain values") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, expected a dict of tensors")
-    return state
-
-
-def load(path, script: str) -> dict:
-    """Reads a checkpoint of `script`, to the CPU.   Raises: FileNotFoundError; ValueError."""
-    state = read_tensors(path)
-    if state.get("script") != script or not {"model", "args", "epoch"} <= state.keys():
-        raise ValueError(f"{path} is no checkpoint of {script}.py, but of {state.get('script', 'another')}")
-    return state
-
-
-def restore_args(args, saved: dict, free: set[str]):
-    """Gives `args` the flags of a checkpoint's run, except those in `free`, which stay the command's.
-    Raises: ValueError for a flag that was typed and contradicts the run."""
-    for key, value in saved.items():
-        if key in free or key not in vars(args):
-            continue
-        if key in args.given and getattr(args, key) != value:
-            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)}: the checkpoint was made with "
-                             f"{value}; leave the flag out, or start a new run")
-        setattr(args, key, value)
-
-
-def write_log(path: Path, **row):
-    """Appends one JSON line."""
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def cut_log(path: Path, epoch: int):
-    """Drops the lines after `epoch`, which a run wrote before it was killed and will write again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        part = path.with_name(path.name + ".part")
-        part.write_text("".join(line for line in lines if json.loads(line)["epoch"] <= epoch))
-        os.replace(part, path)
-
-
-def check_losses(losses: torch.Tensor, epoch: int):
-    """Raises FloatingPointError for a loss (steps,) of an epoch that is not finite."""
-    for step in (~losses.isfinite()).nonzero()[:1, 0].tolist():
-        raise FloatingPointError(f"the loss is {losses[step].item()} at epoch {epoch}, step {step + 1}; the "
-                                 f"last checkpoint is whole; a lower --lr is the usual cure")
-
-
-def check_weights(net: nn.Module, epoch: int):
-    """Raises FloatingPointError before a network is saved that holds something not finite."""
-    bad = [name for name, value in net.state_dict().items() if not value.isfinite().all()]
-    if bad:
-        raise FloatingPointError(f"epoch {epoch} left {bad[0]} and {len(bad) - 1} more tensors not finite; "
-                                 "an earlier checkpoint is whole; a lower --lr is the usual cure")
-
-
-def run(main, args):
-    """Calls main(args); what is wrong with flags, files or numbers ends the program by its message alone."""
-    try:
-        main(args)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"{Path(sys.argv[0]).name}: stopped; --resume continues after the last whole epoch")
-
-
-# ---- Loaders and checkpoints ---------------------------------------------------------------------
-
-# Flags of the machine or the command, not of the run whose checkpoint is opened; --eval also chooses DATA.
-MACHINE = {"output", "gpus", "device", "workers", "compile", "resume", "eval", "predict", "weights", "cache",
-           "given", "detector", "align"}
-LOOK = {"test", "unaligned", "align_steps", "keypoint_noise", "also_rpe", "fusion"}  # the run's, unless typed
-FILES = {"data_root", "landmarks", "dfa"}  # likewise: they may lie elsewhere now
-DATA = {"data", "data_root", "amp", "limit", "batch_size", "landmarks", "points"}
-
-
-def make_loader(args, data, batches, device: torch.device, everywhere: bool = False):
-    """Loader over `batches`; keeps crops as --cache says, for data that is `everywhere` once a machine."""
-    first, wait = int(os.environ.get("LOCAL_RANK", 0)) == 0, everywhere and dist.is_initialized()
-    if args.cache:
-        if wait and not first:
-            dist.barrier()
-        data.regions.keep(args.cache, verbose=first)
-        if wait and first:
-            dist.barrier()
-    workers = args.workers if args.workers >= 0 else 8 if device.type == "cuda" else 0
-    return datasets.make_loader(data, batches, workers, device, args.cache == "device")
-
-
-def crop_loader(args, data, batches, device: torch.device, kept: bool = True):
-    """`make_loader` in all processes; --cache is for crops that are `kept`, not whole images and digits."""
-    cache = args.cache if kept and isinstance(data, datasets.CropDataset) else ""
-    return make_loader(argparse.Namespace(workers=args.workers, cache=cache), data, batches, device, True)
-
-
-def build(args, device: torch.device) -> nn.Module:
-    """The network that the flags describe, on `device`."""
-    if args.task == "gait":
-        return SwinGait(args.dim, args.heads, args.rpe, drop_path=args.drop_path).to(device)
-    if args.model.startswith("iresnet"):
-        return IResNet(int(args.model.removeprefix("iresnet")), args.size).to(
-            device, memory_format=torch.channels_last)
-    own = dict(dim=args.dim, depth=args.depth, heads=args.heads, mlp_ratio=args.mlp_ratio)
-    size = (own if args.model == "own" else VIT_SIZES[args.model]) | dict(
-        patch=args.patch, image_size=args.size)
-    return ViT(size, args.rpe, args.num_keypoints, 1 if args.data == "affnist" else 3,
-               drop_path=args.drop_path).to(device)
-
-
-def load_weights(net: nn.Module, weights: dict, path) -> None:
-    """Gives a network a checkpoint's tensors.   Raises: ValueError for a name or shape that does not fit."""
-    own, found = ({name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
-                  for tensors in (net.state_dict(), weights))
-    if wrong := [name for name in own | found if own.get(name) != found.get(name)]:
-        raise ValueError(f"{path}: {len(wrong)} tensors do not fit the network that its flags describe; the "
-                         f"first, {wrong[0]}, is {found.get(wrong[0], 'missing')}, expected "
-                         f"{own.get(wrong[0], 'none')}; the file was changed, or is of another version")
-    net.load_state_dict(weights)
-
-
-def load_task(path, task: str) -> dict:
-    """Reads a checkpoint of --task `task`, to the CPU.   Raises: as `load`; ValueError for another task."""
-    state = load(path, "kprpe")
-    if (own := state["args"].get("task", "face")) != task:
-        raise ValueError(f"{path} is a checkpoint of --task {own}, not {task}")
-    return state
-
-
-def open_checkpoint(args, path: str, free: set[str]) -> tuple[nn.Module, dict, torch.device]:
-    """A checkpoint's network, in evaluation mode, its classifier's state, and the device; `args` takes its
-    flags over, but for `free`, the typed ones of DATA, and all of DATA where --data names another set."""
-    device, given = setup(args)[2], set(args.given)
-    state = load_task(path, args.task)
-    other = "data" in given and args.data != state["args"]["data"]
-    if (other or args.predict) and "affnist" in (args.data, state["args"]["data"]):
-        raise ValueError(f"--data {args.data}: {path} is of a run on {state['args']['data']}")
-    restore_args(args, state["args"], MACHINE | LOOK | free | ({"dfa"} & given) |
-                 (DATA if other else DATA & given))
+def open_checkpoint(args, path: str) -> tuple[nn.Module, dict, torch.device]:
+    """A checkpoint's network, in evaluation mode, its classifier's state, and the device; `args` takes
+    its flags over.   Raises: UserError for a network of digits where faces are looked at, or the reverse."""
+    digits_wanted = "data" in args.given and args.data == "affnist"
+    state, device = run.open_checkpoint(args, path, ("landmarks",))
+    of_digits = state["args"]["data"] == "affnist"
+    if of_digits and (args.predict or args.data != "affnist") or digits_wanted and not of_digits:
+        raise UserError(f"{path} is of a run on {state['args']['data']}, not for these images")
     net = build(args, device)
-    load_weights(net, state["model"], path)
+    run.load_weights(net, state["model"], path)
     return net.eval(), state["head"], device
 
 
 def evaluate_checkpoint(args) -> dict:
     """--eval: the numbers of a checkpoint on the test split of --data and on --test; with --output, the
-    pictures too. The unaligned crop is that of its run, unless --box or --margin are given."""
-    net, head, device = open_checkpoint(args, args.eval, {"box", "margin"} & set(args.given))
-    folder = find_run(args, "kprpe")
-    arms = test_arms(args, device)
-    if not arms:
-        raise ValueError(f"--data {args.data} has no test split in {args.data_root}; give --test")
-    scores = evaluate(net, head["weight"], arms, args, device)
-    if scores:
-        print_table({args.rpe: scores}, args)
-        if folder:
-            folder = make_run(args, "kprpe", folder)
-            write_pictures(folder, net, arms, args.dfa)
-            draw_fig5(folder, {args.rpe: scores}, args)
+    pictures too."""
+    net, head, device = open_checkpoint(args, args.eval)
+    folder = run.find_run(args)
+    conditions = test_conditions(args, device)
+    if not conditions:
+        raise UserError(f"--data {args.data} has no test split in {args.data_root}; give --test")
+    scores = evaluate(net, head["weight"], conditions, args, device)
+    print_table(scores, args)
+    if folder:
+        write_pictures(run.make_run(args, folder), net, conditions, args.dfa)
     return scores
-
-
-def open_detector(path: str):
-    """cv2's detector from a YuNet model file.   Raises: ValueError for another kind of file."""
-    try:
-        return cv2.FaceDetectorYN.create(path, "", (320, 320))
-    except cv2.error as error:
-        raise ValueError(f"--detector {path}: no YuNet model that OpenCV can read ({error.err})") from None
-
-
-def find_keypoints(args, path: str, image: np.ndarray, detector, device: torch.device) -> list[tuple]:
-    """The faces of an image: box (4,) x0 y0 x1 y1 px, or None for the whole image; keypoints (5, 2) px, or
-    None. By the detector; else one, of --box, and of the landmarks in NAME.pts beside the image or by --dfa.
-    Raises: ValueError for a --box outside the image, or landmarks of no known scheme."""
-    height, width = image.shape[:2]
-    if detector is not None:
-        detector.setInputSize((width, height))
-        found = detector.detect(np.ascontiguousarray(image[..., ::-1]))[1]
-        found = np.zeros((0, 15)) if found is None else found.astype(np.float64)
-        # Behind the box, YuNet has the person's right eye, that is the image-left one, first.
-        return [(np.concatenate([row[:2], row[:2] + row[2:4]]), row[4:14].reshape(5, 2)) for row in found]
-    beside, points, box = os.path.splitext(path)[0] + ".pts", None, None
-    if args.task == "face" and os.path.isfile(beside):
-        points = datasets.read_pts(beside)
-        box = np.concatenate([points.min(0), points.max(0)]) if args.box == "landmarks" else None
-        points = five_points(points[None], beside)[0]
-    if args.box not in BOXES:
-        box = np.array(parse_box(args.box))
-        if box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0:
-            raise ValueError(f"--box {args.box} lies outside an image of {width} x {height}")
-    if points is None and args.dfa:
-        points = find_face(open_dfa(args.dfa, device)[0], image, box)
-    return [(box, points)]
-
-
-def each_face(args, name: str, endings: Sequence[str], device: torch.device) -> Iterator[tuple]:
-    """The faces of --predict: path of its image, image, box and keypoints by `find_keypoints`, and the path
-    that its files have but for their `endings`, in a folder that is made, or of a run called `name`.
-    Raises: ValueError for an image that cannot be read; FileExistsError before a file is written over."""
-    detector = open_detector(args.detector) if args.detector else None
-    found = datasets.image_paths(args.predict)  # {name: path}
-    datasets.check_images([datasets.Face(path) for path in found.values()])
-    args.data = "predict"
-    folder, count = find_run(args, name), 0
-    for target in (folder / f"{stem}{end}" for stem in found for end in endings) if folder else ():
-        if target.exists():
-            raise FileExistsError(f"--output {folder}: {target} exists already; name another folder")
-    folder = make_run(args, name, folder)
-    for stem, path in tqdm(found.items(), "predict"):
-        image = datasets.load_image(path)
-        (folder / stem).parent.mkdir(parents=True, exist_ok=True)
-        for i, (box, points) in enumerate(find_keypoints(args, path, image, detector, device), 1):
-            yield path, image, box, points, str(folder / stem) + (f".face{i}" if i > 1 else "")
-            count += 1
-    print(f"{count} faces of {len(found)} images in {folder}")
 
 
 def predict(args) -> dict:
     """--predict: for each face writes the crop that the network saw as NAME.png, its unit embedding as
     NAME.npy, and its keypoints, if it has any, as NAME.pts in px of the image.
 
-    Keypoints come from --detector, from NAME.pts beside the image, as the landmark scripts write it, or from
-    --dfa, by which the network also sees the crop's own, as in an evaluation. Faces are aligned by them, but
-    with --no-align; one without is cropped by --box, or taken as it stands. A further face of an image is
-    NAME.face2.png and so on. Pixels are taken as stored: turn a photo that has an orientation tag.
-    Raises: FileNotFoundError for a path without images; ValueError for two images of one name, one that
-        cannot be read, or one without keypoints if the network needs them; FileExistsError before a file is
-        written over."""
-    args.gpus = 1
-    net, _, device = open_checkpoint(args, args.weights, DATA | ({"box", "margin"} & set(args.given)))
-    if args.dfa:
-        open_dfa(args.dfa, device)  # or an error, before anything is written
-    for path, image, box, points, target in each_face(args, "kprpe", (".png", ".pts", ".npy"), device):
-        if points is None and getattr(net, "rpe", None) is not None:
-            raise ValueError(f"{path}: the network needs keypoints: put {Path(path).stem}.pts beside it, as "
-                             "the landmark scripts' --predict writes it, or give --dfa or --detector")
-        own = points if points is None else points[None].astype(np.float32)
-        face = datasets.Face(image, None if own is None else own[0])
-        split = Split([image], own, [face], None if box is None else box[None])
-        data = make_dataset(args, split, float(args.align and own is not None))
-        batch = data.__getitems__([(0, 0)])
-        feature = embed(net, Arm(data, [batch], []), args, device).features[0]
-        write_image(target + ".png", batch["image"][0].numpy())
-        np.save(target + ".npy", F.normalize(feature, dim=0).numpy())
-        if points is not None:
-            datasets.write_pts(target + ".pts", points)
+    Keypoints come from --detector, from NAME.pts beside the image, as the landmark scripts write it, or
+    from --dfa. Faces are aligned by them; one without is cropped by --box, or taken as it stands.
+    Raises: UserError for a face without keypoints if the network needs them.
+    """
+    net, _, device = open_checkpoint(args, args.weights)
+    detector = photos.open_detector(args.detector) if args.detector else None
+    for photo in photos.photos(args, (".png", ".pts", ".npy")):
+        for box, points in photo_faces(args, photo, detector, device):
+            if points is not None:
+                matrix = warp.fit_similarity(torch.from_numpy(points)[None], template(args.size))
+                points = points.astype(np.float32)
+            elif getattr(net, "rpe_name", "none") in KEYPOINT:
+                raise UserError(f"{photo.path}: the network needs keypoints: put its .pts beside it, as the "
+                                "landmark scripts' --predict writes it, or give --dfa or --detector")
+            else:
+                margin = 1.0 if args.box in args.boxes else args.margin
+                matrix = torch.from_numpy(datasets.square_crops(box[None], args.size, margin))
+            data = datasets.CropDataset([datasets.Face(photo.image, points)], matrix, args.size,
+                                        reflect=True)
+            batch = data.__getitems__([(0, 0)])
+            feature = embed(net, TestCondition(data, [batch], []), args, device).features[0]
+            target = photo.target()
+            datasets.write_image(target + ".png", batch["image"][0].numpy())
+            np.save(target + ".npy", F.normalize(feature, dim=0).numpy())
+            if points is not None:
+                datasets.write_pts(target + ".pts", points)
     return {}
 
 
-# ---- Training ------------------------------------------------------------------------------------
-
-def summary(row: dict) -> str:
-    """A log's row as a line to read."""
-    words = []
-    for key, value in row.items():
-        kind, _, part = key.split("@")[0].partition("/")
-        if "@step" in key or part and kind != "tar":
-            continue
-        percent = kind in ("accuracy", "rank1", "rank5", "rank10", "map", "minp", "tar")
-        words.append(f"{key} {100 * value:.2f} %" if percent else f"{key} {value:.4g}")
-    return ", ".join(words)
-
-
-def make_learner(args, images, state: dict | None, device: torch.device, rank: int):
-    """Network, classifier and their optimizer: new, or as a checkpoint's `state` has them."""
-    seed_all(args.seed)
-    classes, count = len(images.ids), len(images)
-    if state and state["classes"] != [classes, count]:
-        raise ValueError(f"--resume: {count} images of {classes} identities, the run was started on "
-                         f"{state['classes'][1]} of {state['classes'][0]}; see --data-root")
-    net = build(args, device)
-    fc = PartialFC(512, classes, MARGINS[args.loss](scale=args.scale), args.sample_rate).to(device)
-    divisor = 1 / net.blocks[0].attn.scale if args.rpe in (*STATIC, *KEYPOINT) else 1.0
-    groups = parameter_groups(net, args.weight_decay, args.rpe_lr or divisor)
-    groups[0]["params"].append(fc.weight)
-    optimizer = torch.optim.AdamW(groups, args.lr, fused=True)
-    if state:
-        load_weights(net, state["model"], Path(args.output, "last.pt"))
-        optimizer.load_state_dict(state["optimizer"])
-        fc.load_shards(state["head"], optimizer)
-    if rank == 0:
-        print(f"{args.model}, {args.rpe}, {args.loss}, {device.type}; parameters: network "
-              f"{sum(p.numel() for p in net.parameters()):,}, classes {classes * 512:,}")
-    return net, fc, optimizer
+def photo_faces(args, photo, detector, device: torch.device) -> list[tuple]:
+    """The faces of an image of --predict: box (4,) px, and keypoints (5, 2) float64 px or None.
+    All that the detector finds; else one, of NAME.pts beside the image, or by --dfa, or in --box."""
+    if detector is not None:
+        found = photos.detect(detector, photo.image)
+        return [(None, row[4:14].reshape(5, 2)) for row in found]  # the image-left eye comes first
+    box = photos.find_boxes(args, photo.image, None)[0]
+    beside = os.path.splitext(photo.path)[0] + ".pts"
+    if os.path.isfile(beside):
+        return [(box, five_points(datasets.read_pts(beside)[None], beside)[0].astype(np.float64))]
+    if args.dfa:
+        typed = None if args.box in args.boxes else box
+        return [(box, find_face(open_dfa(args.dfa, device)[0], photo.image, typed))]
+    return [(box, None)]
 
 
-def network_state(optimizer: torch.optim.Optimizer, fc: PartialFC) -> dict:
-    """The optimizer's state without that of the class weights, which `PartialFC.gather_state` has."""
-    state, weights = optimizer.state_dict(), [w for group in optimizer.param_groups for w in group["params"]]
-    state["state"].pop([w is fc.weight for w in weights].index(True), None)
-    return state
+# ---- Figures -------------------------------------------------------------------------------------
+
+def framed(image: np.ndarray) -> np.ndarray:
+    """An image in a white frame of 4 px."""
+    return cv2.copyMakeBorder(image, 4, 4, 4, 4, cv2.BORDER_CONSTANT, value=(255, 255, 255))
 
 
-@torch.no_grad()
-def clip_gradients(net: nn.Module, fc: PartialFC, limit: float):
-    """Scales all gradients down to a common norm of `limit`. The network's are the same in all processes; of
-    the class weights each process has its own, and the squares are summed over the processes."""
-    grads = [p.grad for p in net.parameters() if p.grad is not None]
-    own = nn.utils.get_total_norm(grads)
-    norm = (own**2 + all_reduce(fc.weight.grad.norm()**2)).sqrt()
-    nn.utils.clip_grads_with_norm_([*net.parameters(), fc.weight], limit, norm)
+def picture(data, i: int, side: int, dfa: str) -> tuple[np.ndarray, np.ndarray]:
+    """Image i of a set as RGB uint8 (side, side, 3), and its keypoints (5, 2) in [0, 1], those of --dfa."""
+    image, points = to_device(data.__getitems__([(0, i)]), torch.device("cpu"))
+    if dfa:
+        points = detect(dfa, image)[0]
+    pixels = image[0].permute(1, 2, 0).expand(-1, -1, 3).byte().numpy()
+    pixels = cv2.resize(pixels, (side, side), interpolation=cv2.INTER_CUBIC)
+    return np.ascontiguousarray(pixels), inputs(image, points)[1][0].numpy()
 
 
-def wrap(net: nn.Module, args, device: torch.device) -> nn.Module:
-    """The network to step through: compiled, and in several processes with gradients that are means."""
-    model = torch.compile(net) if args.compile else net
-    if dist.is_initialized():  # buffers: see share_statistics
-        model = nn.parallel.DistributedDataParallel(
-            model, [device] if device.type == "cuda" else None, broadcast_buffers=False)
-    return model
+@torch.inference_mode()
+def offsets(net: nn.Module, keypoints: torch.Tensor) -> torch.Tensor:
+    """What the encoding adds to the logits of head 0, B_ij / sqrt(d): keypoints (B, L, 2) in [0, 1] ->
+    (depth, B, N, N)."""
+    return torch.stack([bias[:, 0].expand(len(keypoints), -1, -1)
+                        for _, bias in zip(net.blocks, net.biases(keypoints))])
 
 
-def begin_run(args, name: str, folder: Path | None, state: dict | None, what: str) -> Path | None:
-    """On rank 0: makes the run's folder and says so, and `what` is trained on; cuts a killed run's log."""
-    rank, world = ranks()
-    if rank:
-        return folder
-    folder, done = make_run(args, name, folder), state["epoch"] if state else 0
-    print(f"run: {folder}, {what}, processes: {world}, epochs done: {done} of {args.epochs}", flush=True)
-    if 2 * args.warmup > args.epochs:
-        print(f"note: the rate rises for {args.warmup:g} of {args.epochs} epochs; a run this short wants a "
-              f"smaller --warmup")
-    if state and state["world"] != world:
-        print(f"the run had {state['world']} processes: batch norms now see other shares, numbers change")
-    cut_log(folder / "log.jsonl", done)
-    return folder
+def draw_offset(values: np.ndarray, query: tuple[int, int], keypoints: np.ndarray, side: int) -> np.ndarray:
+    """One map (h, w), white at its lowest and blue at its highest value, with the query's patch (row,
+    column) as a red star and the keypoints as circles."""
+    height, width = values.shape
+    share = (values - values.min()) / max(np.ptp(values), 1e-9)
+    share = cv2.resize(share.astype(np.float32), (side, side), interpolation=cv2.INTER_NEAREST)[..., None]
+    image = (255 + share * (np.array([30, 60, 170]) - 255)).round().astype(np.uint8)
+    star = (int((query[1] + 0.5) / width * side), int((query[0] + 0.5) / height * side))
+    cv2.drawMarker(image, star, photos.RED, cv2.MARKER_STAR, side // 10, 2, cv2.LINE_AA)
+    return framed(photos.draw_points(image, keypoints * side - 0.5, (30, 150, 30), side / 50))
 
 
-def progress(args, start: int, steps: int, rank: int) -> tqdm:
-    """The bar of a run of epochs of `steps`, on rank 0."""
-    return tqdm(total=args.epochs * steps, initial=start * steps, disable=rank > 0,
-                mininterval=1 if sys.stderr.isatty() else 30)
+def draw_offsets(net: ViT, data, dfa: str = "", side: int = 160) -> np.ndarray:
+    """Fig. 12, then Fig. 13: an image, then maps of head 0. The first rows are one image, a row for each
+    of three queries and a column for layers 0, 1, 3, 5, 7; the others three images, by the first query."""
+    height, width = (n // net.patch_embed.proj.stride[0] for n in net.wanted[1:])
+    layers = [layer for layer in (0, 1, 3, 5, 7) if layer < len(net.blocks)]
+    chosen = [picture(data, i, side, dfa) for i in photos.spread(len(data), 4)]
+    keypoints = torch.from_numpy(np.stack([points for _, points in chosen])).to(net.pos_embed.device)
+    maps = offsets(net, keypoints).float().cpu().numpy()                      # (depth, 4, N, N)
+    queries = [(height // 2, width // 2), (height // 4, width // 4), (height - 2, width // 2)]
+    shown = [(0, query) for query in queries] + [(i, queries[0]) for i in range(1, len(chosen))]
+    tiles = []
+    for i, query in shown:
+        image, points = chosen[i]
+        dotted = photos.draw_points(image.copy(), points * side - 0.5, photos.GREEN, side / 50)
+        tiles.append(framed(dotted))
+        for layer in layers:
+            values = maps[layer, i, query[0] * width + query[1]].reshape(height, width)
+            tiles.append(draw_offset(values, query, points, side))
+    return photos.tile(tiles, len(layers) + 1)
 
 
-def one_pass(args, epoch: int, steps: int, loader, loss_of: Callable, optimizer, bar: tqdm,
-             device: torch.device, clip: Callable) -> torch.Tensor:
-    """Training over one epoch's batches, each a step down `loss_of(batch)`; the losses (steps,).
-    Args: clip(--clip), which scales the gradients.   Raises: FloatingPointError."""
-    losses = torch.zeros(steps, device=device)
-    for step, batch in enumerate(loader):
-        for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * learning_rate(
-                epoch * steps + step, args.epochs * steps, args.warmup * steps, args.lr)
-        loss = loss_of(batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if args.clip:
-            clip(args.clip)
-        optimizer.step()
-        losses[step] = loss.detach()
-        if step % 20 == 0:  # the only reading of the loss: it waits for the GPU
-            check_losses(losses, epoch + 1)
-            bar.set_postfix(epoch=epoch + 1, loss=f"{losses[step].item():.3f}", refresh=False)
-        bar.update()
-    check_losses(losses, epoch + 1)
-    return losses
-
-
-def train(args) -> tuple[dict, Path]:
-    """Trains by the flags; returns the numbers of the last evaluation, and the folder of the run."""
-    # Set-up
-    rank, world, device = setup(args)
-    folder = find_run(args, "kprpe")
-    state = load_task(folder / "last.pt", args.task) if args.resume else None
-    if state:
-        restore_args(args, state["args"], MACHINE | ((LOOK | FILES) & set(args.given)))
-    # Data and network
-    images, train_set = training_set(args)
-    labels, strength = torch.from_numpy(images.labels), AUGMENTATIONS[args.augment]
-    net, fc, optimizer = make_learner(args, images, state, device, rank)
-    model = wrap(net, args, device)  # not fc: the classes are sharded
-    batches = SubjectBatches(images.labels, args.batch_size, args.repeat, args.seed, rank, world)
-    loader = crop_loader(args, train_set, batches, device)
-    steps, start, scores, began = len(batches), state["epoch"] if state else 0, {}, time.time()
-    arms, flip = test_arms(args, device), datasets.SCHEMES[5].flip  # before anything is written
-    folder = begin_run(args, "kprpe", folder, state,
-                       f"{len(images):,} training images of {len(images.ids):,} identities")
-    del state
-
-    def loss_of(batch):
-        image, points = prepare(batch, device)
-        if args.dfa and wants_keypoints(args, args.rpe):
-            points = detect(args.dfa, image)[0]
-        if strength is not None:
-            image, points = augment(image, points, strength, flip)
-        with precision(args, device):
-            embeddings = model(*inputs(image, points, args.draw_keypoints))
-        return fc(embeddings, labels[batch["index"]])  # over all processes
-
-    bar = progress(args, start, steps, rank)
-    for epoch in range(start, args.epochs):
-        seed_all(args.seed, epoch + 1, rank)
-        batches.epoch, epoch_began = epoch, time.time()
-        net.train(), fc.train()
-        losses = one_pass(args, epoch, steps, loader, loss_of, optimizer, bar, device,
-                          functools.partial(clip_gradients, net, fc))
-        for part in (net, fc):
-            check_weights(part, epoch + 1)
-        # Evaluation by all processes, log and checkpoint by the first
-        share_statistics(net)
-        head, last = fc.gather_state(optimizer), epoch + 1 == args.epochs
-        row = dict(epoch=epoch + 1, loss=losses.mean().item(), lr=optimizer.param_groups[0]["lr"],
-                   images_per_second=steps * args.batch_size / (time.time() - epoch_began))
-        if last or (epoch + 1) % args.eval_every == 0:
-            scores = evaluate(net, head["weight"], [a for a in arms if last or not a.late], args, device)
-            row |= scores
-        if rank == 0:
-            row["minutes"] = (time.time() - began) / 60
-            bar.write(summary(row))
-            write_log(folder / "log.jsonl", **row)
-            save(folder / "last.pt", script="kprpe", model=net.state_dict(), head=head, epoch=epoch + 1,
-                 optimizer=network_state(optimizer, fc), args=vars(args), world=world,
-                 classes=[len(images.ids), len(images)])
-    bar.close()
-    if start >= args.epochs:  # it was killed after its last checkpoint
-        scores = evaluate(net, fc.whole(fc.weight), arms, args, device)
-    if rank == 0:
-        write_pictures(folder, net, arms, args.dfa)
-        draw_fig5(folder, {args.rpe: scores}, args)
-    return scores, folder
-
-
-def draw_fig5(folder: Path, rows: dict[str, dict], args):
-    """alignment.png: the curves of networks {title: scores}, if they were measured."""
-    curves = {title: curve(scores, args.align_steps) for title, scores in rows.items()}
-    if curves := {title: points for title, points in curves.items() if len(points) > 1}:
-        write_image(folder / "alignment.png", draw_curves(curves))
+def write_pictures(folder: Path, net: nn.Module, conditions: Sequence[TestCondition], dfa: str):
+    """What the paper's figures show, from this run: offsets.png of a ViT with a bias, on the own test
+    split, unaligned if it was tested so: there keypoints differ most."""
+    own = [condition for condition in conditions if condition.suffix in ("", "@unaligned", "@affine")]
+    if own and getattr(net, "rpe", None) is not None:
+        datasets.write_image(folder / "offsets.png", draw_offsets(net, own[-1].data, dfa))
 
 
 # ---- Face aligner: supplement, Eqs. 13 to 15 -----------------------------------------------------
+
+# The supplement gives the size, batch and epochs of "widerface"; the rest is ours.
+DFA_PAPER = dict(size=160, batch_size=320, epochs=750, lr=1e-3, weight_decay=0.05, augment="move",
+                 box="face", eval_every=10)
+SMALL_DFA = dict(batch_size=16, epochs=10, lr=2e-3, warmup=1.0, cache="device", eval_every=5)
+DFA_PRESETS = {
+    "widerface": {},
+    "folder": dict(SMALL_DFA, box="landmarks"),
+    "youtube": dict(SMALL_DFA, box="landmarks"),
+    "faces": SMALL_DFA,
+}
+
+
+def dfa_flags(parser):
+    """Adds the flags of --task dfa."""
+    add = parser.add_argument_group("face aligner").add_argument
+    add("--size", type=run.multiple(32), default=160, help="side of the crop in px")
+    add("--augment", default="move", choices=["move", "none"], help="zoom, shift, turn and mirror")
+
 
 # Stride of each level in px, and the sides of its anchors.   Source: code; RetinaFace's own are 16 to 512.
 ANCHORS = ((8, (64, 80)), (16, (96, 112)), (32, (128, 144)))
@@ -2729,7 +2030,7 @@ def evaluate_dfa(net: DFA, mean: torch.Tensor, data, loader, args, device: torch
             found = net(image / 127.5 - 1)
         rows.append(torch.stack([nme(landmarks, target) for landmarks in (
             found.landmarks, found.best, mean.expand_as(found.best))], 1))
-    return gather_shares(torch.cat(rows), len(data)).T.cpu()
+    return gather_shard_keys(torch.cat(rows), len(data)).T.cpu()
 
 
 @torch.inference_mode()
@@ -2820,7 +2121,7 @@ def evaluate_aligner(args) -> dict:
     other, free = "data" in given and args.data != state["args"]["data"], DATA | {"box"}
     restore_args(args, state["args"], MACHINE | (free if other else free & given))
     folder, data = find_run(args, "kprpe-dfa"), aligner_set(args, "test")
-    loader = make_loader(args, data, shares(len(data), 64, *ranks()), device, True)
+    loader = make_loader(args, data, shard_keys(len(data), 64, *ranks()), device, True)
     errors = evaluate_dfa(net, state["mean"], data, loader, args, device)
     return report_dfa(folder and make_run(args, "kprpe-dfa", folder), net, data, errors, args, device)
 
@@ -2847,7 +2148,7 @@ def train_dfa(args) -> dict:
     model = wrap(net, args, device)
     batches = datasets.EpochBatches(len(data), args.batch_size, args.seed, rank, world)
     loader = make_loader(args, data, batches, device, True)
-    looked_at = make_loader(args, test, shares(len(test), 64, rank, world), device, True)
+    looked_at = make_loader(args, test, shard_keys(len(test), 64, rank, world), device, True)
     start, began, errors = state["epoch"] if state else 0, time.time(), None
     folder = begin_run(args, "kprpe-dfa", folder, state, f"{len(data):,} training faces")
 
@@ -2953,6 +2254,43 @@ def identify_templates(pooled: torch.Tensor, templates: Templates, ks=(1, 5)) ->
 
 
 # ---- Gait: Sec. 5 --------------------------------------------------------------------------------
+
+# Sec. 5: 32 people x 4 sequences, 60,000 steps (93 an epoch). The rest is OpenGait's.
+GAIT_PAPER = dict(rpe="kp-multihead", dim=256, heads=16, epochs=645, batch_size=128, frames=30, lr=3e-4,
+                  weight_decay=0.02, warmup=0.0, clip=0.0, eval_every=65)
+GAIT_PRESETS = {
+    "gait3d": {},
+    "walkers": dict(dim=32, heads=2, epochs=20, batch_size=32, frames=4, lr=2e-3, warmup=1.0,
+                    unaligned=True, eval_every=10),
+}
+DRAWN_WALKERS = {"train": dict(people=100), "test": dict(people=60, sequences=4, frames=16)}
+SEQUENCES = 4  # of each person in a batch
+SPOIL = dict(shift=6.0, zoom=0.2)  # of crops of 64 x 44 px, --unaligned
+SWIN = ("none", "swin", *KEYPOINT)  # --rpe
+
+
+def gait_flags(parser):
+    """Adds the flags of --task gait."""
+    switch = run.argparse.BooleanOptionalAction
+    add = parser.add_argument_group("gait").add_argument
+    add("--dim", type=run.positive, default=256, help="width of the first stage")
+    add("--heads", type=run.positive, default=16, help="attention heads of the first stage")
+    add("--drop-path", type=run.fraction, default=0.1, help="chance that a frame skips the last block")
+    add("--rpe", default="kp-multihead", choices=SWIN, help="position encoding; swin: its own table")
+    add("--rpe-lr", type=run.nonnegative, default=0.0, help="learning rate of the encoding over --lr; 0: "
+        "sqrt(d) for kp-*, 1 for swin")
+    add("--frames", type=run.positive, default=30, help="frames of a sequence that a step sees")
+    add("--unaligned", action=switch, default=False, help="also test on sequences moved at random")
+
+
+def check_gait(args, error: Callable):
+    """Calls `error` for flags of --task gait that do not go together."""
+    if args.batch_size % (SEQUENCES * args.gpus):
+        error(f"--batch-size {args.batch_size}: expected a multiple of {SEQUENCES} sequences of a person x "
+              f"--gpus {args.gpus}")
+    if args.dim % args.heads or args.dim % 4:
+        error(f"--dim {args.dim}: expected a multiple of 4 and of --heads {args.heads}")
+
 
 FRAME, TOKENS, WINDOW = gait.SIDES, (15, 10), (3, 5)  # height and width, in px and in tokens
 STAGES = (4, 2)  # blocks; the second stage has twice the width and the heads of the first
@@ -3164,7 +2502,7 @@ def gait_set(args, split: str) -> gait.GaitDataset:
                             args.frames if split == "train" else None, args.seed, split == "train")
 
 
-def gait_arms(args, device: torch.device) -> list[Arm]:
+def gait_arms(args, device: torch.device) -> list[TestCondition]:
     """The test split, and with --unaligned once more with every sequence scaled and moved at random. A
     sequence at a time, of which each process has its share.   Raises: ValueError if none can be found."""
     data = gait_set(args, "test")
@@ -3172,7 +2510,7 @@ def gait_arms(args, device: torch.device) -> list[Arm]:
     sets = [("", data)]
     if args.unaligned:
         sets.append(("@unaligned", gait.GaitDataset(gait.spoil(data.sequences, **SPOIL), None)))
-    return [Arm(own, crop_loader(args, own, shares(len(own), 1, *ranks()), device), [], suffix)
+    return [TestCondition(own, crop_loader(args, own, shard_keys(len(own), 1, *ranks()), device), [], suffix)
             for suffix, own in sets]
 
 
@@ -3184,7 +2522,7 @@ def gait_inputs(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.
 
 @torch.inference_mode()
 @torch.backends.cudnn.flags(enabled=True, benchmark=False)  # else it tries its ways anew for each length
-def evaluate_gait(net: SwinGait, arms: Sequence[Arm], args, device: torch.device) -> dict:
+def evaluate_gait(net: SwinGait, arms: Sequence[TestCondition], args, device: torch.device) -> dict:
     """Scores by name, as rank1, map, minp@unaligned, on rank 0, {} on others; rank1@gei is what the mean
     silhouette alone tells (gait energy image). The distance of two sequences is the Euclidean distance of a
     part, averaged over the parts (source: OpenGait)."""
@@ -3198,7 +2536,7 @@ def evaluate_gait(net: SwinGait, arms: Sequence[Arm], args, device: torch.device
                 parts.append(net(image, joints))                              # (1, 15, dim)
             means.append(image.mean(1).flatten(1)[:, None])                   # (1, 1, 64 * 44)
         for mine, name in ((parts, ""), (means, "@gei")):
-            x = gather_shares(torch.cat(mine), len(arm.data))                 # (S, P, D)
+            x = gather_shard_keys(torch.cat(mine), len(arm.data))                 # (S, P, D)
             if ranks()[0] == 0:
                 x, probe = x.transpose(0, 1).cpu(), arm.data.probe
                 own = gait.identify(torch.cdist(x[:, probe], x[:, ~probe]).mean(0), arm.data.labels, probe)
@@ -3227,7 +2565,7 @@ def draw_walk(data: gait.GaitDataset, i: int) -> tuple[np.ndarray, torch.Tensor]
     return cv2.copyMakeBorder(pixels, 4, 4, 29, 29, cv2.BORDER_CONSTANT, value=(255,) * 3), joints
 
 
-def write_gait_pictures(folder: Path, net: SwinGait, arms: Sequence[Arm]):
+def write_gait_pictures(folder: Path, net: SwinGait, arms: Sequence[TestCondition]):
     """gait.png, silhouettes with their joints, a row for each arm; of kp-* offsets.png, Fig. 13 for gait:
     three frames, and what each block adds to the logits of the middle of a window, over the window."""
     tiles = [draw_walk(arm.data, i)[0] for arm in arms for i in examples(arm.data, 8)]
@@ -3338,41 +2676,74 @@ def evaluate_gait_checkpoint(args) -> dict:
     return scores
 
 
-# ---- Main ------------------------------------------------------------------------------------
+# ---- Backbones: as published, nothing of this paper ----------------------------------------------
+
+def conv(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """(B, cin, H, W) -> (B, cout, H/stride, W/stride). No bias: the batch norm behind it has a shift."""
+    return nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False)
+
+
+def conv_bn(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1, act=None) -> nn.Sequential:
+    """`conv` (0), batch norm (1) and, if its class is given, an activation (2); the shapes of `conv`."""
+    norm = nn.BatchNorm2d(cout)
+    return nn.Sequential(conv(cin, cout, kernel, stride, groups), norm, *([act(inplace=True)] if act else []))
+
+
+class IRBlock(nn.Module):
+    """Batch norm, two 3x3 convolutions, shortcut: (B, cin, H, W) -> (B, planes, H/stride, W/stride).
+    Source: Deng et al., "ArcFace", CVPR 2019 (improved residual unit); AdaFace's code."""
+
+    def __init__(self, cin: int, planes: int, stride: int):
+        super().__init__()
+        self.shortcut_layer = nn.MaxPool2d(1, stride) if cin == planes else conv_bn(cin, planes, 1, stride)
+        self.res_layer = nn.Sequential(nn.BatchNorm2d(cin), *conv_bn(cin, planes, 3), nn.PReLU(planes),
+                                       *conv_bn(planes, planes, 3, stride))
+
+    def forward(self, x):
+        return self.res_layer(x) + self.shortcut_layer(x)
+
+
+class IResNet(nn.Module):
+    """Table 3's comparators, as AdaFace has them: images (B, 3, size, size) -> (B, features), not normalised.
+    `forward` takes keypoints like `ViT` and does not use them.
+    Args: depth, 50 or 101; size of the images in px, a multiple of 16.   Raises: ValueError.
+    Source: AdaFace's code, whose names of weights are kept."""
+
+    def __init__(self, depth: int = 50, size: int = 112, features: int = 512):
+        super().__init__()
+        units = {50: (3, 4, 14, 3), 101: (3, 13, 30, 3)}.get(depth)
+        if units is None or size % 16 or size < 16:
+            raise ValueError(f"IResNet{depth}, images of {size} px: expected 50 or 101, and a multiple of 16")
+        self.wanted = (3, size, size)
+        self.input_layer = nn.Sequential(*conv_bn(3, 64, 3), nn.PReLU(64))
+        cin = 64
+        blocks = []
+        for planes, count in zip((64, 128, 256, 512), units):
+            for i in range(count):
+                blocks.append(IRBlock(cin, planes, 1 if i else 2))
+                cin = planes
+        self.body = nn.Sequential(*blocks)
+        self.output_layer = nn.Sequential(nn.BatchNorm2d(512), nn.Dropout(0.4), nn.Flatten(),
+                                          nn.Linear(512 * (size // 16) ** 2, features),
+                                          nn.BatchNorm1d(features, affine=False))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, image: torch.Tensor, keypoints: torch.Tensor | None = None) -> torch.Tensor:
+        check_image(image, self.wanted, self.training)
+        return at_least_float32(self.output_layer(self.body(self.input_layer(image))))
+
+
+# ---- Main ----------------------------------------------------------------------------------------
+
+TASKS = {"face": PRESETS, "dfa": DFA_PRESETS, "gait": GAIT_PRESETS}  # and the presets of --data
+
 
 def main(args) -> dict:
-    """Trains, evaluates or predicts, as the flags say; returns the numbers of the last evaluation.
-    The encodings of --also-rpe are trained after the first, in folders inside its own."""
-    if args.predict:
-        return predict_dfa(args) if args.task == "dfa" else predict(args)
-    if args.task == "dfa":
-        scores = evaluate_aligner(args) if args.eval else train_dfa(args)
-    elif args.eval:
-        scores = (evaluate_gait_checkpoint if args.task == "gait" else evaluate_checkpoint)(args)
-    else:
-        learn, show = (train_gait, print_gait) if args.task == "gait" else (train, print_table)
-        scores, folder = learn(args)
-        rows = {args.rpe: scores}
-        for rpe in [rpe for rpe in dict.fromkeys(words(args.also_rpe)) if rpe != args.rpe]:
-            torch.cuda.empty_cache()  # of the last network and its crops; nothing without a GPU
-            shared = [str(folder)]
-            if dist.is_initialized():
-                dist.broadcast_object_list(shared)
-            other = argparse.Namespace(**vars(args) | dict(
-                rpe=rpe, also_rpe="", output=str(Path(shared[0], rpe)),
-                given=sorted((LOOK | FILES) & set(args.given))))
-            other.resume = Path(other.output, "last.pt").exists()
-            rows[rpe] = learn(other)[0]
-            scores = scores | {f"{key}@{rpe}": value for key, value in rows[rpe].items()}
-        if ranks()[0] == 0:
-            if next(iter(rows.values())):
-                show(rows, args)
-            draw_fig5(folder, rows, args)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-    return scores
+    """Trains, evaluates or predicts in the task of the flags; returns the last numbers."""
+    return {"face": train_faces, "dfa": train_dfa, "gait": train_gait}[args.task](args)
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    run.main(main, parse_args())
