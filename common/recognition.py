@@ -28,7 +28,9 @@ import numpy as np
 import torch
 
 from common import UserError, datasets, metrics, warp
-from common.datasets import BORDER, IMAGE_SUFFIXES, Face, load_image, read_pts
+from common.datasets import BORDER, Face
+from common.formats import (IMAGE_SUFFIXES, beside, load_image, read_points_csv, read_pts,
+                            text_lines, walk)
 
 
 def natural(name: str) -> tuple:
@@ -88,9 +90,10 @@ def _cached(make: Callable[[], np.ndarray], *sources: str) -> np.ndarray:
 def decode(data, where: str) -> np.ndarray:
     """RGB uint8 (H, W, 3) of the bytes of a JPEG or PNG, or UserError that begins with `where`."""
     data = np.frombuffer(data, np.uint8)
-    pixels = None
-    if len(data):
+    try:
         pixels = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:                           # no bytes at all, or more pixels than cv2 allows
+        pixels = None
     if pixels is None:
         raise UserError(f"{where}: {len(data)} bytes that cannot be decoded as an image")
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
@@ -271,25 +274,19 @@ def read_identities(root: str) -> list[Face]:
     """
     if not os.path.isdir(root):
         raise datasets.missing(read_identities, root, f"no folder {root}")
-    images: dict[str, str] = {}
-    for path in datasets.walk(root):
-        other = images.setdefault(os.path.splitext(path)[0], path)
-        if other != path:
-            raise UserError(f"{other} and {path} are two images of one name: leave one out")
-    marks = {os.path.splitext(path)[0]: path for path in datasets.walk(root, (".pts",))}
     faces = []
-    first = None                                                  # a .pts, and its number of points
-    for stem, image in images.items():
+    for image, pts in beside(root):
+        if not image:
+            continue
         person, *below = os.path.relpath(image, root).split(os.sep)
         if not below:
             raise UserError(f"{image} lies in no person's folder; wanted {root}/PERSON/NAME.jpg")
-        points = read_pts(marks[stem]) if stem in marks else None
-        if points is not None:
-            first = first or (marks[stem], len(points))
-            if len(points) != first[1]:
-                raise UserError(f"{marks[stem]} has {len(points)} points, {first[0]} {first[1]}; "
-                                "wanted as many in all")
-        faces.append(Face(image, points, identity=person))
+        faces.append(Face(image, read_pts(pts) if pts else None, identity=person, where=pts))
+    marked = [face for face in faces if face.points is not None]
+    for face in marked:
+        if len(face.points) != len(marked[0].points):
+            raise UserError(f"{face.where} has {len(face.points)} points, {marked[0].where} "
+                            f"{len(marked[0].points)}; wanted as many in all")
     if not faces:
         raise datasets.missing(read_identities, root, f"no image in {root}")
     faces.sort(key=lambda face: (natural(face.identity), natural(face.image)))
@@ -317,7 +314,7 @@ def read_landmarks(names: Sequence[str], path: str, size: int = 112) -> np.ndarr
     are none.
 
     Args: names, of the N images, relative to their folder, as "Ann/1.jpg" (of `Records`: the keys);
-        path: rows image,x0,y0,x1,y1,... in px (`datasets.read_points_csv`; with or without suffix);
+        path: rows image,x0,y0,x1,y1,... in px (`read_points_csv`; with or without suffix);
             or a folder of .pts that mirrors the images', which `--predict --output` of the landmark
             scripts writes (NAME.pts; the further faces of an image, NAME.face2.pts, are left
             aside); or CVLface's ldmk_5points.csv, header idx,ldmk_0,...,ldmk_9: place of an image
@@ -356,7 +353,7 @@ def _pts_points(names, folder):
     found = [i for i, file in enumerate(files) if os.path.isfile(file)]
     other = "no .pts"
     if not found:
-        other = next(iter(datasets.walk(folder, (".pts",))), other)
+        other = next(iter(walk(folder, (".pts",))), other)
     return found, [read_pts(files[i]) for i in found], other
 
 
@@ -375,7 +372,7 @@ def _cvlface_points(count, path, size):
 
 
 def _csv_points(names, path):
-    table = datasets.read_points_csv(path)
+    table = read_points_csv(path)
     counts = collections.Counter()
     for name, rows in table.items():
         counts[_stem(name)] += len(rows)
@@ -425,10 +422,10 @@ class WholeImages(torch.utils.data.Dataset):
     Args: images, a sequence [i] -> RGB uint8 (H, W, 3); points (N, P, 2) px of the images, or None;
         augment, flip, seed: as for `CropDataset`, but without points mirroring needs no flip;
         align, a template (P, 2) in px of the crop and t in [0, 1]: crops are by the matrix that is
-        1 - t of that of the whole image and t of the similarity that fits the points to the
-        template. A key is (epoch, index). A batch: image (B, size, size, 3) uint8; points (B, P, 2)
-        float32 crop px, if given; matrix (B, 2, 3) float32, image px -> crop px; index (B,); and
-        the augmentation's extras.
+        1 - t of that of the whole image and t of the similarity that fits the points to it.
+    A key is (epoch, index). A batch: image (B, size, size, 3) uint8; points (B, P, 2) float32 crop
+    px, if given; matrix (B, 2, 3) float32, image px -> crop px; index (B,); the augmentation's
+    extras.
     Raises: ValueError for points that are not one finite (P, 2) for each image."""
 
     def __init__(self, images, size: int, points=None, augment=None, flip=None, seed=0, align=None,
@@ -459,7 +456,7 @@ class WholeImages(torch.utils.data.Dataset):
         moved, mirror, extras = datasets.draw_moves(keys, self.augment, self.size, self.seed,
                                                     may_mirror)
         index = torch.tensor([i for _, i in keys])
-        crop_matrices = torch.from_numpy(datasets.square_frames(corners, self.size, 1.0))
+        crop_matrices = torch.from_numpy(datasets.square_crops(corners, self.size, 1.0))
         if self.align is not None:
             template, t = self.align
             aligned = warp.fit_similarity(self.points[index].double(), template.double())
@@ -521,7 +518,7 @@ def _need(reader: Callable, root: str, *parts: str) -> str:
 
 def _listing(folder: str) -> list[str]:
     """Names of the images below a folder, in natural order."""
-    names = [os.path.relpath(path, folder) for path in datasets.walk(folder)]
+    names = [os.path.relpath(path, folder) for path in walk(folder)]
     return sorted(names, key=natural)
 
 
@@ -707,7 +704,7 @@ def read_lfw(root: str) -> VerificationSet:
     if os.path.exists(os.path.join(root, "pairs.txt")) or not os.path.exists(listed):
         listed = _need(read_lfw, root, "pairs.txt")
     base = os.path.join(root, "lfw") if os.path.isdir(os.path.join(root, "lfw")) else root
-    (where, head), *rows = datasets.text_lines(listed) or [(listed, "")]
+    (where, head), *rows = text_lines(listed) or [(listed, "")]
     folds, half = map(int, head.split()) if re.fullmatch(r"\d+\s+\d+", head) else (0, 0)
     if len(rows) != 2 * folds * half or not rows:
         raise UserError(f"{where}: found {head!r} and {len(rows)} pairs, wanted the number of "
@@ -740,7 +737,7 @@ def read_ytf(root: str, frames: int | None = None) -> VerificationSet:
     if not os.path.isdir(base):
         base = _need(read_ytf, root, "aligned_images_DB")
     rows = []
-    for number, (where, line) in enumerate(datasets.text_lines(listed)):
+    for number, (where, line) in enumerate(text_lines(listed)):
         fields = [field.strip() for field in line.split(",")]
         if number == 0 and not fields[0].isdecimal():               # the header
             continue
@@ -784,7 +781,7 @@ def read_cfp(root: str, kind: str = "FP") -> VerificationSet:
     for letter in "FP":
         lists[letter] = {}
         listed = _need(read_cfp, root, "Protocol", f"Pair_list_{letter}.txt")
-        for _, line in datasets.text_lines(listed):
+        for _, line in text_lines(listed):
             number, _, name = line.partition(" ")
             lists[letter][number] = os.path.normpath(os.path.join("Protocol", name.strip()))
     pairs = []
@@ -793,7 +790,7 @@ def read_cfp(root: str, kind: str = "FP") -> VerificationSet:
         for name in ("same", "diff"):
             split = f"Protocol/Split/{kind}/{number:02d}/{name}.txt"
             listed = _need(read_cfp, root, *split.split("/"))
-            for where, line in datasets.text_lines(listed):
+            for where, line in text_lines(listed):
                 i, _, j = line.replace(" ", "").partition(",")
                 if i not in lists[kind[0]] or j not in lists[kind[1]]:
                     raise UserError(f"{where}: found {line!r}, wanted i,j, numbers of those lists")
@@ -812,7 +809,7 @@ def read_calfw(root: str, name: str = "CALFW") -> VerificationSet:
     """
     listed = _need(read_calfw, root, f"pairs_{name}.txt")
     rows = []
-    for where, line in datasets.text_lines(listed):
+    for where, line in text_lines(listed):
         file, _, label = line.rpartition(" ")
         if not file or not label.lstrip("-").isdecimal():
             raise UserError(f"{where}: found {line!r}, wanted FILE LABEL")
@@ -980,8 +977,8 @@ def read_ijb(root: str, kind: str) -> TemplateSet:
         base = root
     faces, marks, listed = (_need(read_ijb, base, "meta", f"ijb{kind.lower()}_{name}.txt")
                             for name in ("face_tid_mid", "name_5pts_score", "template_pair_label"))
-    names = [line.split(None, 1)[0] for _, line in datasets.text_lines(faces)]
-    again = [line.split(None, 1)[0] for _, line in datasets.text_lines(marks)]
+    names = [line.split(None, 1)[0] for _, line in text_lines(faces)]
+    again = [line.split(None, 1)[0] for _, line in text_lines(marks)]
     if names != again:
         raise UserError(f"{faces} has {len(names)} images, {marks} {len(again)}; wanted the same "
                         "in order")
@@ -994,6 +991,8 @@ def read_ijb(root: str, kind: str) -> TemplateSet:
     if bad.size:
         raise UserError(f"{listed}:{bad[0] + 1}: found {rows[bad[0]].tolist()}, wanted two "
                         f"templates of {faces} and 1 or 0")
+    if rows[:, 2].all() or not rows[:, 2].any():
+        raise UserError(f"{listed} has pairs of one kind only, {rows[0, 2]}; wanted both, 1 and 0")
     crops = _need(read_ijb, base, "loose_crop")
     _check_listed(names, crops, faces)
     images = Images([os.path.join(crops, name) for name in names])

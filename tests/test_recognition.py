@@ -100,7 +100,7 @@ def test_identities_follow_links_and_pass_over_hidden_files(tmp_path):
     faces = recognition.read_identities(str(tmp_path / "b"))
     assert [face.identity for face in faces] == ["n2", "n2", "n10", "n10"]
     put(tmp_path / "a" / "n2" / "2.png")
-    with pytest.raises(UserError, match="n2/2.jpg and .*n2/2.png are two images of one name"):
+    with pytest.raises(UserError, match="n2/2.jpg and .*n2/2.png differ only in their endings"):
         recognition.read_identities(str(tmp_path / "b"))
     (tmp_path / "a" / "n10" / "up").symlink_to(tmp_path / "a")
     with pytest.raises(UserError, match="n10/up.* is a link to a folder that holds it"):
@@ -248,6 +248,10 @@ def test_records_of_the_wrong_content(tmp_path):
     records = recognition.Records(put_records(tmp_path, [payload(i, b"no image") for i in (0, 1)]))
     with pytest.raises(UserError, match="train.rec, record 1: 8 bytes that cannot be decoded"):
         records[1]
+    huge = cv2.imencode(".png", np.zeros((1, 1), np.uint8))[1].tobytes()
+    huge = huge[:16] + struct.pack(">II", 60000, 60000) + huge[24:]             # width and height
+    with pytest.raises(UserError, match="^x: .* bytes that cannot be decoded"):
+        recognition.decode(huge, "x")
 
 
 @pytest.mark.parametrize("label, shown",
@@ -732,9 +736,8 @@ def test_ijb(tmp_path):
         assert len(test.images) == 3
     assert (tmp_path / "IJBC/meta/ijbc_template_pair_label.txt.npy").exists()
     for text, message in {"10 44 0\n10 45 1\n": "label.txt:2: found .10, 45, 1.",
-                          "10 44\n": "rows of 3",
-                          "10 44 2\n": "label.txt:1: found",
-                          "10 x 0\n": "could not convert"}.items():
+                          "10 44\n": "rows of 3", "10 44 2\n": "label.txt:1: found",
+                          "10 x 0\n": "could not convert", "10 44 1\n": "one kind only"}.items():
         put_text(tmp_path / "IJBC/meta/ijbc_template_pair_label.txt", text)
         with pytest.raises(UserError, match=message):
             read_test(tmp_path)
