@@ -26,7 +26,7 @@ KINDS = dict(model=dict, optimizer=dict, args=dict, data=list, epoch=int, world=
 
 # Flags of the command and the machine, never taken over from a checkpoint.
 COMMAND = {"output", "gpus", "device", "workers", "compile", "resume", "eval", "predict", "weights",
-           "init", "detector", "given", "boxes", "script"}
+           "init", "detector", "align_out", "given", "boxes", "script"}
 # Flags that describe the data: another --data brings its own.
 DATA = {"data", "data_root", "limit", "norm", "threshold", "points"}
 
