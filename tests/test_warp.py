@@ -13,6 +13,14 @@ def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def uniform(*shape, seed=0):
+    return torch.rand(*shape, generator=rng(seed), dtype=torch.float64)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=rng(seed), dtype=torch.float64)
+
+
 def similarity(angle, scale, x, y):
     c, s = scale * np.cos(angle), scale * np.sin(angle)
     return torch.tensor([[c, -s, x], [s, c, y]], dtype=torch.float64)
@@ -20,7 +28,7 @@ def similarity(angle, scale, x, y):
 
 def affine_batch(*lead):
     """Random maps (*lead, 2, 3), far from singular."""
-    noise = torch.randn(*lead, 2, 3, generator=rng(3), dtype=torch.float64)
+    noise = normal(*lead, 2, 3, seed=3)
     return torch.eye(2, 3, dtype=torch.float64) + noise * torch.tensor([0.2, 0.2, 9.0],
                                                                        dtype=torch.float64)
 
@@ -88,15 +96,13 @@ def test_normalised_coordinates_of_corners():
     norm = torch.tensor([[-0.75, -0.5], [0.75, 0.5], [-1, -1], [1, 1], [0, 0]])
     torch.testing.assert_close(warp.to_norm(px, (2, 4)), norm)
     torch.testing.assert_close(warp.to_px(norm, (2, 4)), px)
-
-
-def test_pixel_centres_go_row_by_row():
-    assert warp.pixel_centres((2, 3)).tolist() == [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]]
+    rows = [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]]
+    assert warp.pixel_centres((2, 3)).tolist() == rows
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_normalised_coordinates_round_trip_and_agree_with_grid_sample(size):
-    points = torch.randn(2, 3, 5, 2, generator=rng(), dtype=torch.float64) * 50
+    points = normal(2, 3, 5, 2) * 50
     torch.testing.assert_close(warp.to_px(warp.to_norm(points, size), size), points)
     image = smooth_image(*size)
     at = torch.tensor([[3, 4], [0, 0], [size[1] - 1, size[0] - 1], [20, 7]])
@@ -119,7 +125,7 @@ def umeyama(src, dst):
 @pytest.mark.parametrize("count", [2, 3, 5, 68])
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_similarity_is_umeyamas(count, mirrored):
-    src, noise = 30 * torch.randn(2, 40, count, 2, generator=rng(count), dtype=torch.float64)
+    src, noise = 30 * normal(2, 40, count, 2, seed=count)
     dst = warp.apply_affine(similarity(2.1, 0.7, 12, -5), src + 90) + 0.3 * noise
     if mirrored:
         dst = dst * torch.tensor([-1.0, 1.0])
@@ -134,23 +140,20 @@ def test_similarity_is_umeyamas(count, mirrored):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
 def test_similarity_finds_an_exact_one_far_from_the_origin(dtype, tolerance):
     truth = similarity(-0.8, 1.3, 40, 25)
-    src = torch.rand(5, 2, generator=rng(), dtype=torch.float64) * 60 + torch.tensor([900.0, 700.0])
+    src = uniform(5, 2) * 60 + torch.tensor([900.0, 700.0])
     m = warp.fit_similarity(src.to(dtype), warp.apply_affine(truth, src).to(dtype))
     assert m.dtype == dtype
     torch.testing.assert_close(warp.apply_affine(m.double(), src), warp.apply_affine(truth, src),
                                atol=tolerance, rtol=0)
-
-
-def test_similarity_of_quarter_turn():
     # (1, 0) -> (0, 2), (0, 0) -> (0, 0): twice as large, turned from x to y
-    m = warp.fit_similarity(torch.tensor([[0.0, 0.0], [1.0, 0.0]]),
-                            torch.tensor([[0.0, 0.0], [0.0, 2.0]]))
+    pairs = torch.tensor([[[0, 0], [1, 0]], [[0, 0], [0, 2]]], dtype=dtype)
+    m = warp.fit_similarity(*pairs).float()
     torch.testing.assert_close(m, torch.tensor([[0.0, -2.0, 0.0], [2.0, 0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("count", [3, 5, 20])
 def test_affine_is_lstsq(count):
-    src = torch.rand(2, 3, count, 2, generator=rng(count), dtype=torch.float64) * 100 + 500
+    src = uniform(2, 3, count, 2, seed=count) * 100 + 500
     dst = warp.apply_affine(affine_batch(2, 3), src) + torch.randn(2, 3, count, 2, generator=rng(9))
     got = warp.fit_affine(src, dst)
     assert got.shape == (2, 3, 2, 3)
@@ -165,8 +168,8 @@ def test_affine_is_lstsq(count):
 
 @pytest.mark.parametrize("fit", [warp.fit_similarity, warp.fit_affine])
 def test_fits_broadcast_leading_dimensions(fit):
-    points = torch.rand(2, 3, 6, 2, generator=rng(), dtype=torch.float64) * 100
-    template = torch.rand(6, 2, generator=rng(1), dtype=torch.float64) * 100
+    points = uniform(2, 3, 6, 2) * 100
+    template = uniform(6, 2, seed=1) * 100
     forward, backward = fit(points, template), fit(src=template, dst=points)
     assert forward.shape == backward.shape == (2, 3, 2, 3)
     for i in range(2):
@@ -190,13 +193,6 @@ def test_undetermined_fit_is_constant_with_finite_gradient(fit, src):
     torch.testing.assert_close(m[0].detach(), torch.cat([torch.zeros(2, 2), mean[:, None]], 1))
     m.square().sum().backward()
     assert src.grad.isfinite().all() and dst.grad.isfinite().all()
-
-
-def test_fit_refuses_unpaired_points():
-    with pytest.raises(ValueError, match="same K"):
-        warp.fit_affine(torch.zeros(5, 2), torch.zeros(1, 2))
-    with pytest.raises(ValueError, match="same K"):
-        warp.fit_similarity(torch.zeros(5, 3), torch.zeros(5, 3))
 
 
 def test_check_points_accepts_what_determines_a_map():
@@ -233,13 +229,17 @@ def test_check_points_refuses_coincident_spline_points_and_shapes():
     for shape in [(5,), (5, 3), (2, 0, 2)]:
         with pytest.raises(ValueError, match="K > 0"):
             warp.check_points(torch.zeros(shape), "affine")
+    for src, dst in (((5, 2), (1, 2)), ((5, 3), (5, 3))):
+        for fit in (warp.fit_affine, warp.fit_similarity):
+            with pytest.raises(ValueError, match="same K"):
+                fit(torch.zeros(src), torch.zeros(dst))
 
 
 # ---- Maps of points ------------------------------------------------------------------------------
 
 def test_apply_affine_is_the_loop_and_broadcasts():
     m = affine_batch(2, 3)
-    points = torch.randn(2, 3, 4, 2, generator=rng(), dtype=torch.float64) * 30
+    points = normal(2, 3, 4, 2) * 30
     got, shared = warp.apply_affine(m, points), warp.apply_affine(m, points[0, 0])
     for i in range(2):
         for j in range(3):
@@ -251,36 +251,28 @@ def test_apply_affine_is_the_loop_and_broadcasts():
             torch.testing.assert_close(shared[i, j], warp.apply_affine(m[i, j], points[0, 0]))
 
 
-def test_compose_applies_the_second_first():
+def test_compose_and_invert_are_those_of_matrices():
     a, b = affine_batch(2, 3), affine_batch(2, 3).flip(0, 1)
-    points = torch.randn(2, 3, 4, 2, generator=rng(), dtype=torch.float64) * 30
-    torch.testing.assert_close(warp.apply_affine(warp.compose(a, b), points),
-                               warp.apply_affine(a, warp.apply_affine(b, points)))
+    bottom = torch.tensor([0.0, 0, 1], dtype=torch.float64).expand(2, 3, 1, 3)
+    full_a, full_b = torch.cat([a, bottom], -2), torch.cat([b, bottom], -2)
+    torch.testing.assert_close(warp.compose(a, b), (full_a @ full_b)[..., :2, :])
+    torch.testing.assert_close(warp.invert(a), torch.linalg.inv(full_a)[..., :2, :])
     shift, double = torch.tensor([[1.0, 0, 5], [0, 1, 0]]), torch.tensor([[2.0, 0, 0], [0, 2, 0]])
     torch.testing.assert_close(warp.compose(double, shift), torch.tensor([[2.0, 0, 10], [0, 2, 0]]))
     torch.testing.assert_close(warp.compose(shift, double), torch.tensor([[2.0, 0, 5], [0, 2, 0]]))
 
 
-def test_invert_is_the_matrix_inverse():
-    m = affine_batch(2, 3)
-    bottom = torch.tensor([0.0, 0, 1], dtype=torch.float64).expand(2, 3, 1, 3)
-    want = torch.linalg.inv(torch.cat([m, bottom], -2))[..., :2, :]
-    torch.testing.assert_close(warp.invert(m), want)
-    unit = torch.eye(2, 3, dtype=torch.float64).expand(2, 3, 2, 3)
-    torch.testing.assert_close(warp.compose(warp.invert(m), m), unit)
-
-
 def test_apply_projective_is_cv2s():
     h = torch.tensor([[1.1, 0.1, 3], [-0.2, 0.9, 5], [0.001, -0.002, 1]], dtype=torch.float64)
-    points = torch.rand(3, 7, 2, generator=rng(), dtype=torch.float64) * 100
+    points = uniform(3, 7, 2) * 100
     want = cv2.perspectiveTransform(points.numpy(), h.numpy())
     np.testing.assert_allclose(warp.apply_projective(h.expand(3, 3, 3), points), want, atol=1e-10)
     np.testing.assert_allclose(warp.apply_projective(h, points), want, atol=1e-10)
 
 
 def test_gradients_of_maps():
-    src = torch.rand(2, 4, 2, generator=rng(), dtype=torch.float64, requires_grad=True)
-    dst = torch.rand(2, 4, 2, generator=rng(1), dtype=torch.float64, requires_grad=True)
+    src = uniform(2, 4, 2).requires_grad_()
+    dst = uniform(2, 4, 2, seed=1).requires_grad_()
     h = (torch.eye(3, dtype=torch.float64) + 0.1
          * torch.rand(3, 3, generator=rng(2))).requires_grad_()
     for function in (warp.fit_similarity, warp.fit_affine):
@@ -312,6 +304,11 @@ def test_identity_and_whole_pixel_shifts(size):
     image = torch.rand(2, 3, *size, generator=rng())
     eye = torch.eye(2, 3).expand(2, 2, 3)
     torch.testing.assert_close(warp.warp_affine(image, eye, size), image, atol=2e-5, rtol=0)
+    for dtype in (torch.uint8, torch.bfloat16, torch.float32, torch.float64):
+        flat = torch.full((2, 1, *size), 200, dtype=dtype)
+        warped = warp.warp_affine(flat, eye, size, border=0.5)
+        assert warped.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert (warped - 200).abs().max() < 0.01
     # one to the right, two down: the second image two to the left
     m = torch.tensor([[[1.0, 0, 1], [0, 1, 2]], [[1.0, 0, -2], [0, 1, 0]]])
     moved = warp.warp_affine(image, m, size, border=0.25)
@@ -364,20 +361,11 @@ def test_sampling_a_ramp_gives_back_the_map():
 
 
 def test_gradients_of_image_warps():
-    image = torch.rand(2, 1, 5, 6, generator=rng(), dtype=torch.float64, requires_grad=True)
+    image = uniform(2, 1, 5, 6).requires_grad_()
     m = torch.stack([similarity(0.3, 1.1, 0.4, 0.3),
                      similarity(-0.2, 0.9, 0.21, -0.37)]).requires_grad_()
     assert torch.autograd.gradcheck(lambda i, a: warp.warp_affine(i, a, (4, 5), border=0.3),
                                     (image, m))
-
-
-def test_images_come_out_in_float():
-    eye = torch.eye(2, 3)[None]
-    for dtype in (torch.uint8, torch.bfloat16, torch.float32, torch.float64):
-        warped = warp.warp_affine(torch.full((1, 1, 6, 8), 200, dtype=dtype), eye, (6, 8),
-                                  border=0.5)
-        assert warped.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert (warped - 200).abs().max() < 0.01
 
 
 # ---- Thin-plate spline ---------------------------------------------------------------------------
@@ -388,7 +376,7 @@ def test_spline_is_the_dense_solution(targets):
     targets = targets.double()
     spline = warp.ThinPlateSpline(targets)
     sources = bent(targets) + 0.1 * torch.randn(3, len(targets), 2, generator=rng())
-    points = torch.rand(20, 2, generator=rng(1), dtype=torch.float64) * 3 - 1.5
+    points = uniform(20, 2, seed=1) * 3 - 1.5
     coefficients = spline.fit(sources)
     moved, own = spline.transform(coefficients, points), spline.transform(coefficients, targets)
     for i in range(3):
@@ -407,7 +395,7 @@ def test_spline_of_an_affine_map_has_no_bend():
     assert coefficients[:, :25].abs().max() < 1e-12
     # rows: a, then A's columns
     torch.testing.assert_close(coefficients[:, 25:], m.mT[:, [2, 0, 1]])
-    points = torch.randn(9, 2, generator=rng(), dtype=torch.float64)
+    points = normal(9, 2)
     torch.testing.assert_close(spline.transform(coefficients, points), warp.apply_affine(m, points))
 
 
@@ -443,7 +431,7 @@ def test_spline_inverse_round_trip(start):
     targets = lattice(8)
     spline = warp.ThinPlateSpline(targets)
     coefficients = spline.fit(bent(targets, 4, amount=0.15))
-    points = torch.rand(4, 50, 2, generator=rng(), dtype=torch.float64) * 2.4 - 1.2
+    points = uniform(4, 50, 2) * 2.4 - 1.2
     guess = {None: None, "near": points + 0.1, "far": torch.full((50, 2), 40.0)}[start]
     back = spline.invert_points(coefficients, spline.transform(coefficients, points), guess)
     assert back.shape == (4, 50, 2)
@@ -494,8 +482,8 @@ def test_spline_gradients():
     targets = lattice(2)
     spline = warp.ThinPlateSpline(targets)
     sources = bent(targets, 2, 0.2).requires_grad_()
-    points = torch.rand(3, 2, generator=rng(), dtype=torch.float64, requires_grad=True)
-    image = torch.rand(2, 1, 5, 6, generator=rng(1), dtype=torch.float64, requires_grad=True)
+    points = uniform(3, 2).requires_grad_()
+    image = uniform(2, 1, 5, 6, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(lambda s, p: spline.transform(spline.fit(s), p),
                                     (sources, points))
     assert torch.autograd.gradcheck(lambda i, s: warp.sample(i, spline.grid(spline.fit(s), (4, 3))),
@@ -562,8 +550,5 @@ def test_spline_grid_keeps_little_for_the_way_back():
 def test_spline_refuses_targets_that_determine_none(targets, message):
     with pytest.raises(ValueError, match=message):
         warp.ThinPlateSpline(targets)
-
-
-def test_spline_refuses_a_wrong_number_of_sources():
     with pytest.raises(ValueError, match="K = 9"):
         warp.ThinPlateSpline(lattice(3)).fit(torch.zeros(2, 8, 2))
