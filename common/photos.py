@@ -95,7 +95,7 @@ class Photo:
     def __init__(self, path: str, stem: Path):
         self.path = path
         self.stem = stem
-        self.image = datasets.load_image(path)
+        self.image = datasets.load_image(path, upright=True)
         self.faces = 0
 
     def target(self) -> str:

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
@@ -166,6 +167,7 @@ def main(function: Callable, args):
     """Calls function(args), in --gpus processes. What the user can mend ends in its message, a bug
     in its traceback. Under torchrun, which sets RANK, nothing is launched: it may span machines."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     try:
         if args.gpus > 1 and "RANK" not in os.environ and not (args.eval or args.predict):
             launch(function, args)

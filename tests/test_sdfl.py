@@ -352,7 +352,7 @@ def test_augmentation_stays_within_what_it_says():
         assert 0.9 <= zoom <= 1.1 and abs(angle) <= 40 and np.abs(shift).max() <= 200 * 30 / 256
         corners = np.array([[-0.5, -0.5], [199.5, -0.5], [-0.5, 199.5], [199.5, 199.5]])
         source = (corners - matrix[:, 2]) @ np.linalg.inv(matrix[:, :2]).T  # what the crop looks at
-        assert np.abs(source - 99.5).max() <= sdfl.REACH * 100
+        assert np.abs(source - 99.5).max() <= sdfl.reach(40) * 100
         if extras["occluder"][0] != -1:
             x0, y0, x1, y1 = extras["occluder"][:4]
             assert (x1 - x0) * (y1 - y0) == pytest.approx(0.2 * 200 * 200)
