@@ -199,34 +199,31 @@ def test_icp_undoes_a_small_rigid_motion_and_nothing_else():
     # A change of size is no rigid motion: 5 % of an arc some 80 px long stays visible.
     assert (metrics.curve_error(1.05 * target, target, part, norm, icp=True)["curve"] > 0.01).all()
     # A part of a single point has no direction; it is moved and gives 0, not nan.
-    assert metrics.curve_error(moved, target, {"tip": [3]}, norm,
-                               icp=True)["tip"].abs().max() < 1e-12
+    tip = metrics.curve_error(moved, target, {"tip": [3]}, norm, icp=True)["tip"]
+    assert tip.abs().max() < 1e-12
 
 
 def test_icp_step_is_the_least_squares_rigid_fit():
-    # Points so far apart that the first pairing is the right one: the fit must equal Arun's SVD
-    # solution.
+    # Points so far apart that the first pairing is right: the fit is Arun's SVD solution.
     target = torch.tensor([[0.0, 0.0], [100.0, 10.0], [40.0, 90.0], [150.0, 160.0]]).double()
     noise = torch.randn(4, 2, generator=generator(3), dtype=torch.float64) * 4
     source = turned(target[None], 5.0, [2.0, 3.0])[0] + noise
     a, b = (source - source.mean(0)).numpy(), (target - target.mean(0)).numpy()
     u, _, vt = np.linalg.svd(a.T @ b)
     fitted = a @ (u @ np.diag([1, np.linalg.det(u @ vt)]) @ vt) + target.mean(0).numpy()
-    complex_fit = metrics._rigid_icp(*(torch.complex(x[:, 0], x[:, 1])[None]
-                                       for x in (source, target)))[0]
-    np.testing.assert_allclose(torch.view_as_real(complex_fit).numpy(), fitted, atol=1e-10)
+    planes = [torch.view_as_complex(x.contiguous())[None] for x in (source, target)]
+    found = torch.view_as_real(metrics._rigid_icp(*planes))[0]
+    np.testing.assert_allclose(found.numpy(), fitted, atol=1e-10)
 
 
 # ---- alignment strength --------------------------------------------------------------------------
 
 
 def test_anme_by_hand():
-    # Landmark 0 lies 5 px from its mean (0, 0) in both faces, landmark 1 never moves: (5 + 5 + 0 +
-    # 0)/4/20.
+    # Landmark 0 lies 5 px from its mean (0, 0) in both faces, landmark 1 never moves.
     points = torch.tensor([[[3.0, 4.0], [7.0, 7.0]], [[-3.0, -4.0], [7.0, 7.0]]])
     assert metrics.anme(points, 20.0) == 0.125
-    # d is the mean of the distances
-    assert metrics.anme(points, torch.tensor([10.0, 30.0])) == 0.125
+    assert metrics.anme(points, torch.tensor([10.0, 30.0])) == 0.125     # d is their mean
     assert metrics.anme(points[:1].expand(5, 2, 2), 20.0) == 0
 
 
@@ -252,13 +249,12 @@ def test_anme_refuses_a_bad_distance_and_a_single_face_without_its_axis():
 def unit_pairs(squared_distances):
     """Unit vectors of the plane at the given squared distances: |a - b|^2 = 2 - 2 cos."""
     angle = torch.acos(1 - torch.as_tensor(squared_distances, dtype=torch.float64) / 2)
-    return torch.tensor([1.0, 0.0]).double().expand(len(angle),
-                                                    2), torch.stack([angle.cos(), angle.sin()], 1)
+    first = f64([1, 0]).expand(len(angle), 2)
+    return first, torch.stack([angle.cos(), angle.sin()], 1)
 
 
 def loop_verification(a, b, same, folds):
-    """Every threshold between training distances and outside them is tried on every training
-    pair."""
+    """Each threshold between training distances and outside is tried on every training pair."""
     a, b = (x.numpy() / np.linalg.norm(x.numpy(), axis=1, keepdims=True) for x in (a, b))
     distance = ((a - b) ** 2).sum(1).tolist()
     accuracies = []
@@ -293,11 +289,10 @@ def test_verification_with_tied_distances_equals_brute_force():
     b[:, 1] += level                                 # equal entries give distances equal to the bit
     result = metrics.verification_accuracy(a, b, same)
     assert result == pytest.approx(loop_verification(a, b, same, 10), abs=1e-12)
-    # All distances equal: no threshold accepts the same-pairs alone, though they come first; best
-    # is all.
+    # All distances equal: no threshold accepts the same-pairs alone, though they come first.
     same = torch.tensor([1, 1, 1, 0, 0, 1, 1, 1, 0, 0])
-    assert metrics.verification_accuracy(a[:1].expand(10, 7), b[:1].expand(10, 7), same, 2) == (0.6,
-                                                                                                0.0)
+    a, b = a[:1].expand(10, 7), b[:1].expand(10, 7)
+    assert metrics.verification_accuracy(a, b, same, 2) == (0.6, 0.0)
 
 
 def test_verification_by_hand_over_two_consecutive_folds():
