@@ -18,8 +18,8 @@ def drawn(count=6):
 def test_idx(tmp_path):
     images, labels = drawn(), np.arange(6, dtype=np.uint8)
     for name, array in (("images", images), ("labels", labels)):
-        data = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I",
-                                                          *array.shape) + array.tobytes()
+        head = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+        data = head + array.tobytes()
         (tmp_path / name).write_bytes(data)
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
         for path in (name, f"{name}.gz"):

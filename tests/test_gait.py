@@ -308,8 +308,7 @@ def test_spoiled_walkers_move_with_their_joints():
 
 
 def test_mean_silhouettes_tell_walkers_apart_but_not_well():
-    """The gait energy image: nearest neighbours are right far above chance (0.04), far from
-    always."""
+    """The gait energy image: nearest neighbours are far above chance (0.04)."""
     sequences = gait.walkers("test", 25, sequences=4, frames=14)
     energy = torch.from_numpy(np.stack([s.load(everything)[0].mean(0).ravel() for s in sequences]))
     probe = np.array([s.probe for s in sequences])

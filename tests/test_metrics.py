@@ -232,8 +232,8 @@ def test_anme_of_gaussian_scatter_and_its_invariance():
     # E|y - ybar| of a 2-D Gaussian about its sample mean: sigma sqrt(pi / 2) sqrt(1 - 1 / N).
     assert metrics.anme(points, 1.0) == pytest.approx(2 * math.sqrt(math.pi / 2), rel=0.01)
     rotated = turned(points.reshape(1, -1, 2), 30.0, [9.0, -4.0]).reshape(points.shape)
-    assert metrics.anme(3 * rotated, 3 * 40.0) == pytest.approx(metrics.anme(points, 40.0),
-                                                                rel=1e-9)
+    expected = pytest.approx(metrics.anme(points, 40.0), rel=1e-9)
+    assert metrics.anme(3 * rotated, 3 * 40.0) == expected
 
 
 def test_anme_refuses_a_bad_distance_and_a_single_face_without_its_axis():
@@ -382,8 +382,8 @@ def test_rank_k_by_hand_with_several_mates_and_ties():
     # A non-mate that ties counts first, also when it is longer and in another block.
     tied = torch.tensor([[0.3, 0.1, 0.7], [3.0, 1.0, 7.0]])
     for chunk in (1, 2):
-        assert metrics.rank_k(tied[:1], [1], tied, [1, 2], ks=(1, 2), chunk=chunk) == {1: 0.0,
-                                                                                       2: 1.0}
+        rates = metrics.rank_k(tied[:1], [1], tied, [1, 2], ks=(1, 2), chunk=chunk)
+        assert rates == {1: 0.0, 2: 1.0}
     constant, ids = torch.ones(10, 64), torch.arange(10)
     assert metrics.rank_k(constant, ids, constant, ids, ks=(1, 9, 10)) == {1: 0, 9: 0, 10: 1}
 
@@ -460,8 +460,8 @@ def test_tar_at_far_by_hand():
 
 def test_tar_with_too_few_impostors_reads_above_them_all_and_constant_scores_give_nothing():
     assert metrics.tar_at_far([0.9, 0.4, 0.5], [True, True, False], (1e-4,)) == {1e-4: 0.5}
-    assert metrics.tar_at_far(torch.ones(50), torch.arange(50) % 2 == 0, (1e-4, 0.5)) == {1e-4: 0.0,
-                                                                                          0.5: 0.0}
+    rates = metrics.tar_at_far(torch.ones(50), torch.arange(50) % 2 == 0, (1e-4, 0.5))
+    assert rates == {1e-4: 0.0, 0.5: 0.0}
 
 
 @pytest.mark.parametrize("scores, same",

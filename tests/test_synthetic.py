@@ -41,8 +41,7 @@ def unit_points(q, points):
 
 
 def picture(q, size):
-    """The face of some parameters without nuisances, as float; equal parameters give equal
-    pixels."""
+    """The face of some parameters without nuisances, as float: equal for equal parameters."""
     for name, value in CLEAR.items():
         setattr(q, name, np.full((1, 1), value))
     return synthetic._Painter(q, size, np.random.default_rng(7)).draw().astype(float)
@@ -153,8 +152,7 @@ def test_schemes_are_read_off_the_same_head():
 
 
 def test_98_points_interpolated_to_68_are_near():
-    """PIPNet's table: what it does not copy is the mean of a brow's edges or between two points of
-    a lid."""
+    """PIPNet's table: what it does not copy is between a brow's edges or points of a lid."""
     sets = drawn_sets("test", 100, 256)
     p98, p68 = sets[98], sets[68]
     eye = np.linalg.norm(p68[:, 36] - p68[:, 39], axis=-1)
@@ -234,8 +232,7 @@ EDGES = [("lips", 0.0, 0.999, [77, 78, 79, 80, 81], [87, 86, 85, 84, 83]),
 @pytest.mark.parametrize("name, first, second, upper, lower", EDGES)
 @pytest.mark.parametrize("size", [128, 320])
 def test_edges_of_drawn_features_are_at_the_points(name, first, second, upper, lower, size):
-    """Where one colour (or light) decides, its change is 0 outside, full inside, and half at the
-    point."""
+    """Where one colour (or light) decides, its change is 0 outside, full inside, half there."""
     fields = dict(light_x=0, lip_upper=0.13, lip_lower=0.16, brow_thick=0.12)
     one, other = (picture(mean_face(**{**fields, name: value}), size) for value in (first, second))
     change, points = np.abs(one - other).sum(-1), size * unit_points(mean_face(**fields), 98) - 0.5

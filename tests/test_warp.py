@@ -29,8 +29,7 @@ def similarity(angle, scale, x, y):
 def affine_batch(*lead):
     """Random maps (*lead, 2, 3), far from singular."""
     noise = normal(*lead, 2, 3, seed=3)
-    return torch.eye(2, 3, dtype=torch.float64) + noise * torch.tensor([0.2, 0.2, 9.0],
-                                                                       dtype=torch.float64)
+    return torch.eye(2, 3).double() + noise * torch.tensor([0.2, 0.2, 9.0]).double()
 
 
 def smooth_image(height, width, channels=2):
@@ -60,8 +59,7 @@ def lattice(side):
 
 
 def bent(targets, batch=3, amount=0.06):
-    """Smooth sources without folds, (batch, K, 2): each batch entry turned, scaled, shifted and
-    waved."""
+    """Smooth sources without folds, (batch, K, 2): each turned, scaled, shifted and waved."""
     sources = []
     for i in range(batch):
         m = similarity(0.2 * i - 0.3, 0.9 + 0.1 * i, 0.1 * i, -0.05)
