@@ -20,7 +20,8 @@ Digits; continue; evaluate with noise on the keypoints; use:
   python kprpe.py --data affnist --data-root MNIST
   python kprpe.py --data webface-base --gpus 4 --resume
   python kprpe.py --eval RUN/last.pt --keypoint-noise 0.02,0.05,0.1 --test lfw/
-  python kprpe.py --predict photo.jpg --weights RUN/last.pt        # photo.pts beside it, or --detector
+  python kprpe.py --predict photo.jpg --weights RUN/last.pt        # photo.pts beside it, or
+  --detector
 The face aligner, on drawn faces, two to three minutes on a CPU; its keypoints instead of a file's:
   python kprpe.py --task dfa
   python kprpe.py --dfa runs/kprpe-dfa-faces/last.pt --fusion average,norm,landmark
@@ -43,23 +44,26 @@ Where each equation is:
   Eq. (16)             fusion weighted by norms              fuse
   Eq. (17), (18)       fusion weighted by landmarks          fuse
 
-Where the paper is silent, or the authors' code (CVLface, mk-minchul/CVLface at d3d09c9) differs from
-it:
-  - f(P) of Eq. (10) is linear in M - P, so it is a part of the queries, the same for all images, plus
+Where the paper is silent, or the authors' code (CVLface, mk-minchul/CVLface at d3d09c9) differs
+from it:
+  - f(P) of Eq. (10) is linear in M - P, so it is a part of the queries, the same for all images,
+  plus
     a part of the keypoints, the same for all queries. We add the two after the product with W_L:
     196 times fewer numbers an image.
   - "Absolute" is the paper's formula. The code's adds one number to a whole row, which the softmax
     drops: that is the plain ViT, as which Table 2's first row looks.
-  - B is divided by sqrt(d) as in Eq. (5); the code does not divide it, and so learns sqrt(d) times as
-    fast. --rpe-lr makes up for that by default: sqrt(d) times --lr for the tables and W_L of Eq. (5)
-    to (10), --lr for iRPE, which both divide. W_L has a bias as in the code, whose parameters are
-    Table 3's.
+  - B is divided by sqrt(d) as in Eq. (5); the code does not divide it, and so learns sqrt(d) times
+  as
+    fast. --rpe-lr makes up for that by default: sqrt(d) times --lr for the tables and W_L of Eq.
+    (5) to (10), --lr for iRPE, which both divide. W_L has a bias as in the code, whose parameters
+    are Table 3's.
   - Tables start at 0, from which a CPU's thousand steps do not bring them far enough. So the small
     presets have 50 times the rate for them, a softmax without margin, and --augment wide: Table 6's
     augmentation hardly moves the keypoints of aligned faces.
   - Keypoints and patch centres are (x + 0.5) / W. The code has keypoints at x / W, half a pixel off
     its grid. "No keypoints" is the plain ViT.
-  - Eq. (12) is printed as a scaling, but the text has noise: normal, alpha of the crop's side in x and
+  - Eq. (12) is printed as a scaling, but the text has noise: normal, alpha of the crop's side in x
+  and
     in y. That gives the NME of 0.12 which the supplement reports for alpha = 0.1.
   - What Table 6 leaves out is the code's: --clip 5, and what decays, matrices but no vectors and no
     embeddings.
@@ -71,8 +75,9 @@ it:
     crop again. Outside the image is its reflection, in training and in test, so that no black frame
     shows how far a face was moved; the code has black. Greys are whole numbers after each step.
   - Aligned: a similarity takes five points to ArcFace's in 112 px. Unaligned: with --box image the
-    whole image in a square (the paper resizes it); else the square about the box times --margin, which
-    is scaled, shifted and turned at random by image. Without landmarks an image counts as aligned.
+    whole image in a square (the paper resizes it); else the square about the box times --margin,
+    which is scaled, shifted and turned at random by image. Without landmarks an image counts as
+    aligned.
   - TAR is read at a false accept rate of at most the target; the code reads at the nearest.
   - Digits: the paper gives no settings. Trained on MNIST moved by up to 6 px on a canvas of 40 px,
     tested on affNIST made by its published ranges; a normalised softmax of 10 classes.
@@ -80,10 +85,12 @@ it:
     code's are (there with a border of 0.215); in a test in the crop and anew in its mirror image.
   - Of the face aligner's training, optimiser, learning rate, augmentation, the weight of its
     aggregation and the test split of WIDER FACE are ours. Its warps have align_corners=False.
-  - Gait (Sec. 5): SwinGait-2D is not published; it is made of OpenGait's SwinGait-3D (class SwinGait).
+  - Gait (Sec. 5): SwinGait-2D is not published; it is made of OpenGait's SwinGait-3D (class
+  SwinGait).
     Here all of it is trained from scratch, at one rate, by a cosine without steps; OpenGait begins
     with trained convolutions. M is the grid of a window and serves all windows of a frame.
 """
+import argparse
 import copy
 import functools
 import itertools
@@ -104,32 +111,32 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from common import UserError, datasets, digits, gait, metrics, photos, recognition, run, synthetic, warp
+from common import (UserError, datasets, digits, gait, metrics, photos, recognition, run, synthetic,
+                    warp)
 
 # ---- Settings ------------------------------------------------------------------------------------
 
-# Table 6, in the supplement; its "large" is the text's "base".
-PAPER = dict(model="small", rpe="kp-multihead", size=112, patch=8, epochs=34, batch_size=512, lr=1e-3,
-             weight_decay=0.05, warmup=3.0, drop_path=0.1, loss="adaface", augment="full", repeat=0.5,
-             box="image", margin=1.4)
+# Table 6, in the supplement; its "large" is the text's "base". The flags' defaults are its, too.
+PAPER = dict(epochs=34, batch_size=512, weight_decay=0.05, box="image", margin=1.4)
 SMALL = dict(model="own", epochs=40, batch_size=64, lr=6e-4, warmup=1.0, repeat=0.0, rpe_lr=50.0,
-             loss="softmax", scale=32.0, box="landmarks", unaligned=True, cache="device", eval_every=7,
-             augment="wide")
+             loss="softmax", scale=32.0, box="landmarks", unaligned=True, cache="device",
+             eval_every=7, augment="wide")
 PRESETS = {
     "ms1m-small": {},
-    "webface-base": dict(model="base", epochs=36, batch_size=1024, lr=1e-4, sample_rate=0.6, repeat=0.1),
+    "webface-base": dict(model="base", epochs=36, batch_size=1024, lr=1e-4, sample_rate=0.6,
+                         repeat=0.1),
     "folder": SMALL,
     "youtube": SMALL,
-    "affnist": dict(SMALL, size=40, patch=4, dim=64, depth=4, heads=4, mlp_ratio=2.0, epochs=12, lr=1e-3,
-                    scale=16.0, eval_every=2),
+    "affnist": dict(SMALL, size=40, patch=4, dim=64, depth=4, heads=4, mlp_ratio=2.0, epochs=12,
+                    lr=1e-3, scale=16.0, eval_every=2),
     "faces": dict(SMALL, size=48, depth=4, dim=64, heads=4, limit=6000, epochs=12, batch_size=32,
                   eval_every=6),
 }
 RECORDS = ("ms1m-small", "webface-base")  # sets of images that are aligned already
 DRAWN = {"train": 1600, "test": 400}  # faces of --data faces
-# --rpe. Biases by Eq. (5): euclidean, cross and product, from a learned table over that distance; kp-*,
-# from tables made of the keypoints (Table 2), over the product distance. That is also irpe's, which adds
-# vectors to queries, keys and values by Eq. (4). Each keeps the position embedding of Eq. (3).
+# --rpe. Biases by Eq. (5): euclidean, cross and product, from a learned table over that distance;
+# kp-*, from tables made of the keypoints (Table 2), over the product distance. That is also irpe's,
+# which adds vectors to queries, keys and values by Eq. (4). Each keeps the position embedding.
 STATIC = ("euclidean", "cross", "product")
 KEYPOINT = ("kp-absolute", "kp-relative", "kp-multihead")
 RPES = ("none", *STATIC, "irpe", *KEYPOINT)
@@ -140,19 +147,19 @@ def parse_args(argv=None):
     """The flags of all scripts and those of --task, with the defaults of the preset of --data."""
     task = run.peek(argv, "--task", list(TASKS), "face")
     if task == "face":
-        parser = run.make_parser("kprpe", "Keypoint relative position encoding", PAPER, PRESETS, argv,
-                                 ("image", "landmarks", "face"))
+        parser = run.make_parser("kprpe", "Keypoint relative position encoding", PAPER, PRESETS,
+                                 argv, ("image", "landmarks", "face"))
         face_flags(parser)
     elif task == "dfa":
-        parser = run.make_parser("kprpe-dfa", "KP-RPE's face aligner", DFA_PAPER, DFA_PRESETS, argv,
-                                 ("face", "landmarks"))
+        parser = run.make_parser("kprpe-dfa", "KP-RPE's face aligner", DFA_PAPER, DFA_PRESETS,
+                                 argv, ("face", "landmarks"))
         dfa_flags(parser)
     else:
         parser = run.make_parser("kprpe-gait", "KP-RPE on gait", GAIT_PAPER, GAIT_PRESETS, argv)
         gait_flags(parser)
     add = parser.add_argument_group("all tasks").add_argument
-    add("--task", default="face", choices=TASKS, help="what is learned; each task has its own flags")
-    add("--warmup", type=run.nonnegative, default=3.0, help="epochs over which the rate rises to --lr")
+    add("--task", default="face", choices=TASKS, help="what is learned; each has its own flags")
+    add("--warmup", type=run.nonnegative, default=3.0, help="epochs of the rate's rise to --lr")
     add("--clip", type=run.nonnegative, default=5.0, help="largest norm of the gradient; 0: any")
     parser.prog = "kprpe.py"
     args = run.parse(parser, argv)
@@ -165,49 +172,49 @@ def parse_args(argv=None):
 
 def face_flags(parser):
     """Adds the flags of --task face."""
-    switch = run.argparse.BooleanOptionalAction
+    switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("network").add_argument
-    add("--size", type=run.within(int, 8, 1024), default=112, help="side of the crop in px, a multiple of "
-        "--patch")
-    add("--model", default="small", choices=MODELS, help="of Table 3, or a ViT by the next four flags")
+    add("--size", type=run.within(int, 8, 1024), default=112, help="side of the crop in px")
+    add("--model", default="small", choices=MODELS, help="of Table 3, or by the next four flags")
     add("--dim", type=run.positive, default=192, help="width of --model own")
     add("--depth", type=run.within(int, 1, 1000), default=6, help="layers of --model own")
     add("--heads", type=run.positive, default=6, help="attention heads of --model own")
-    add("--mlp-ratio", type=run.above_zero, default=3.0, help="hidden width over --dim of --model own")
+    add("--mlp-ratio", type=run.above_zero, default=3.0, help="hidden width over --dim")
     add("--patch", type=run.positive, default=8, help="side of a patch in px")
-    add("--drop-path", type=run.fraction, default=0.1, help="chance that an image skips the last block")
-    add("--rpe", default="kp-multihead", choices=RPES, help="position encoding of ViTs (Tables 1 and 2)")
-    add("--num-keypoints", type=run.within(int, 0, 5), default=5, help="the first of the five keypoints "
-        "that kp-* gets (supp. 2.2)")
-    add("--draw-keypoints", action=switch, default=False, help="mark them in the image (Fig. 1, Abs-PE*)")
+    add("--drop-path", type=run.fraction, default=0.1, help="chance to skip the last block")
+    add("--rpe", default="kp-multihead", choices=RPES, help="position encoding (Tables 1 and 2)")
+    add("--num-keypoints", type=run.within(int, 0, 5), default=5, help="the first of the five "
+        "keypoints that kp-* gets (supp. 2.2)")
+    add("--draw-keypoints", action=switch, default=False, help="mark keypoints in the image "
+        "(Fig. 1, Abs-PE*)")
     add = parser.add_argument_group("training").add_argument
     add("--loss", default="adaface", choices=MARGINS, help="margin of the softmax (supp. 2.1)")
     add("--scale", type=run.above_zero, default=64.0, help="what cosines are multiplied by")
-    add("--sample-rate", type=run.within(float, 1e-6, 1), default=1.0, help="PartialFC: share of the "
-        "classes that a step sees")
-    add("--rpe-lr", type=run.nonnegative, default=0.0, help="learning rate of relative encodings over --lr; "
-        "0: sqrt(d) for biases, as the code's form of Eq. 5 learns, and 1 for irpe")
-    add("--augment", default="full", choices=[*MOVES, "none"], help="Table 6's; wide: with more shift and "
-        "rotation; digits have their own")
-    add("--repeat", type=run.fraction, default=0.5, help="chance that the next image is one of the same "
-        "person")
-    add("--landmarks", default="", metavar="PATH", help="landmarks of a set that has none of its own: a CSV "
-        "of image,x0,y0,..., or a folder with the images' tree of .pts, as the landmark scripts write it")
-    add("--dfa", type=run.file, default="", metavar="CKPT", help="find the keypoints by this checkpoint of "
-        "--task dfa")
+    add("--sample-rate", type=run.within(float, 1e-6, 1), default=1.0, help="PartialFC: share of "
+        "the classes that a step sees")
+    add("--rpe-lr", type=run.nonnegative, default=0.0, help="learning rate of relative encodings "
+        "over --lr; 0: sqrt(d) for biases, as the code's form of Eq. (5) learns; 1 for irpe")
+    add("--augment", default="full", choices=[*MOVES, "none"], help="Table 6's; wide: with more "
+        "shift and rotation; digits have their own")
+    add("--repeat", type=run.fraction, default=0.5, help="chance that the next image is one of the "
+        "same person")
+    add("--landmarks", default="", metavar="PATH", help="landmarks of a set that has none: a CSV "
+        "of image,x0,y0,..., or a folder with the images' tree of .pts, as of the landmark scripts")
+    add("--dfa", type=run.file, default="", metavar="CKPT", help="find the keypoints by this "
+        "checkpoint of --task dfa")
     add = parser.add_argument_group("evaluation").add_argument
-    add("--unaligned", action=switch, default=False, help="also test on unaligned crops (Tables 1, 2)")
-    add("--keypoint-noise", type=run.listed(run.fraction), default=[], help="at the end also test with "
-        "noise on keypoints, shares of the crop's side, as 0.02,0.05,0.1 (Eq. 12)")
-    add("--fusion", type=run.listed(fusion_rule), default=[], help="also identify templates of the test "
-        "split, videos, by features that are fused so (Eqs. 16 to 18): some of average,norm,landmark")
-    add("--test", nargs="+", default=[], metavar="PATH", help="sets to verify and identify on, beside the "
-        "test split: a .bin, the folder of LFW, TinyFace, IJB-C, ..., a .csv of pairs or of roles; "
-        "landmarks, if they have none, from PATH.landmarks.csv")
+    add("--unaligned", action=switch, default=False, help="also test on unaligned crops (Table 1)")
+    add("--keypoint-noise", type=run.listed(run.fraction), default=[], help="at the end also test "
+        "with noise on keypoints, shares of the crop's side, as 0.02,0.05,0.1 (Eq. 12)")
+    add("--fusion", type=run.listed(fusion_rule), default=[], help="also identify templates of the "
+        "test split, videos, by features fused so (Eqs. 16 to 18): some of average,norm,landmark")
+    add("--test", nargs="+", default=[], metavar="PATH", help="sets to test on, beside "
+        "the test split: a .bin, the folder of LFW, TinyFace, IJB-C, ..., a .csv of pairs or of "
+        "roles; landmarks, if they have none, from PATH.landmarks.csv")
 
 
 def fusion_rule(word: str) -> str:
-    """One of FUSIONS."""
+    """One of FUSIONS, as a flag's type."""
     if word not in FUSIONS:
         raise ValueError(word)
     return word
@@ -234,23 +241,25 @@ DISTANCES = {"euclidean": 7, "cross": 14, "product": 49}  # K of each distance, 
 
 def quantise(x: torch.Tensor) -> torch.Tensor:
     """Piecewise index of Wu et al., "Rethinking and Improving Relative Position Encoding for Vision
-    Transformer" (iRPE), ICCV 2021, at the code's ratio 1.9: whole offsets -> long, 0, +-1, +-2 (for 2
-    and 3) and +-3 (from 4 on)."""
+    Transformer" (iRPE), ICCV 2021, at the code's ratio 1.9: whole offsets -> long, 0, +-1, +-2 (for
+    2 and 3) and +-3 (from 4 on)."""
     alpha = 1.9
     beta = 2 * alpha
     gamma = 8 * alpha
     far = alpha + (x.abs().clamp(min=1) / alpha).log() / math.log(gamma / alpha) * (beta - alpha)
-    # The code cuts to a whole number after the minimum, so that beta = 3.8 makes 3 the largest index.
+    # The code cuts to a whole number after the minimum, so that beta = 3.8 makes 3 the largest
+    # index.
     return torch.where(x.abs() <= alpha, x.round(), x.sign() * far.round().clamp(max=beta)).long()
 
 
 def bucket_ids(height: int, width: int, method: str) -> torch.Tensor:
-    """d(i, j) of all pairs of N = height * width patches, query i and key j both counted row by row.
+    """d(i, j) of all pairs of N = height * width patches, query i and key j both counted row by
+    row.
 
-    Args: method, "euclidean" (the rounded distance, quantised: 7 ids, of which the lower 3 stay free,
-        as no distance is negative), "product" (49 ids: quantised row offset times quantised column
-        offset) or "cross" (7 ids of the rows and 7 others of the columns; the values of both are
-        added).
+    Args: method, "euclidean" (the rounded distance, quantised: 7 ids, of which the lower 3 stay
+        free, as no distance is negative), "product" (49 ids: quantised row offset times quantised
+        column offset) or "cross" (7 ids of the rows and 7 others of the columns; the values of both
+        are added).
     Returns: (N, N) long; of "cross" (2, N, N).   Raises: ValueError.
     Source: Sec. 3.1; iRPE's code. Offsets are query - key: 24 is a patch's own product id, and on a
         14 x 14 grid the query (7, 7) of Fig. 3 has 48 at the key (0, 0).
@@ -259,7 +268,7 @@ def bucket_ids(height: int, width: int, method: str) -> torch.Tensor:
         raise ValueError(f"distance {method!r} on a grid of {height} x {width}: expected one of "
                          f"{', '.join(DISTANCES)}, and a positive height and width")
     places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(-1, 2).double()
-    rows, columns = (places[:, None] - places).unbind(-1)                     # (N, N) each, query - key
+    rows, columns = (places[:, None] - places).unbind(-1)             # (N, N) each, query - key
     if method == "euclidean":
         return quantise(rows.hypot(columns).round()) + 3
     rows = quantise(rows) + 3
@@ -270,11 +279,12 @@ def bucket_ids(height: int, width: int, method: str) -> torch.Tensor:
 class PairBias(nn.Module):
     """From tables by distance to a number for each pair of patches.
 
-    Args: grid, patches (height, width); method, of `bucket_ids`. `forward`: a table of each image, the
-        same for all queries (B, H, K), and one of each query, the same for all images (H, N, K), or
-        None; their sum is the table -> (B, H, N, N).
-    The table is read by a product with 0 and 1. The backward pass of a gather would add by atomics on a
-    GPU, slowly and in no fixed order, and keep the sum of both, 14.8 MB an image for the base network.
+    Args: grid, patches (height, width); method, of `bucket_ids`. `forward`: a table of each image,
+        the same for all queries (B, H, K), and one of each query, the same for all images (H, N,
+        K), or None; their sum is the table -> (B, H, N, N).
+    The table is read by a product with 0 and 1. The backward pass of a gather would add by atomics
+    on a GPU, slowly and in no fixed order, and keep the sum of both, 14.8 MB an image for the base
+    network.
     """
 
     def __init__(self, grid: tuple[int, int], method: str):
@@ -282,7 +292,8 @@ class PairBias(nn.Module):
         self.patches = math.prod(grid)
         ids = bucket_ids(*grid, method).view(-1, self.patches, self.patches)  # (1 or 2, N, N)
         one_hot = (ids == torch.arange(DISTANCES[method])[:, None, None, None]).any(1).float()
-        # A GPU's attention copies a bias whose rows are no multiple of 8 long: some zeros are added.
+        # A GPU's attention copies a bias whose rows are no multiple of 8 long: some zeros are
+        # added.
         one_hot = F.pad(one_hot, (0, -self.patches % 8))
         self.register_buffer("one_hot", one_hot, persistent=False)            # (K, N, N + zeros)
 
@@ -298,7 +309,8 @@ class StaticRPE(nn.Module):
     """A learned table for each layer and head, by one of the three distances of Sec. 3.1.
     Args and `forward`, which ignores the keypoints: as of `KPRPE`."""
 
-    def __init__(self, grid: tuple[int, int], depth: int, heads: int, method: str, scale: float = 1.0):
+    def __init__(self, grid: tuple[int, int], depth: int, heads: int, method: str,
+                 scale: float = 1.0):
         super().__init__()
         self.scale = scale
         self.table = nn.Parameter(torch.zeros(depth, heads, DISTANCES[method]))
@@ -310,15 +322,15 @@ class StaticRPE(nn.Module):
 
 
 class KPRPE(nn.Module):
-    """Keypoint relative position encoding: keypoints P (B, L, 2) -> B of Eq. (5), (B, H, N, N), times
-    `scale`, of one layer after the other.
+    """Keypoint relative position encoding: keypoints P (B, L, 2) -> B of Eq. (5), (B, H, N, N),
+    times `scale`, of one layer after the other.
 
-    Keypoints are ((x + 0.5) / W, (y + 0.5) / H) for pixel centres at whole numbers, as the grid's are
-    patch centres: so a mirrored image has the keypoints (1 - x, y), left and right renamed. They may
-    lie outside [0, 1], and gradients reach them.
-    Args: keypoints, L; grid, patches (height, width); depth, layers of the network; heads; variant, of
-        Sec. 3.2: "kp-absolute" or "kp-relative" (one table for all layers and heads) or "kp-multihead"
-        (one for each); scale, 1 / sqrt(d) of Eq. (5), here where B is still small.
+    Keypoints are ((x + 0.5) / W, (y + 0.5) / H) for pixel centres at whole numbers, as the grid's
+    are patch centres: so a mirrored image has the keypoints (1 - x, y), left and right renamed.
+    They may lie outside [0, 1], and gradients reach them.
+    Args: keypoints, L; grid, patches (height, width); depth, layers of the network; heads; variant,
+        of Sec. 3.2: "kp-absolute" or "kp-relative" (one table for all layers and heads) or
+        "kp-multihead" (one for each); scale, 1 / sqrt(d) of Eq. (5), here where B is still small.
     Raises: ValueError.
     """
 
@@ -340,32 +352,33 @@ class KPRPE(nn.Module):
         nn.init.zeros_(self.keypoint_linear.bias)
         rows, columns = ((torch.arange(n) + 0.5) / n for n in grid)
         centres = torch.cartesian_prod(rows, columns).view(-1, 2).flip(1)
-        self.register_buffer("grid", centres, persistent=False)               # (N, 2), M: xy in [0, 1]
+        self.register_buffer("grid", centres, persistent=False)  # (N, 2), M: xy in [0, 1]
         self.pair_bias = PairBias(grid, "product")
 
     def forward(self, points: torch.Tensor) -> Iterator[torch.Tensor]:
         for of_image, of_query in zip(*self.tables(points)):
-            yield self.pair_bias(of_image * self.scale, None if of_query is None else of_query * self.scale)
+            yield self.pair_bias(of_image, of_query)
 
     def tables(self, points: torch.Tensor):
-        """f(P) as the sum of a part of each image (depth, B, H, K) and one of each query (depth, H, N,
-        K), depth times None if it has none."""
-        W_L = self.keypoint_linear
-        P = check_keypoints(points, self.keypoints).to(W_L.weight.dtype).flatten(1)             # (B, 2L)
+        """`scale` f(P) as the sum of a part of each image (depth, B, H, K) and one of each query
+        (depth, H, N, K), depth times None if it has none."""
+        W_L = self.keypoint_linear.weight
+        P = check_keypoints(points, self.keypoints).to(W_L.dtype).flatten(1)  # (B, 2L)
         with torch.autocast(points.device.type, enabled=False):
             if self.variant == "kp-absolute":
                 # Eq. (7): B_ij = f(P)[d(i, j)], f(P) = P W_L, the same for every query
-                return self.by_layer(W_L(P)).transpose(1, 2), [None] * self.depth
+                return self.by_layer(self.keypoint_linear(P)).transpose(1, 2), [None] * self.depth
             # Eq. (8), (9): D' = Expand(M) - Expand(P), a row of L offsets for each query (B, N, 2L)
             # Eq. (10): f(P) = D' W_L, which is Expand(M) W_L - Expand(P) W_L
             M = self.grid.repeat(1, self.keypoints)                           # (N, 2L)
-            of_image = W_L.bias - F.linear(P, W_L.weight)
-            of_query = F.linear(M, W_L.weight)
+            of_query = F.linear(M, W_L)
+            of_image = self.keypoint_linear.bias - F.linear(P, W_L)
         return self.by_layer(of_image).transpose(1, 2), self.by_layer(of_query)
 
     def by_layer(self, f: torch.Tensor) -> torch.Tensor:
-        """What W_L puts out, (A, depth * H * K) or one table's (A, K) -> (depth, H, A, K)."""
-        f = f.unflatten(1, (*self.own, -1)).permute(1, 2, 0, 3)
+        """What W_L puts out, (A, depth * H * K) or one table's (A, K), times scale: (depth, H, A,
+        K)."""
+        f = (self.scale * f).unflatten(1, (*self.own, -1)).permute(1, 2, 0, 3)
         return f.expand(self.depth, self.heads, -1, -1)
 
 
@@ -373,11 +386,13 @@ def check_keypoints(points: torch.Tensor, count: int) -> torch.Tensor:
     """Keypoints (B, count, 2) as they are.   Raises: ValueError for another shape, and for values
     outside [-2, 3] or not finite; values on a GPU are not read, as that would wait for it."""
     if points.ndim != 3 or points.shape[1:] != (count, 2):
-        raise ValueError(f"keypoints have the shape {tuple(points.shape)}: expected (B, {count}, 2)")
+        raise ValueError(f"keypoints have the shape {tuple(points.shape)}: expected (B, {count}, "
+                         "2)")
     if points.device.type == "cpu" and not torch.compiler.is_compiling():
         if not bool(((points >= -2) & (points <= 3)).all()):
-            raise ValueError(f"keypoints from {points.min():g} to {points.max():g}: expected about [0, 1]; "
-                             "divide those in pixels, (x + 0.5) / width and (y + 0.5) / height")
+            raise ValueError(f"keypoints from {points.min():g} to {points.max():g}: expected about "
+                             "[0, 1]; divide those in pixels, (x + 0.5) / width and (y + 0.5) / "
+                             "height")
     return points
 
 
@@ -385,15 +400,17 @@ class ContextualRPE(nn.Module):
     """Attention with iRPE on queries, keys and values; its tables serve all heads of one layer.
 
     Args: dim, of a head; grid.   q, k, v (B, H, N, dim) -> (B, H, N, dim).
-    Source: iRPE, contextual mode, product distance. Eq. (4) has a term R^Q R^K too; the code has none,
-        and we follow it. R^Q is a table over d(j, i) as in the code; in the paper over d(i, j), the
-        same but for the order of the buckets.
+    Source: iRPE, contextual mode, product distance. Eq. (4) has a term R^Q R^K too; the code has
+        none, and we follow it. R^Q is a table over d(j, i) as in the code; in the paper over d(i,
+        j), the same but for the order of the buckets.
     """
 
     def __init__(self, dim: int, grid: tuple[int, int]):
         super().__init__()
-        self.q, self.k, self.v = (nn.Parameter(torch.zeros(DISTANCES["product"], dim)) for _ in range(3))
-        self.register_buffer("ids", bucket_ids(*grid, "product"), persistent=False)             # (N, N)
+        self.q = nn.Parameter(torch.zeros(DISTANCES["product"], dim))
+        self.k = nn.Parameter(torch.zeros_like(self.q))
+        self.v = nn.Parameter(torch.zeros_like(self.q))
+        self.register_buffer("ids", bucket_ids(*grid, "product"), persistent=False)  # (N, N)
 
     def forward(self, q, k, v):
         ids = self.ids.expand(*q.shape[:2], -1, -1)                           # (B, H, N, N)
@@ -401,9 +418,10 @@ class ContextualRPE(nn.Module):
         on_keys = (q @ self.k.T).gather(-1, ids)
         on_queries = (k @ self.q.T).gather(-1, ids).mT
         a = ((q @ k.mT + on_keys + on_queries) * q.shape[-1] ** -0.5).softmax(-1)
-        # Eq. (4): Y_i = sum_j a_ij (V_j + R^V[d(i, j)]), the a_ij of one bucket summed before its R^V
-        by_bucket = a.new_zeros(*a.shape[:-1], len(self.v)).scatter_add(-1, ids, a)             # (B, H, N, K)
-        return a @ v + by_bucket @ self.v
+        # Eq. (4): Y_i = sum_j a_ij (V_j + R^V[d(i, j)]), the a_ij of one bucket summed before its
+        # R^V
+        by_bucket = a.new_zeros(*a.shape[:-1], len(self.v))                   # (B, H, N, K)
+        return a @ v + by_bucket.scatter_add(-1, ids, a) @ self.v
 
 
 # ---- Network -------------------------------------------------------------------------------------
@@ -416,7 +434,8 @@ MODELS = ("small", "base", "own", "iresnet50", "iresnet101")
 
 class Attention(nn.Module):
     """Multi-head self-attention: tokens (B, N, dim) -> the same.
-    Args: contextual, a `ContextualRPE` or None. `forward` takes a bias B / sqrt(d), (B, H, N, N)."""
+    Args: contextual, a `ContextualRPE` or None. `forward` takes a bias B / sqrt(d), (B, H, N,
+        N)."""
 
     def __init__(self, dim: int, heads: int, contextual: ContextualRPE | None = None):
         super().__init__()
@@ -427,7 +446,8 @@ class Attention(nn.Module):
 
     def forward(self, x, bias=None):
         # Eq. (1): Q_i = x_i W_Q, K_j = x_j W_K, V_j = x_j W_V
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # (B, H, N, d) each
         if self.contextual is not None:
             y = self.contextual(q, k, v)
         else:
@@ -464,28 +484,31 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Images (B, channels, H, W) [, keypoints] -> embeddings (B, features), not normalised.
 
-    Args: size, "small", "base", or a dict with any of the keys of VIT_SIZES (the others as in "small";
-        image_size is a side, or (height, width)); rpe, one of RPES; num_keypoints of kp-*, the first of
-        the five (as the code has it), 0 for the plain ViT (supp. 2.2); channels; features; drop_path,
-        of the last block, rising evenly from 0.
-    Raises: ValueError.   Source: Sec. 4.1 and Table 3; insightface's class, whose names of weights are
-        kept.
+    Args: size, "small", "base", or a dict with any of the keys of VIT_SIZES (the others as in
+        "small"; image_size is a side, or (height, width)); rpe, one of RPES; num_keypoints of kp-*,
+        the first of the five (as the code has it), 0 for the plain ViT (supp. 2.2); channels;
+        features; drop_path, of the last block, rising evenly from 0.
+    Raises: ValueError.   Source: Sec. 4.1 and Table 3; insightface's class, whose names of weights
+        are kept.
     """
 
     def __init__(self, size: str | Mapping = "small", rpe: str = "none", num_keypoints: int = 5,
                  channels: int = 3, features: int = 512, drop_path: float = 0.1):
         super().__init__()
         own = VIT_SIZES.get(size) if isinstance(size, str) else dict(size)
-        if rpe not in RPES or num_keypoints < 0 or own is None or not own.keys() <= VIT_SIZES["small"].keys():
-            raise ValueError(f"ViT of size {size!r}, rpe {rpe!r}, {num_keypoints} keypoints: expected "
-                             f"{', '.join(VIT_SIZES)} or a dict of {', '.join(VIT_SIZES['small'])}; one of "
-                             f"{', '.join(RPES)}; and at least 0")
+        if own is None or not own.keys() <= VIT_SIZES["small"].keys():
+            raise ValueError(f"ViT of size {size!r}: expected {', '.join(VIT_SIZES)} or a dict of "
+                             f"{', '.join(VIT_SIZES['small'])}")
+        if rpe not in RPES or num_keypoints < 0:
+            raise ValueError(f"rpe {rpe!r}, {num_keypoints} keypoints: expected one of "
+                             f"{', '.join(RPES)}, and at least 0")
         dim, depth, heads, mlp_ratio, patch, image_size = (VIT_SIZES["small"] | own).values()
         side = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if dim % heads or side[0] % patch or side[1] % patch:
-            raise ValueError(f"dim {dim} by {heads} heads, images of {side[0]} x {side[1]} px by patches of "
-                             f"{patch}: expected no remainder")
-        # Supp. 2.2 calls "no keypoints" the vanilla ViT, though W_L's bias would remain, an Eq. (6).
+            raise ValueError(f"dim {dim} by {heads} heads, images of {side[0]} x {side[1]} px by "
+                             f"patches of {patch}: expected no remainder")
+        # Supp. 2.2 calls "no keypoints" the vanilla ViT, though W_L's bias would remain, an Eq.
+        # (6).
         self.rpe_name = "none" if rpe in KEYPOINT and num_keypoints == 0 else rpe
         self.num_keypoints = num_keypoints
         self.wanted = (channels, *side)
@@ -517,8 +540,8 @@ class ViT(nn.Module):
             return itertools.repeat(None)
         if isinstance(self.rpe, KPRPE):
             if keypoints is None:
-                raise ValueError(f"--rpe {self.rpe_name} needs keypoints (B, {self.num_keypoints}, 2) in "
-                                 "[0, 1] beside the images")
+                raise ValueError(f"--rpe {self.rpe_name} needs keypoints (B, "
+                                 f"{self.num_keypoints}, 2) in [0, 1] beside the images")
             if keypoints.ndim == 3 and keypoints.shape[1] == 5:
                 keypoints = keypoints[:, :self.num_keypoints]
         return self.rpe(keypoints)
@@ -546,10 +569,10 @@ def init_transformer(net: nn.Module):
 def check_image(image: torch.Tensor, wanted: tuple[int, int, int], training: bool):
     """Raises: ValueError unless images are (B, *wanted); UserError for one image in training."""
     if image.ndim != 4 or image.shape[1:] != wanted:
-        raise ValueError(f"images have the shape {tuple(image.shape)}: expected (B, C, H, W) with C, H, W = "
-                         f"{', '.join(map(str, wanted))}")
+        raise ValueError(f"images have the shape {tuple(image.shape)}: expected (B, C, H, W) with "
+                         f"C, H, W = {', '.join(map(str, wanted))}")
     if training and len(image) < 2:
-        raise UserError("a training batch of 1 image: batch norm needs at least 2; raise --batch-size")
+        raise UserError("a training batch of 1 image: batch norm needs two; raise --batch-size")
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -560,10 +583,12 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 # ---- Losses: supplement, 2.1 ---------------------------------------------------------------------
 
 class Margin(nn.Module):
-    """What the three losses share: forward(cosines, norms, labels) -> logits (B, C), for cross entropy.
+    """What the three losses share: forward(cosines, norms, labels) -> logits (B, C), for cross
+    entropy.
 
     Args: cosines (B, C) between embeddings and class centres; norms (B,) of the embeddings, used by
-        AdaFace; labels (B,) long, -1 where the class is not among the C, as in another process's shard.
+        AdaFace; labels (B,) long, -1 where the class is not among the C, as in another process's
+        shard.
     The gradient is that of the formulas, and finite at cos = +-1, with the clamps of the AdaFace
     repository; CVLface and insightface clamp to +-1 only.
     """
@@ -579,10 +604,11 @@ class Margin(nn.Module):
         raise NotImplementedError
 
     def turned(self, cosine: torch.Tensor, angle) -> torch.Tensor:
-        """cos(theta + angle), the sum kept within 0 and pi, beyond which the cosine would rise again."""
+        """cos(theta + angle), the sum kept within 0 and pi, beyond which the cosine would rise
+        again."""
         return (cosine.acos() + angle).clamp(self.eps, math.pi - self.eps).cos()
 
-    def forward(self, cosines: torch.Tensor, norms: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, cosines, norms, labels):
         cosines = cosines.clamp(-1 + self.eps, 1 - self.eps)
         index = labels[:, None].clamp(min=0)
         own = cosines.gather(1, index)                                        # (B, 1)
@@ -611,11 +637,12 @@ class CosFace(Margin):
 
 
 class AdaFace(Margin):
-    """s (cos(theta - m z) - (m + m z)) for the label, s cos(theta) for the others, with z in [-1, 1] the
-    embedding's norm, a sign of image quality, against the running mean and standard deviation of all norms.
+    """s (cos(theta - m z) - (m + m z)) for the label, s cos(theta) for the others, with z in [-1,
+    1] the embedding's norm, a sign of image quality, against the running mean and standard
+    deviation of all norms.
 
-    A training step updates these (buffers) before it uses them: `norms` are those of the batch over all
-    processes, as PartialFC gives them. t is 0.01 in all of the code's configurations.
+    A training step updates these (buffers) before it uses them: `norms` are those of the batch over
+    all processes, as PartialFC gives them. t is 0.01 in all of the code's configurations.
     """
 
     def __init__(self, m: float = 0.4, h: float = 0.333, t: float = 0.01, scale: float = 64.0):
@@ -658,7 +685,8 @@ def all_reduce(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
 
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
-    """The (B, ...) of all processes, one after another in the order of their ranks; all have the same B."""
+    """The (B, ...) of all processes, one after another in the order of their ranks; all have the
+    same B."""
     if not dist.is_initialized():
         return tensor
     gathered = tensor.new_empty(ranks()[1] * len(tensor), *tensor.shape[1:])
@@ -667,9 +695,9 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Gather(torch.autograd.Function):
-    """`all_gather` with a gradient: for each process's part the sum over what all processes made of it,
-    times their number R. The loss is a mean over the whole batch already: the gradient of the network is
-    the sum over the ranks, of which DistributedDataParallel takes the mean."""
+    """`all_gather` with a gradient: for each process's part the sum over what all processes made of
+    it, times their number R. The loss is a mean over the whole batch already: the gradient of the
+    network is the sum over the ranks, of which DistributedDataParallel takes the mean."""
 
     @staticmethod
     def forward(ctx, tensor):
@@ -685,9 +713,10 @@ class Gather(torch.autograd.Function):
 
 
 class ShardedCrossEntropy(torch.autograd.Function):
-    """Mean cross entropy, with the classes spread over the processes: logits (B, S) of this shard's,
-    labels (B,) long, -1 where the class is in another shard -> scalar, the same in all processes.
-    Its gradient is written out, as autograd does not reach through the sums over the processes."""
+    """Mean cross entropy, with the classes spread over the processes: logits (B, S) of this
+    shard's, labels (B,) long, -1 where the class is in another shard -> scalar, the same in all
+    processes. Its gradient is written out, as autograd does not reach through the sums over the
+    processes."""
 
     @staticmethod
     def forward(ctx, logits, labels):
@@ -711,24 +740,28 @@ class ShardedCrossEntropy(torch.autograd.Function):
 
 
 class PartialFC(nn.Module):
-    """The classifier of a large number of identities with its loss: forward(embeddings, labels) -> scalar.
+    """The classifier of a large number of identities with its loss: forward(embeddings, labels) ->
+    scalar.
 
     Each process owns a shard of the class centres and sees the embeddings of all processes; their
-    softmaxes meet in sums over the processes: none holds the logits of all classes. With a sample rate
-    below 1 a step looks at the labels' own centres and a random choice of the others. In one process and
-    at rate 1 the loss is F.cross_entropy(margin(cosines, norms, labels), labels).
-    It is not wrapped in DistributedDataParallel: the gradient of its shard is complete as it stands.
+    softmaxes meet in sums over the processes: none holds the logits of all classes. With a sample
+    rate below 1 a step looks at the labels' own centres and a random choice of the others. In one
+    process and at rate 1 the loss is F.cross_entropy(margin(cosines, norms, labels), labels).
+    It is not wrapped in DistributedDataParallel: the gradient of its shard is complete as it
+    stands.
 
     The gradient of the weights is dense, 0 for classes that were not sampled, as in the code: AdamW
     moves these on by what is left of their momentum, and decays them, which no cosine sees.
-    Memory: weights, gradient and AdamW's two moments are four times the shard; the copy of normalised
-    weights is one more (a backward pass by hand would save it: 0.4 GB at 206,000 classes in a process).
+    Memory: weights, gradient and AdamW's two moments are four times the shard; the copy of
+    normalised weights is one more (a backward pass by hand would save it: 0.4 GB at 206,000 classes
+    in a process).
 
     Args: features, the length d of embeddings; classes, over all processes; margin, a `Margin`;
-        sample_rate, the share of each shard's classes that a step looks at, or as many as the batch has
-        faces if that is more (code: then exactly the labels' own, for whose number the host would wait).
-    Shards differ by one class at most; neither the loss nor the initial weights, N(0, 0.01), depend on
-    the number of processes.
+        sample_rate, the share of each shard's classes that a step looks at, or as many as the batch
+        has faces if that is more (code: then exactly the labels' own, for whose number the host
+        would wait).
+    Shards differ by one class at most; neither the loss nor the initial weights, N(0, 0.01), depend
+    on the number of processes.
     Raises: UserError; ValueError.   Source: Partial FC, as insightface's arcface_torch has it.
     """
 
@@ -736,8 +769,8 @@ class PartialFC(nn.Module):
         super().__init__()
         self.rank, self.world = ranks()
         if classes < max(2, self.world):
-            raise UserError(f"{classes} classes on {self.world} processes: the loss needs two identities or "
-                            "more, and one for each process")
+            raise UserError(f"{classes} classes on {self.world} processes: the loss needs two "
+                            "identities or more, and one for each process")
         if not 0 < sample_rate <= 1:
             raise ValueError(f"sample rate {sample_rate}, expected above 0 and at most 1")
         self.features = features
@@ -752,39 +785,41 @@ class PartialFC(nn.Module):
             low = max(first, self.start)
             high = min(first + rows, stop)
             if low < high:
-                self.weight.data[low - self.start:high - self.start] = block[low - first:high - first]
+                mine = slice(low - self.start, high - self.start)
+                self.weight.data[mine] = block[low - first:high - first]
 
     def bounds(self, rank: int) -> tuple[int, int]:
         """The first class of a process, and one past its last."""
         return self.classes * rank // self.world, self.classes * (rank + 1) // self.world
 
     def sample(self, local: torch.Tensor) -> torch.Tensor:
-        """Classes (S,) of this shard that take part, sorted: those in `local` (B,), where -1 is none, and
-        others at random. S does not depend on the labels."""
+        """Classes (S,) of this shard that take part, sorted: those in `local` (B,), where -1 is
+        none, and others at random. S does not depend on the labels."""
         count = len(self.weight)
         size = min(count, max(int(self.sample_rate * count), len(local)))
         if size == count:
             return torch.arange(count, device=local.device)
-        scores = torch.rand(count + 1, device=local.device)  # of [0, 1); the last is for labels elsewhere
+        scores = torch.rand(count + 1, device=local.device)  # the last one: labels elsewhere
         scores.index_fill_(0, torch.where(local < 0, count, local), 2.0)
         return scores[:count].topk(size).indices.sort().values
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean loss over the batches of all processes, which have the same size; the same value in each.
+        """Mean loss over the batches of all processes, which have the same size; the same value in
+        each.
 
-        Args: embeddings (B, features), not normalised; one that is 0 gets cosines and a gradient of 0;
-            labels (B,) long in [0, classes), best on the CPU, as the loader gives them: reading them on a
-            GPU waits.
+        Args: embeddings (B, features), not normalised; one that is 0 gets cosines and a gradient of
+            0; labels (B,) long in [0, classes), best on the CPU, as the loader gives them: reading
+            them on a GPU waits.
         """
         low, high = labels.aminmax()
         if low < 0 or high >= self.classes:
-            raise ValueError(f"labels from {int(low)} to {int(high)}, expected 0 to {self.classes - 1}: "
-                             "the set has other identities than the classifier was made for")
+            raise ValueError(f"labels from {int(low)} to {int(high)}, expected 0 to "
+                             f"{self.classes - 1}: the set has other identities")
         labels = all_gather(labels.to(self.weight.device, non_blocking=True)) - self.start
         local = torch.where((labels >= 0) & (labels < len(self.weight)), labels, -1)
         index = self.sample(local)
         local = torch.where(local >= 0, torch.searchsorted(index, local), -1)
-        with torch.autocast(self.weight.device.type, enabled=False):  # bfloat16 logits: steps of 0.25
+        with torch.autocast(self.weight.device.type, enabled=False):  # bfloat16: steps of 0.25
             embeddings = Gather.apply(embeddings.to(self.weight.dtype))
             norms = embeddings.norm(dim=1)
             unit = embeddings / torch.where(norms > 0, norms, torch.inf)[:, None]
@@ -807,42 +842,38 @@ class PartialFC(nn.Module):
             whole[start:stop] = shard.detach()
         return whole
 
-    def gather_state(self, optimizer: torch.optim.Optimizer | None = None) -> dict:
-        """For a checkpoint: weights (classes, features) and the optimizer's state of them, of all shards,
-        and the margin's buffers, on the CPU. All processes call it; what it returns is whole on rank 0."""
+    def gather_state(self, optimizer: torch.optim.Optimizer) -> dict:
+        """For a checkpoint: weights (classes, features) and the state of their optimizer, of all
+        shards, and the margin's buffers, on the CPU. All processes call it; rank 0 gets the
+        whole."""
         moments = {}
-        for name, value in (optimizer.state.get(self.weight, {}) if optimizer else {}).items():
+        for name, value in optimizer.state[self.weight].items():
             sharded = value.shape == self.weight.shape
-            moments[name] = self.whole(value) if sharded else value.detach().to("cpu", copy=True)
-        margin = {name: value.detach().to("cpu", copy=True)
-                  for name, value in self.margin.state_dict().items()}
-        return {"weight": self.whole(self.weight), "margin": margin, "optimizer": moments}
+            moments[name] = self.whole(value) if sharded else value.cpu()
+        return {"weight": self.whole(self.weight), "optimizer": moments,
+                "margin": copy.deepcopy(self.margin).cpu().state_dict()}
 
     @torch.no_grad()
-    def load_shards(self, state: dict, optimizer: torch.optim.Optimizer | None = None):
+    def load_shards(self, state: dict, optimizer: torch.optim.Optimizer):
         """Takes this process's part of what `gather_state` returned under any number of processes.
         Raises: UserError for another number of classes or features."""
         shape = (self.classes, self.features)
         if state["weight"].shape != shape:
-            raise UserError(f"the checkpoint has class weights {tuple(state['weight'].shape)}, expected "
-                            f"{shape} (classes, features): resume on the identities that it was trained on")
+            raise UserError(f"the checkpoint has class weights {tuple(state['weight'].shape)}, "
+                            f"expected {shape} (classes, features)")
         start, stop = self.bounds(self.rank)
         self.weight.copy_(state["weight"][start:stop])
         self.margin.load_state_dict(state["margin"])
-        if optimizer and state["optimizer"]:
-            whole = optimizer.state_dict()
-            order = [id(weight) for group in optimizer.param_groups for weight in group["params"]]
-            whole["state"][order.index(id(self.weight))] = {
-                name: value[start:stop].clone() if value.shape == shape else value.clone()
-                for name, value in state["optimizer"].items()}
-            optimizer.load_state_dict(whole)
+        moments = {name: value[start:stop].clone() if value.shape == shape else value
+                   for name, value in state["optimizer"].items()}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: moments}})
 
 
 # ---- Augmentation: supplement, Table 6 -----------------------------------------------------------
 
-# The paper names the kinds and "magnitude 14/31"; numbers and order are the code's: geometry, cutout,
-# blur, colour. All of it is drawn in the loader, from (seed, epoch, index): on a GPU too, where
-# --cache device keeps faces in the host's memory, from which eight cores feed 40,000 images a second.
+# The paper names the kinds and "magnitude 14/31"; numbers and order are the code's: geometry,
+# cutout, blur, colour. All is drawn in the loader, from (seed, epoch, index). On a GPU too: there
+# --cache device keeps faces in the host's memory, and 8 cores feed about 40,000 crops a second.
 
 ZOOM = 0.2
 TURN = math.radians(20)
@@ -860,7 +891,8 @@ def place(size: int, zoom: float, angle: float, shift: np.ndarray) -> np.ndarray
 def draw_move(rng: np.random.Generator, size: int, shift: float = 0.1, turned: float = 0.2):
     """Draws zoom, turn, shift and mirror of one image, as `datasets.CropDataset` takes them.
 
-    Args: shift, of half the side, beyond what the zoom lets the image move; turned, share of images.
+    Args: shift, of half the side, beyond what the zoom lets the image move; turned, share of
+        images.
     Returns: matrix (2, 3) crop px -> crop px; whether to mirror; {}.
     """
     zoom = rng.uniform(1 - ZOOM, 1 + ZOOM)
@@ -881,16 +913,8 @@ MOVES = {"full": draw_move, "wide": functools.partial(draw_move, shift=0.4, turn
 
 
 def cut_out(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Black but for a box of 20 to 100 % of the area; or, in one case of 20, 12 to 20 black holes."""
+    """Black but for a box of 20 to 100 % of the area. (Code: one in 20 has small holes instead.)"""
     side = len(image)
-    if rng.random() < 0.05:
-        image = image.copy()
-        for _ in range(rng.integers(12, 21)):
-            width, height = rng.integers(1, 16 * side // 112 + 2, 2)
-            x = rng.integers(side - width + 1)
-            y = rng.integers(side - height + 1)
-            image[y:y + height, x:x + width] = 0
-        return image
     area = rng.uniform(0.2, 1)
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
     width = min(round(side * math.sqrt(area * aspect)), side)
@@ -908,11 +932,12 @@ def blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     kind = rng.random()
     if kind < 0.8:
         small = max(int(rng.uniform(0.2, 1) * side), 1)
-        down, up = rng.integers(5, size=2).tolist()  # cv2.INTER_NEAREST, LINEAR, CUBIC, AREA, LANCZOS4
-        return cv2.resize(cv2.resize(image, (small, small), interpolation=down), (side, side),
-                          interpolation=up)
+        down, up = rng.integers(5, size=2).tolist()  # cv2.INTER_NEAREST, ..., INTER_LANCZOS4
+        image = cv2.resize(image, (small, small), interpolation=down)
+        return cv2.resize(image, (side, side), interpolation=up)
     if kind < 0.9:
-        return cv2.blur(image, (int(rng.integers(1, 10)),) * 2)
+        width = int(rng.integers(1, 10))
+        return cv2.blur(image, (width, width))
     return cv2.GaussianBlur(image, (0, 0), max(rng.uniform(0, 4), 0.01))
 
 
@@ -921,30 +946,30 @@ SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # PIL's
 
 
 def recolour(image: np.ndarray, op: str, factor: float) -> np.ndarray:
-    """One operation of RandAug, as PIL has it: base + factor (image - base), within 0..255."""
+    """One of RandAug's operations, as in PIL: base + factor (image - base), within 0..255."""
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     if op == "identity":
         return image
     if op == "equalize":
         return cv2.merge([cv2.equalizeHist(channel) for channel in cv2.split(image)])
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    base = cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB)
-    if op == "grayscale":
-        return base
     if op == "brightness":
         base = np.zeros_like(image)
     elif op == "contrast":
         base = np.full_like(image, round(grey.mean()))
     elif op == "sharpness":
         base = cv2.filter2D(image, -1, SMOOTH)
+    else:
+        base = cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB)
+        factor = 0.0 if op == "grayscale" else factor
     return cv2.addWeighted(image, factor, base, 1 - factor, 0)
 
 
 def draw_colour(rng: np.random.Generator) -> tuple[str, float]:
     """An operation of `recolour` and its factor, 1 for no change."""
-    op = OPS[rng.integers(len(OPS))]
+    op = OPS[rng.integers(7)]
     for _ in range(2):  # the last two are drawn again, up to twice
         if op in ("equalize", "grayscale"):
-            op = OPS[rng.integers(len(OPS))]
+            op = OPS[rng.integers(7)]
     # The paper: magnitude 14 of 31. The code: 5 to 22 of them, a change by 0.15 to 0.66; so do we.
     change = rng.integers(5, 23) * 0.9 / 30
     return op, 1 + change if rng.random() < 0.5 else 1 - change
@@ -976,11 +1001,13 @@ class Distorted(torch.utils.data.Dataset):
         return batch
 
 
-def repeated(order: np.ndarray, labels: np.ndarray, p: float, rng: np.random.Generator) -> np.ndarray:
-    """The "repeated augmentation" of Table 6 on an epoch's order (L,) of indices into labels (N,): (L,).
+def repeated(order: np.ndarray, labels: np.ndarray, p: float, rng: np.random.Generator):
+    """The "repeated augmentation" of Table 6 on an epoch's order (L,) of indices into labels (N,):
+    (L,).
 
-    After each image, with probability p, the next is replaced by a random one of the same identity, but
-    never two in a row: a share p / (1 + p) of all. The paper cites [24], which repeats an image.
+    After each image, with probability p, the next is replaced by a random one of the same identity,
+    but never two in a row: a share p / (1 + p) of all. The paper cites [24], which repeats an
+    image.
     """
     wish = rng.random(len(order)) < p
     wish[:1] = False
@@ -990,10 +1017,10 @@ def repeated(order: np.ndarray, labels: np.ndarray, p: float, rng: np.random.Gen
     chosen = np.flatnonzero(since % 2)
     by_label = np.argsort(labels, kind="stable")
     count = np.bincount(labels)
-    first = np.cumsum(count) - count
     label = labels[order[chosen - 1]]
+    which = (rng.random(len(chosen)) * count[label]).astype(np.int64)
     order = order.copy()
-    order[chosen] = by_label[first[label] + (rng.random(len(chosen)) * count[label]).astype(np.int64)]
+    order[chosen] = by_label[(np.cumsum(count) - count)[label] + which]
     return order
 
 
@@ -1013,21 +1040,22 @@ class SubjectBatches(datasets.EpochBatches):
 # ---- Data ----------------------------------------------------------------------------------------
 
 class Split(NamedTuple):
-    """Images by index, of training with their .labels and .ids; five points (N, 5, 2) px or None, where
-    they are aligned as they stand; boxes (N, 4) of the unaligned crops, None for whole images."""
+    """Images by index, of training with their .labels and .ids; five points (N, 5, 2) px or None,
+    where they are aligned as they stand; boxes (N, 4) of unaligned crops, None for whole images."""
     images: Sequence
     points: np.ndarray | None
     boxes: np.ndarray | None = None
 
 
 def five_points(points: np.ndarray, where: str) -> np.ndarray:
-    """Landmarks (N, P, 2) of the file or set `where` -> (N, 5, 2): eyes, nose tip and mouth corners,
-    image-left first.   Raises: UserError for a number of landmarks of no known scheme."""
+    """Landmarks (N, P, 2) of the file or set `where` -> (N, 5, 2): eyes, nose tip and mouth
+    corners, image-left first.   Raises: UserError for a number of landmarks of no known scheme."""
     if points.shape[1] not in datasets.SCHEMES:
         raise UserError(f"{where}: {points.shape[1]} landmarks are no known scheme "
-                        f"{list(datasets.SCHEMES)}: give 5, eyes, nose tip and mouth corners, image-left "
-                        "first")
-    return datasets.group_means(points, datasets.SCHEMES[points.shape[1]].five).astype(np.float32)
+                        f"{list(datasets.SCHEMES)}: give 5, eyes, nose tip and mouth corners, "
+                        "image-left first")
+    five = datasets.group_means(points, datasets.SCHEMES[points.shape[1]].five)
+    return five.astype(np.float32)
 
 
 def template(size: int) -> torch.Tensor:
@@ -1049,15 +1077,16 @@ def wants_keypoints(args) -> bool:
 
 
 def read_faces(args, split: str) -> list[datasets.Face] | None:
-    """The faces of a split of images in folders, or drawn; None for a test split that is not there."""
+    """The faces of a split of images in folders, or drawn; None for a test split that is not
+    there."""
     if args.data == "faces":
         return drawn_faces(args, split)
+    folder = os.path.join(args.data_root, split)
     if args.data == "youtube":
         faces = datasets.read("youtube", args.data_root, split)
+    elif split == "test" and not os.path.isdir(folder):
+        return None
     else:
-        folder = os.path.join(args.data_root, split)
-        if split == "test" and not os.path.isdir(folder):
-            return None
         faces = recognition.read_identities(folder)
         if args.landmarks:
             faces = recognition.attach_points(faces, args.landmarks, args.data_root)
@@ -1067,13 +1096,13 @@ def read_faces(args, split: str) -> list[datasets.Face] | None:
 
 
 def face_split(args, faces: Sequence[datasets.Face]) -> Split:
-    """Faces with their landmarks as five points, and the boxes of --box.   Raises: UserError if some, or
-    all, have no landmarks where they are needed."""
+    """Faces with their landmarks as five points, and the boxes of --box.   Raises: UserError where
+    some have no landmarks, or none has and the network needs them."""
     images = recognition.FolderImages(faces)
     if all(face.points is None for face in faces):
         if wants_keypoints(args) and not args.dfa:
-            raise UserError(f"--data {args.data}: the network needs keypoints, and the images have no "
-                            "landmarks: give --landmarks or --dfa, or another --rpe")
+            raise UserError(f"--data {args.data}: the network needs keypoints, but the images have "
+                            "no landmarks: give --landmarks or --dfa, or train with --rpe none")
         return Split(images, None)
     recognition.check_points(faces, "alignment, as other images have them,")
     boxes = None if args.box == "image" else datasets.face_boxes(faces, args.box)
@@ -1082,52 +1111,56 @@ def face_split(args, faces: Sequence[datasets.Face]) -> Split:
 
 
 def record_split(args) -> Split:
-    """The training images of a record set, with the landmarks of --landmarks.   Raises: UserError."""
+    """The images of a record set, with the landmarks of --landmarks.   Raises: UserError without
+    any if the network needs them."""
     images = recognition.Records(args.data_root)
     if args.landmarks:
         points = recognition.read_landmarks(images.keys.astype(str), args.landmarks)
         return Split(images, five_points(points, args.landmarks))
     if wants_keypoints(args) and not args.dfa:
         raise UserError(f"--data {args.data}: the network needs the keypoints of its images: give "
-                        "--landmarks, a file like CVLface's, or --dfa; or train with --rpe none")
+                        "--landmarks, a file like CVLface's, or --dfa, or train with --rpe none")
     return Split(images, None)
 
 
 def unaligned(boxes: np.ndarray, size: int, margin: float) -> torch.Tensor:
-    """Crops (N, 2, 3) about boxes, each zoomed, turned and shifted at random, by its index alone."""
-    matrices = torch.from_numpy(datasets.square_crops(boxes, size, margin))
+    """Crops (N, 2, 3) about boxes, each zoomed, turned and shifted at random, by its index
+    alone."""
     moves = []
     for i in range(len(boxes)):
         rng = np.random.default_rng((0, i))
         moves.append(place(size, rng.uniform(1 - ZOOM, 1 + ZOOM), rng.uniform(-TURN, TURN),
                            rng.uniform(-0.15, 0.15, 2) * size))
+    matrices = torch.from_numpy(datasets.square_crops(boxes, size, margin))
     return warp.compose(torch.from_numpy(np.stack(moves)), matrices)
 
 
-def make_crops(args, split: Split, t: float, kind: str = "none"):
-    """Crops of --size, one warp from each image: unaligned, t = 0, or aligned, t = 1, or, as of Fig. 5,
-    by (1 - t) times one matrix plus t times the other. Images without points are taken as they stand.
-    Args: kind, of --augment; its geometry is in the matrix."""
-    move = MOVES.get(kind)
+def make_crops(args, split: Split, t: float, augment: str = "none"):
+    """Crops of --size, one warp of each image: unaligned, t = 0, or aligned, t = 1, or, as of Fig.
+    5, by (1 - t) times one matrix plus t times the other. Images without points are taken as they
+    stand.
+    Args: augment, whose geometry is in the matrix."""
+    move = MOVES.get(augment)
     flip = datasets.SCHEMES[5].flip
     if split.points is None or t < 1 and split.boxes is None:
         align = None if split.points is None else (template(args.size), t)
         return recognition.WholeImages(split.images, args.size, split.points, move, flip, args.seed,
                                        align, reflect=True)
-    matrices = warp.fit_similarity(torch.from_numpy(split.points).double(), template(args.size))
+    points = torch.from_numpy(split.points).double()
+    matrices = warp.fit_similarity(points, template(args.size))
     if t < 1:
         matrices = torch.lerp(unaligned(split.boxes, args.size, args.margin), matrices, t)
-    faces = [datasets.Face(functools.partial(split.images.__getitem__, i), points)
-             for i, points in enumerate(split.points)]
-    reach = reach_of(SHIFTS[kind]) if move else 1.0
+    faces = [datasets.Face(functools.partial(split.images.__getitem__, i), five)
+             for i, five in enumerate(split.points)]
+    reach = reach_of(SHIFTS[augment]) if move else 1.0
     return datasets.CropDataset(faces, matrices, args.size, move, reach, 1.0, flip, args.seed,
                                 reflect=True)
 
 
 class Digits(torch.utils.data.Dataset):
     """Digits as batches, as `datasets.CropDataset` has them, but gray: image (B, size, size, 1).
-    Args: images (N, 28, 28) uint8, moved by up to 6 px anew in each epoch; or canvases (N, size, size)
-    with their points (N, 5, 2), which stay."""
+    Args: images (N, 28, 28) uint8, moved by up to 6 px anew in each epoch; or canvases (N, size,
+    size) with their points (N, 5, 2), which stay."""
 
     def __init__(self, images, labels, size: int, points=None, seed: int = 0):
         self.images = images
@@ -1152,22 +1185,24 @@ class Digits(torch.utils.data.Dataset):
 
 
 def read_digits(args, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 28, 28) and labels (N,) uint8 of MNIST: its four idx files, .gz or not, in
-    --data-root."""
+    """Images (N, 28, 28) and labels (N,) uint8 of MNIST: its four idx files in --data-root, .gz or
+    not."""
     arrays = []
     for kind in ("images-idx3", "labels-idx1"):
         name = {"train": "train", "test": "t10k"}[split]
         path = os.path.join(args.data_root, f"{name}-{kind}-ubyte")
-        arrays.append(digits.read_idx(path if os.path.isfile(path) else path + ".gz")[:args.limit or None])
+        array = digits.read_idx(path if os.path.isfile(path) else path + ".gz")
+        arrays.append(array[:args.limit or None])
     images, labels = arrays
     if len(images) != len(labels) or images.ndim != 3 or labels.max() > 9:
-        raise UserError(f"{args.data_root}: {split} has images {images.shape} and labels {labels.shape}, "
-                        "expected as many of both, and labels from 0 to 9")
+        raise UserError(f"{args.data_root}: {split} has images {images.shape} and labels "
+                        f"{labels.shape}, expected as many of both, and labels from 0 to 9")
     return images, labels
 
 
 def training_set(args, device: torch.device):
-    """Images with .labels and .ids, and their crops, aligned and augmented, as a dataset."""
+    """Images with .labels and .ids, and their aligned crops, moved as --augment says, as a
+    dataset."""
     if args.data == "affnist":
         data = Digits(*read_digits(args, "train"), args.size, seed=args.seed)
         return data, data
@@ -1186,21 +1221,21 @@ def training_set(args, device: torch.device):
 
 @torch.inference_mode()
 def find_keypoints(args, crops, device: torch.device) -> torch.Tensor:
-    """The keypoints that --dfa finds in crops without augmentation, (N, 5, 2) float64 px of the images.
-    Each process looks at its share."""
+    """The keypoints that --dfa finds in crops without augmentation, (N, 5, 2) float64 px of the
+    images. Each process looks at its share."""
     still = copy.copy(crops)
     still.augment = None
     found = []
     for batch in crop_loader(args, still, shard_keys(len(crops), 256, *ranks()), device):
         points, _ = detect(args.dfa, to_device(batch, device)[0])
-        to_image = warp.invert(batch["matrix"].double())
-        found.append(warp.apply_affine(to_image.to(device), points.double()))
+        to_image = warp.invert(batch["matrix"].double()).to(device)
+        found.append(warp.apply_affine(to_image, points.double()))
     return gather_shards(torch.cat(found), len(crops)).cpu()
 
 
 def crop_loader(args, data, batches, device: torch.device, kept: bool = True):
-    """`run.make_loader` in all processes; --cache is for crops that are `kept`, and not for whole images
-    and digits, which are read anew."""
+    """`run.make_loader` in all processes; --cache is for crops that are `kept`, and not for whole
+    images and digits, which are read anew."""
     args = copy.copy(args)
     if not kept or getattr(data, "regions", None) is None:
         args.cache = ""
@@ -1208,7 +1243,8 @@ def crop_loader(args, data, batches, device: torch.device, kept: bool = True):
 
 
 def to_device(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a batch: images (B, C, H, W) in 0..255, keypoints (B, P, 2) px, ArcFace's where there are none."""
+    """Of a batch: images (B, C, H, W) in 0..255, keypoints (B, P, 2) px; ArcFace's if it has
+    none."""
     image = batch["image"].to(device, non_blocking=True)
     if image.dtype == torch.uint8:
         image = image.permute(0, 3, 1, 2).float()
@@ -1223,9 +1259,10 @@ def inputs(image: torch.Tensor, points: torch.Tensor, draw: bool = False):
     Args: draw, whether white dots of about 2 px mark the keypoints in the image (Fig. 1)."""
     if draw:
         side = torch.arange(image.shape[-1], device=image.device)
-        x, y = ((side - points[..., axis, None]).square() for axis in (0, 1))  # (B, 5, W), (B, 5, H)
-        dots = (-(x[..., None, :] + y[..., None]) / 2).exp().amax(1, keepdim=True)  # (B, 1, H, W)
-        image = image + (255 - image) * dots
+        x = (side - points[..., 0, None]).square()                            # (B, 5, W)
+        y = (side - points[..., 1, None]).square()                            # (B, 5, H)
+        dots = (-(x[..., None, :] + y[..., None]) / 2).exp().amax(1, keepdim=True)
+        image = image + (255 - image) * dots                                  # dots: (B, 1, H, W)
     return image / 127.5 - 1, (points + 0.5) / image.shape[-1]
 
 
@@ -1233,34 +1270,37 @@ def inputs(image: torch.Tensor, points: torch.Tensor, draw: bool = False):
 
 def parameter_groups(net: nn.Module, weight_decay: float, scale: float = 1.0,
                      free: str = "(?<!patch_)emb|token|bias$") -> list[dict]:
-    """Parameters for AdamW, with and without weight decay; "scale" is what a group's rate is multiplied by.
+    """Parameters for AdamW, with and without weight decay; a group's rate is multiplied by its
+    "scale".
 
-    Vectors and names that match `free`, by default biases, the position embedding and tokens, do not
-    decay; tables and projections of the relative encodings do, as do class weights (source: code). Those
-    encodings have the rate times `scale`: a bias that is divided by c (Eq. 5: sqrt(d)) learns at c times
-    the rate, its decay over c, as an undivided one would.
+    Vectors and names that match `free`, by default biases, the position embedding and tokens, do
+    not decay; tables and projections of the relative encodings do (source: code). Those encodings
+    have the rate times `scale`: a bias that is divided by c (Eq. 5: sqrt(d)) learns at c times the
+    rate, its decay over c, as an undivided one would.
     """
     groups = [dict(params=[], weight_decay=weight_decay * decays / own, scale=own)
               for own in (1.0, scale) for decays in (1, 0)]
     for name, weight in net.named_parameters():
-        if weight.requires_grad:
-            encoding = name.startswith("rpe.") or ".table" in name or ".contextual." in name
-            stays = weight.ndim < 2 or re.search(free, name) is not None
-            groups[2 * encoding + stays]["params"].append(weight)
+        encoding = name.startswith("rpe.") or ".table" in name or ".contextual." in name
+        stays = weight.ndim < 2 or re.search(free, name) is not None
+        groups[2 * encoding + stays]["params"].append(weight)
     return groups
 
 
 def learning_rate(step: int, steps: int, warmup_steps: int, base: float) -> float:
-    """From 0 to `base` in a line over the first warmup_steps, then back to 0 at `steps` as half a cosine."""
+    """From 0 to `base` in a line over the first warmup_steps, then to 0 at `steps` as half a
+    cosine."""
     if step < warmup_steps:
         return base * step / warmup_steps
-    return base * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return base * 0.5 * (1 + math.cos(math.pi * done))
 
 
 @torch.no_grad()
 def clip_gradients(net: nn.Module, fc: PartialFC, limit: float):
-    """Scales all gradients down to a common norm of `limit`. The network's are the same in all processes;
-    of the class weights each process has its own, and the squares are summed over the processes."""
+    """Scales all gradients down to a common norm of `limit`. The network's are the same in all
+    processes; of the class weights each has its own, and the squares are summed over the
+    processes."""
     own = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
     norm = (own**2 + all_reduce(fc.weight.grad.norm()**2)).sqrt()
     nn.utils.clip_grads_with_norm_([*net.parameters(), fc.weight], limit, norm)
@@ -1279,24 +1319,16 @@ def build(args, device: torch.device) -> nn.Module:
     if args.model.startswith("iresnet"):
         net = IResNet(int(args.model.removeprefix("iresnet")), args.size)
         return net.to(device, memory_format=torch.channels_last)
-    size = VIT_SIZES.get(args.model) or dict(dim=args.dim, depth=args.depth, heads=args.heads,
-                                             mlp_ratio=args.mlp_ratio)
-    size = size | dict(patch=args.patch, image_size=args.size)
+    own = dict(dim=args.dim, depth=args.depth, heads=args.heads, mlp_ratio=args.mlp_ratio)
+    size = VIT_SIZES.get(args.model, own) | dict(patch=args.patch, image_size=args.size)
     channels = 1 if args.data == "affnist" else 3
     return ViT(size, args.rpe, args.num_keypoints, channels, drop_path=args.drop_path).to(device)
 
 
-def network_state(optimizer: torch.optim.Optimizer, fc: PartialFC) -> dict:
-    """The optimizer's state without that of the class weights, which `PartialFC.gather_state` has."""
-    state = optimizer.state_dict()
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    state["state"].pop([weight is fc.weight for weight in weights].index(True), None)
-    return state
-
-
 def train_faces(args) -> dict:
-    """Trains, evaluates or predicts, as the flags say; returns the numbers of the last evaluation."""
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU: what needs more is done on the CPU
+    """Trains, evaluates or predicts, as the flags say; returns the numbers of the last
+    evaluation."""
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU; the geometry is done on the CPU
     if args.eval:
         return evaluate_checkpoint(args)
     if args.predict:
@@ -1305,35 +1337,35 @@ def train_faces(args) -> dict:
     # Data
     images, crops = training_set(args, job.device)
     conditions = test_conditions(args, job.device)  # what is wrong with them is said now
-    classes = len(images.ids)
-    job.say(f"{len(images):,} training images of {classes:,} identities; {args.model}, {args.rpe}")
-    if not conditions:
-        job.say(f"note: --data {args.data} has no test split: without --test no number will be measured")
-    if 2 * args.warmup > args.epochs:
-        job.say(f"note: the rate rises for {args.warmup:g} of {args.epochs} epochs; a run this short wants "
-                "a smaller --warmup")
     labels = torch.from_numpy(images.labels)
-    batches = SubjectBatches(images.labels, args.repeat, args.batch_size, args.seed, job.rank, job.world)
-    distort = args.augment != "none" and args.data != "affnist"
-    loader = crop_loader(args, Distorted(crops, args.seed) if distort else crops, batches, job.device)
-    # Network, classes and optimizer
+    classes = len(images.ids)
+    say_what_is_missing(args, job, conditions)
+    job.say(f"{len(images):,} training images of {classes:,} identities; {args.model}, {args.rpe}")
+    batches = SubjectBatches(images.labels, args.repeat, args.batch_size, args.seed, job.rank,
+                             job.world)
+    coloured = args.augment != "none" and args.data != "affnist"
+    data = Distorted(crops, args.seed) if coloured else crops
+    loader = crop_loader(args, data, batches, job.device)
+    # Network and classes, each with its optimizer
     net = build(args, job.device)
-    fc = PartialFC(512, classes, MARGINS[args.loss](scale=args.scale), args.sample_rate).to(job.device)
-    root_d = net.rpe.scale**-1 if args.rpe in (*STATIC, *KEYPOINT) and net.rpe else 1.0
-    groups = parameter_groups(net, args.weight_decay, args.rpe_lr or root_d)
-    groups[0]["params"].append(fc.weight)
-    optimizer = torch.optim.AdamW(groups, args.lr, fused=True)
+    fc = PartialFC(512, classes, MARGINS[args.loss](scale=args.scale), args.sample_rate)
+    fc.to(job.device)
+    divisor = net.rpe.scale**-1 if args.rpe in (*STATIC, *KEYPOINT) and net.rpe else 1.0
+    groups = parameter_groups(net, args.weight_decay, args.rpe_lr or divisor)
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    class_optimizer = torch.optim.AdamW([fc.weight], weight_decay=args.weight_decay, fused=True)
     job.restore(net, optimizer, [len(images), classes])
     if job.state:
-        fc.load_shards(job.state["head"], optimizer)
+        fc.load_shards(job.state["head"], class_optimizer)
     model = job.wrap(net)  # not fc: the classes are sharded
-    job.begin(crops, batches, loader)
+    job.begin(data, batches, loader)
     scores = {}
     for epoch in job.epochs():
         net.train()
         fc.train()
         for step, batch in job.steps_of(epoch):
             rate = learning_rate(step, args.epochs * job.steps, args.warmup * job.steps, args.lr)
+            class_optimizer.param_groups[0]["lr"] = rate
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             image, keypoints = inputs(*to_device(batch, job.device), args.draw_keypoints)
@@ -1341,18 +1373,20 @@ def train_faces(args) -> dict:
                 embeddings = model(image, keypoints)
             loss = fc(embeddings, labels[batch["index"]])  # over all processes
             optimizer.zero_grad(set_to_none=True)
+            class_optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if args.clip:
                 clip_gradients(net, fc, args.clip)
             optimizer.step()
+            class_optimizer.step()
             job.note(step, loss=loss)
         share_statistics(net)
-        head = fc.gather_state(optimizer)
-        last = epoch + 1 == args.epochs
+        head = fc.gather_state(class_optimizer)
         if job.due(epoch):
+            last = epoch + 1 == args.epochs
             now = [condition for condition in conditions if last or not condition.late]
             scores = evaluate(net, head["weight"], now, args, job.device)
-        job.save(epoch, scores if job.due(epoch) else {}, head=head, optimizer=network_state(optimizer, fc))
+        job.save(epoch, scores if job.due(epoch) else {}, head=head)
     if job.start >= args.epochs:  # it was killed after its last checkpoint
         scores = evaluate(net, fc.whole(fc.weight), conditions, args, job.device)
     if job.rank == 0 and scores:
@@ -1361,115 +1395,135 @@ def train_faces(args) -> dict:
     return scores
 
 
+def say_what_is_missing(args, job: run.Job, conditions: Sequence):
+    """Says at the start what the user may not expect of a run by these flags."""
+    if not conditions:
+        job.say(f"note: --data {args.data} has no test split: without --test nothing is measured")
+    elif args.unaligned and not any("@unaligned" in condition.suffix for condition in conditions):
+        job.say("note: --unaligned has no effect: no test set has landmarks to align its images by")
+    if 2 * args.warmup > args.epochs:
+        job.say(f"note: the rate rises for {args.warmup:g} of {args.epochs} epochs; a run this "
+                "short wants a smaller --warmup")
+
+
 # ---- Evaluation: Sec. 4 and supplement -----------------------------------------------------------
 
 class TestCondition(NamedTuple):
-    """One way of looking at a test set: its data; what is asked of it; what is added to the names of
-    scores; the noise on its keypoints, alpha of Eq. (12); whether it waits for the end of a run."""
+    """One way of looking at a test set: its data; what is asked of it; what is added to the names
+    of scores; the noise on its keypoints, alpha of Eq. (12); whether it waits for the end of a
+    run."""
     data: object
     loader: object
     protocols: list
     suffix: str = ""
     noise: float = 0.0
     late: bool = False
+    __test__ = False  # no class of tests for pytest
 
 
-def shard_keys(count: int, batch: int, rank: int = 0, world: int = 1) -> list[list[tuple[int, int]]]:
-    """The keys of a set, in order, that one process looks at: every world-th, as many in each process."""
+def shard_keys(count: int, batch: int, rank: int = 0, world: int = 1) -> list[list[tuple]]:
+    """The keys of a set, in order, that one process looks at: every world-th, as many in each
+    process."""
     mine = np.arange(rank, rank + -(-count // world) * world, world) % count
-    return [[(0, i) for i in mine[start:start + batch].tolist()] for start in range(0, len(mine), batch)]
+    keys = [(0, i) for i in mine.tolist()]
+    return [keys[start:start + batch] for start in range(0, len(keys), batch)]
 
 
 def gather_shards(mine: torch.Tensor, count: int) -> torch.Tensor:
     """Rows (count, ...) of a set in its order, of each process's rows of its `shard_keys`."""
-    return all_gather(mine).unflatten(0, (ranks()[1], -1)).transpose(0, 1).flatten(0, 1)[:count]
+    by_rank = all_gather(mine).unflatten(0, (ranks()[1], -1))
+    return by_rank.transpose(0, 1).flatten(0, 1)[:count]
 
 
 def read_tests(args) -> dict[str, tuple[Split, list]]:
-    """The test split of --data, if there is one, and the sets of --test, by what ends the names of their
-    scores: images, and what is asked of them.
-    Raises: UserError for landmarks that the network needs, for two sets of one name, and for --fusion
-        without a test split."""
-    say = print if ranks()[0] == 0 else lambda *_: None
+    """The test split of --data, if there is one, and the sets of --test, by what ends the names of
+    their scores: images, and what is asked of them.
+    Raises: UserError for two sets of one name, and for --fusion without a test split."""
     found = {}
     faces = None if args.data in RECORDS else read_faces(args, "test")
     if faces is not None:
-        own = face_split(args, faces)
         protocols = [recognition.own_pairs(faces), recognition.own_identification(faces)]
         if args.fusion:
             protocols.append(own_templates(faces))
-        if args.unaligned and own.points is None:
-            say(f"--unaligned: the images of --data {args.data} have no landmarks, so none can be aligned: "
-                "they are tested as they stand")
-        found[""] = own, protocols
+        found[""] = face_split(args, faces), protocols
     elif args.fusion:
-        raise UserError(f"--fusion takes a test split, PERSON/VIDEO/*.jpg in a folder test, which --data "
-                        f"{args.data} has not")
+        raise UserError(f"--fusion: --data {args.data} has no test split, PERSON/VIDEO/*.jpg in "
+                        "the folder test, whose videos could be fused")
     for path in args.test:
         test = recognition.read_test(path)
-        name = f"@{test.name}"
-        if name in found:
-            raise UserError(f"--test {path}: another set of --test is {test.name}, too; evaluate them apart")
-        found[name] = test_split(args, path, test, say), [test]
+        if f"@{test.name}" in found:
+            raise UserError(f"--test {path}: another set of --test is {test.name}, too; evaluate "
+                            "them apart")
+        found[f"@{test.name}"] = test_split(args, path, test), [test]
     return found
 
 
-def test_split(args, path: str, test, say: Callable) -> Split:
-    """The images of a set of --test at `path`, with its landmarks or those of PATH.landmarks.csv."""
+def test_split(args, path: str, test) -> Split:
+    """The images of a set of --test at `path`, with its landmarks or those of PATH.landmarks.csv.
+    Raises: UserError for landmarks that the network needs."""
     beside = os.path.normpath(path) + ".landmarks.csv"
     if os.path.exists(beside):
         test = recognition.with_landmarks(test, beside)
     if test.points is None:
-        if path.endswith(".bin"):
-            say(f"--test {path}: no {beside}; its images are aligned, their keypoints ArcFace's")
-        elif wants_keypoints(args) and not args.dfa:
-            raise UserError(f"--test {path}: the network needs the keypoints of its images: no {beside}, "
-                            "rows image,x0,y0,..., nor --dfa")
-        else:
-            say(f"--test {path}: no {beside}; images are taken as they stand")
+        if wants_keypoints(args) and not args.dfa and not path.endswith(".bin"):
+            raise UserError(f"--test {path}: the network needs the keypoints of its images: no "
+                            f"{beside}, rows image,x0,y0,..., nor --dfa")
+        if ranks()[0] == 0:
+            print(f"--test {path}: no {beside}; its images are taken as aligned")
         return Split(test.images, None)
     boxes = None
     if args.box == "landmarks":
-        boxes = np.concatenate([test.points.min(1), test.points.max(1)], 1).astype(np.float64)
-    if args.unaligned:
-        crop = "whole images" if boxes is None else f"the box of {test.points.shape[1]} landmarks x {args.margin}"
-        say(f"--test {path}: unaligned crops are {crop}")
+        corners = [test.points.min(1), test.points.max(1)]
+        boxes = np.concatenate(corners, 1).astype(np.float64)
+    if args.unaligned and ranks()[0] == 0:
+        crop = "whole images"
+        if boxes is not None:
+            crop = f"crops about the box of {test.points.shape[1]} landmarks x {args.margin}"
+        print(f"--test {path}: unaligned are {crop}")
     return Split(test.images, five_points(test.points, beside), boxes)
 
 
+test_split.__test__ = False
+
+
 def test_conditions(args, device: torch.device) -> list[TestCondition]:
-    """All ways of looking at the test sets: aligned, and with --unaligned unaligned; `late` the noise, and
-    the templates of IJB, whose millions of pairs take a minute.
-    Names of scores end in @NAME for a set of --test, then, but where aligned, in @unaligned, @noise..."""
+    """All ways of looking at the test sets: aligned, and with --unaligned unaligned; `late` the
+    noise, and the templates of IJB, whose millions of pairs take a minute.
+    Names of scores end in @NAME for a set of --test, then in @unaligned, in @noise..."""
     conditions = []
 
-    def add(data, protocols, suffix: str, noisy: bool):
+    def add(data, protocols, suffix: str):
         keys = shard_keys(len(data), 64 if device.type == "cpu" else 256, *ranks())
         loader = crop_loader(args, data, keys, device, kept=suffix in ("", "@unaligned"))
         late = any(isinstance(test, recognition.TemplateSet) for test in protocols)
         conditions.append(TestCondition(data, loader, protocols, suffix, late=late))
-        for alpha in args.keypoint_noise if noisy else ():
-            conditions.append(TestCondition(data, loader, protocols, f"{suffix}@noise{alpha:g}", alpha, True))
+        for alpha in args.keypoint_noise:
+            conditions.append(TestCondition(data, loader, protocols, f"{suffix}@noise{alpha:g}",
+                                            alpha, late=True))
 
     if args.data == "affnist":
         images, labels = read_digits(args, "test")
-        upright = digits.mnist_canvas(images, 0, canvas=args.size)
-        moved = digits.affnist(images, 0, canvas=args.size)
-        for suffix, (image, points, *_) in (("", upright), ("@affine", moved)):
-            add(Digits(image, labels, args.size, points), [labels], suffix, True)
+        image, points = digits.mnist_canvas(images, 0, canvas=args.size)
+        add(Digits(image, labels, args.size, points), [labels], "")
+        image, points, _ = digits.affnist(images, 0, canvas=args.size)
+        add(Digits(image, labels, args.size, points), [labels], "@affine")
         return conditions
     for name, (split, protocols) in read_tests(args).items():
-        add(make_crops(args, split, 1.0), protocols, name, True)
+        add(make_crops(args, split, 1.0), protocols, name)
         if args.unaligned and split.points is not None:
-            add(make_crops(args, split, 0.0), protocols, f"{name}@unaligned", True)
+            add(make_crops(args, split, 0.0), protocols, f"{name}@unaligned")
     return conditions
 
 
+test_conditions.__test__ = False
+
+
 def add_keypoint_noise(keypoints: torch.Tensor, index: torch.Tensor, alpha: float) -> torch.Tensor:
-    """Keypoints (B, 5, 2) in [0, 1] with noise, the same for an image's index (B,) in every call."""
+    """Keypoints (B, 5, 2) in [0, 1] with noise, the same for an image's index (B,) in every
+    call."""
     if not alpha:
         return keypoints
-    noise = [np.random.default_rng((1, i)).standard_normal(keypoints.shape[1:]) for i in index.tolist()]
+    noise = [np.random.default_rng((1, i)).standard_normal((5, 2)) for i in index.tolist()]
     # Eq. (12): L_pert = L + alpha L, where the text means L + alpha N(0, 1)
     return keypoints + alpha * torch.from_numpy(np.stack(noise)).to(keypoints)
 
@@ -1483,26 +1537,29 @@ class Embedded(NamedTuple):
 
 @torch.inference_mode()
 def embed(net: nn.Module, condition: TestCondition, args, device: torch.device) -> Embedded:
-    """Embeddings of a set, in order; of faces the sum of an image's and its mirror's, whose keypoints
-    --dfa finds anew. Each process makes its share."""
+    """Embeddings of a set, in order; of faces the sum of an image's and its mirror's, whose
+    keypoints --dfa finds anew. Each process makes its share."""
     net.eval()
     flip = torch.from_numpy(datasets.SCHEMES[5].flip).to(device)
     rows = []
     for batch in copy.copy(condition.loader):  # whose workers end here, not with the run
         pixels, points = to_device(batch, device)
         score = points.new_ones(len(points))
+        mirrored = torch.stack([pixels.shape[-1] - 1 - points[..., 0], points[..., 1]], -1)[:, flip]
         if args.dfa:
             points, score = detect(args.dfa, pixels)
-        image, keypoints = inputs(pixels, points, args.draw_keypoints)
-        keypoints = add_keypoint_noise(keypoints, batch["index"], condition.noise)
-        mirrored = torch.stack([1 - keypoints[..., 0], keypoints[..., 1]], -1)[:, flip]
-        if args.dfa and not condition.noise:
-            mirrored = inputs(pixels, detect(args.dfa, pixels.flip(3))[0])[1]
-        with run.precision(args, device):
-            features = net(image, keypoints)
-            if args.data != "affnist":
-                features = features + net(image.flip(3), mirrored)
-        rows.append(torch.cat([features, keypoints.flatten(1), score[:, None]], 1))
+            mirrored, _ = detect(args.dfa, pixels.flip(3))
+        views = [(pixels, points)]
+        if args.data != "affnist":
+            views.append((pixels.flip(3), mirrored))
+        features = 0
+        for pixels, places in views:
+            image, keypoints = inputs(pixels, places, args.draw_keypoints)
+            keypoints = add_keypoint_noise(keypoints, batch["index"], condition.noise)
+            with run.precision(args, device):
+                features = features + net(image, keypoints)
+        seen = inputs(pixels, points)[1]
+        rows.append(torch.cat([features, seen.flatten(1), score[:, None]], 1))
     whole = gather_shards(torch.cat(rows), len(condition.data))
     if ranks()[0] == 0:
         whole = whole.cpu()
@@ -1510,9 +1567,10 @@ def embed(net: nn.Module, condition: TestCondition, args, device: torch.device) 
     return Embedded(features, keypoints.unflatten(1, (5, 2)), score[:, 0])
 
 
-def evaluate(net: nn.Module, centres: torch.Tensor | None, conditions: Sequence[TestCondition], args,
-             device: torch.device) -> dict:
-    """Scores by name, as accuracy, rank1, accuracy@unaligned, tar/0.0001@IJB-C, on rank 0, {} on others.
+def evaluate(net: nn.Module, centres: torch.Tensor | None, conditions: Sequence[TestCondition],
+             args, device: torch.device) -> dict:
+    """Scores by name, as accuracy, rank1, accuracy@unaligned, tar/0.0001@IJB-C, on rank 0, {} on
+    others.
     Args: centres (C, D), the class weights, to classify digits by, on rank 0."""
     scores = {}
     for condition in conditions:
@@ -1520,7 +1578,8 @@ def evaluate(net: nn.Module, centres: torch.Tensor | None, conditions: Sequence[
         for protocol in condition.protocols if ranks()[0] == 0 else ():
             if isinstance(protocol, Templates):
                 for rule in args.fusion:
-                    pooled = fuse(found.features, protocol.template, rule, found.keypoints, found.score)
+                    pooled = fuse(found.features, protocol.template, rule, found.keypoints,
+                                  found.score)
                     for k, share in identify_templates(pooled, protocol).items():
                         scores[f"rank{k}{condition.suffix}@{rule}"] = share
                 continue
@@ -1529,7 +1588,7 @@ def evaluate(net: nn.Module, centres: torch.Tensor | None, conditions: Sequence[
                 right = cosines.argmax(1) == torch.from_numpy(protocol.astype(np.int64))
                 answers = {"accuracy": right.double().mean().item()}
             elif isinstance(protocol, recognition.TemplateSet):
-                # IJB, as CVLface has it for its results: unit features of images, times their faceness.
+                # IJB, as CVLface has it: unit features of images, times their faceness.
                 answers = recognition.score(protocol, F.normalize(found.features))
             else:
                 answers = recognition.score(protocol, found.features)
@@ -1540,33 +1599,34 @@ def evaluate(net: nn.Module, centres: torch.Tensor | None, conditions: Sequence[
 
 def print_table(scores: dict, args):
     """A line for each test condition: its scores in %."""
-    box = f", unaligned: {args.box} x {args.margin:g}" if args.unaligned and args.box != "image" else ""
+    box = f", unaligned: {args.box}" if args.unaligned else ""
     print(f"{args.data}: {args.model}, {args.rpe}, {args.size} px{box}")
     lines = {}
-    for name, value in scores.items():
-        name, _, condition = name.partition("@")
+    for key, value in scores.items():
+        name, _, condition = key.partition("@")
         if not name.endswith("/std"):
             lines.setdefault(condition or "test", []).append(f"{name} {100 * value:.2f} %")
     for condition, values in lines.items():
-        print(f"  {condition:18} {', '.join(values)}")
+        print(f"  {condition:20} {', '.join(values)}")
 
 
 def open_checkpoint(args, path: str) -> tuple[nn.Module, dict, torch.device]:
-    """A checkpoint's network, in evaluation mode, its classifier's state, and the device; `args` takes
-    its flags over.   Raises: UserError for a network of digits where faces are looked at, or the reverse."""
-    digits_wanted = "data" in args.given and args.data == "affnist"
+    """A checkpoint's network, in evaluation mode, its classifier's state, and the device; `args`
+    takes its flags over.   Raises: UserError for a network of digits where faces are looked at, or
+    reverse."""
+    named = args.data if "data" in args.given or args.predict else None
     state, device = run.open_checkpoint(args, path, ("landmarks",))
-    of_digits = state["args"]["data"] == "affnist"
-    if of_digits and (args.predict or args.data != "affnist") or digits_wanted and not of_digits:
-        raise UserError(f"{path} is of a run on {state['args']['data']}, not for these images")
+    own = state["args"]["data"]
+    if named not in (None, own) and "affnist" in (named, own):
+        raise UserError(f"{path} is of a run on {own}, not for --data {named}")
     net = build(args, device)
     run.load_weights(net, state["model"], path)
     return net.eval(), state["head"], device
 
 
 def evaluate_checkpoint(args) -> dict:
-    """--eval: the numbers of a checkpoint on the test split of --data and on --test; with --output, the
-    pictures too."""
+    """--eval: the numbers of a checkpoint on the test split of --data and on --test; with --output,
+    the pictures too."""
     net, head, device = open_checkpoint(args, args.eval)
     folder = run.find_run(args)
     conditions = test_conditions(args, device)
@@ -1580,11 +1640,12 @@ def evaluate_checkpoint(args) -> dict:
 
 
 def predict(args) -> dict:
-    """--predict: for each face writes the crop that the network saw as NAME.png, its unit embedding as
-    NAME.npy, and its keypoints, if it has any, as NAME.pts in px of the image.
+    """--predict: for each face writes the crop that the network saw as NAME.png, its unit embedding
+    as NAME.npy, and its keypoints, if it has any, as NAME.pts in px of the image.
 
-    Keypoints come from --detector, from NAME.pts beside the image, as the landmark scripts write it, or
-    from --dfa. Faces are aligned by them; one without is cropped by --box, or taken as it stands.
+    Keypoints come from --detector, from NAME.pts beside the image, as the landmark scripts write
+    it, or from --dfa. Faces are aligned by them; one without is cropped by --box, or taken as it
+    stands.
     Raises: UserError for a face without keypoints if the network needs them.
     """
     net, _, device = open_checkpoint(args, args.weights)
@@ -1594,14 +1655,14 @@ def predict(args) -> dict:
             if points is not None:
                 matrix = warp.fit_similarity(torch.from_numpy(points)[None], template(args.size))
                 points = points.astype(np.float32)
-            elif getattr(net, "rpe_name", "none") in KEYPOINT:
-                raise UserError(f"{photo.path}: the network needs keypoints: put its .pts beside it, as the "
-                                "landmark scripts' --predict writes it, or give --dfa or --detector")
+            elif wants_keypoints(args):
+                raise UserError(f"{photo.path}: the network needs keypoints: put its .pts beside "
+                                "it, as the landmark scripts write it, or give --dfa or --detector")
             else:
                 margin = 1.0 if args.box in args.boxes else args.margin
                 matrix = torch.from_numpy(datasets.square_crops(box[None], args.size, margin))
-            data = datasets.CropDataset([datasets.Face(photo.image, points)], matrix, args.size,
-                                        reflect=True)
+            face = datasets.Face(photo.image, points)
+            data = datasets.CropDataset([face], matrix, args.size, reflect=True)
             batch = data.__getitems__([(0, 0)])
             feature = embed(net, TestCondition(data, [batch], []), args, device).features[0]
             target = photo.target()
@@ -1614,17 +1675,19 @@ def predict(args) -> dict:
 
 def photo_faces(args, photo, detector, device: torch.device) -> list[tuple]:
     """The faces of an image of --predict: box (4,) px, and keypoints (5, 2) float64 px or None.
-    All that the detector finds; else one, of NAME.pts beside the image, or by --dfa, or in --box."""
+    All that the detector finds; else one, of NAME.pts beside the image, or by --dfa, or in
+    --box."""
     if detector is not None:
         found = photos.detect(detector, photo.image)
         return [(None, row[4:14].reshape(5, 2)) for row in found]  # the image-left eye comes first
     box = photos.find_boxes(args, photo.image, None)[0]
     beside = os.path.splitext(photo.path)[0] + ".pts"
     if os.path.isfile(beside):
-        return [(box, five_points(datasets.read_pts(beside)[None], beside)[0].astype(np.float64))]
+        points = datasets.read_pts(beside)[None]
+        return [(box, five_points(points, beside)[0].astype(np.float64))]
     if args.dfa:
-        typed = None if args.box in args.boxes else box
-        return [(box, find_face(open_dfa(args.dfa, device)[0], photo.image, typed))]
+        aligner, _ = open_dfa(args.dfa, device)
+        return [(box, find_face(aligner, photo.image, None if args.box in args.boxes else box))]
     return [(box, None)]
 
 
@@ -1636,7 +1699,7 @@ def framed(image: np.ndarray) -> np.ndarray:
 
 
 def picture(data, i: int, side: int, dfa: str) -> tuple[np.ndarray, np.ndarray]:
-    """Image i of a set as RGB uint8 (side, side, 3), and its keypoints (5, 2) in [0, 1], those of --dfa."""
+    """Image i of a set as RGB uint8 (side, side, 3), and its keypoints (5, 2) in [0, 1]."""
     image, points = to_device(data.__getitems__([(0, i)]), torch.device("cpu"))
     if dfa:
         points = detect(dfa, image)[0]
@@ -1647,39 +1710,42 @@ def picture(data, i: int, side: int, dfa: str) -> tuple[np.ndarray, np.ndarray]:
 
 @torch.inference_mode()
 def offsets(net: nn.Module, keypoints: torch.Tensor) -> torch.Tensor:
-    """What the encoding adds to the logits of head 0, B_ij / sqrt(d): keypoints (B, L, 2) in [0, 1] ->
-    (depth, B, N, N)."""
+    """What the encoding adds to the logits of head 0, B_ij / sqrt(d): keypoints (B, L, 2) in [0, 1]
+    -> (depth, B, N, N)."""
     return torch.stack([bias[:, 0].expand(len(keypoints), -1, -1)
                         for _, bias in zip(net.blocks, net.biases(keypoints))])
 
 
-def draw_offset(values: np.ndarray, query: tuple[int, int], keypoints: np.ndarray, side: int) -> np.ndarray:
-    """One map (h, w), white at its lowest and blue at its highest value, with the query's patch (row,
-    column) as a red star and the keypoints as circles."""
+def draw_offset(values: np.ndarray, query: tuple[int, int], keypoints: np.ndarray, side: int):
+    """One map (h, w), white at its lowest and blue at its highest value, with the query's patch
+    (row, column) as a red star and the keypoints as circles."""
     height, width = values.shape
     share = (values - values.min()) / max(np.ptp(values), 1e-9)
-    share = cv2.resize(share.astype(np.float32), (side, side), interpolation=cv2.INTER_NEAREST)[..., None]
-    image = (255 + share * (np.array([30, 60, 170]) - 255)).round().astype(np.uint8)
+    share = cv2.resize(share.astype(np.float32), (side, side), interpolation=cv2.INTER_NEAREST)
+    image = 255 + share[..., None] * (np.array([30, 60, 170]) - 255)
+    image = image.round().astype(np.uint8)
     star = (int((query[1] + 0.5) / width * side), int((query[0] + 0.5) / height * side))
     cv2.drawMarker(image, star, photos.RED, cv2.MARKER_STAR, side // 10, 2, cv2.LINE_AA)
     return framed(photos.draw_points(image, keypoints * side - 0.5, (30, 150, 30), side / 50))
 
 
 def draw_offsets(net: ViT, data, dfa: str = "", side: int = 160) -> np.ndarray:
-    """Fig. 12, then Fig. 13: an image, then maps of head 0. The first rows are one image, a row for each
-    of three queries and a column for layers 0, 1, 3, 5, 7; the others three images, by the first query."""
+    """Fig. 12, then Fig. 13: an image, then maps of head 0. The first rows are one image, a row for
+    each of three queries, a column for layers 0, 1, 3, 5, 7; the others three images, by the first
+    query."""
     height, width = (n // net.patch_embed.proj.stride[0] for n in net.wanted[1:])
     layers = [layer for layer in (0, 1, 3, 5, 7) if layer < len(net.blocks)]
     chosen = [picture(data, i, side, dfa) for i in photos.spread(len(data), 4)]
-    keypoints = torch.from_numpy(np.stack([points for _, points in chosen])).to(net.pos_embed.device)
-    maps = offsets(net, keypoints).float().cpu().numpy()                      # (depth, 4, N, N)
+    keypoints = torch.from_numpy(np.stack([points for _, points in chosen]))
+    maps = offsets(net, keypoints.to(net.pos_embed.device))                   # (depth, 4, N, N)
+    maps = maps.float().cpu().numpy()
     queries = [(height // 2, width // 2), (height // 4, width // 4), (height - 2, width // 2)]
     shown = [(0, query) for query in queries] + [(i, queries[0]) for i in range(1, len(chosen))]
     tiles = []
     for i, query in shown:
         image, points = chosen[i]
-        dotted = photos.draw_points(image.copy(), points * side - 0.5, photos.GREEN, side / 50)
-        tiles.append(framed(dotted))
+        image = photos.draw_points(image.copy(), points * side - 0.5, photos.GREEN, side / 50)
+        tiles.append(framed(image))
         for layer in layers:
             values = maps[layer, i, query[0] * width + query[1]].reshape(height, width)
             tiles.append(draw_offset(values, query, points, side))
@@ -1687,9 +1753,9 @@ def draw_offsets(net: ViT, data, dfa: str = "", side: int = 160) -> np.ndarray:
 
 
 def write_pictures(folder: Path, net: nn.Module, conditions: Sequence[TestCondition], dfa: str):
-    """What the paper's figures show, from this run: offsets.png of a ViT with a bias, on the own test
-    split, unaligned if it was tested so: there keypoints differ most."""
-    own = [condition for condition in conditions if condition.suffix in ("", "@unaligned", "@affine")]
+    """What the paper's figures show, from this run: offsets.png of a ViT with a bias, on the own
+    test split, unaligned if it was tested so: there keypoints differ most."""
+    own = [test for test in conditions if test.suffix in ("", "@unaligned", "@affine")]
     if own and getattr(net, "rpe", None) is not None:
         datasets.write_image(folder / "offsets.png", draw_offsets(net, own[-1].data, dfa))
 
@@ -2271,7 +2337,7 @@ SWIN = ("none", "swin", *KEYPOINT)  # --rpe
 
 def gait_flags(parser):
     """Adds the flags of --task gait."""
-    switch = run.argparse.BooleanOptionalAction
+    switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("gait").add_argument
     add("--dim", type=run.positive, default=256, help="width of the first stage")
     add("--heads", type=run.positive, default=16, help="attention heads of the first stage")
@@ -2679,33 +2745,39 @@ def evaluate_gait_checkpoint(args) -> dict:
 # ---- Backbones: as published, nothing of this paper ----------------------------------------------
 
 def conv(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """(B, cin, H, W) -> (B, cout, H/stride, W/stride). No bias: the batch norm behind it has a shift."""
+    """(B, cin, H, W) -> (B, cout, H/stride, W/stride). No bias: the batch norm behind it has a
+    shift."""
     return nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
-def conv_bn(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1, act=None) -> nn.Sequential:
-    """`conv` (0), batch norm (1) and, if its class is given, an activation (2); the shapes of `conv`."""
-    norm = nn.BatchNorm2d(cout)
-    return nn.Sequential(conv(cin, cout, kernel, stride, groups), norm, *([act(inplace=True)] if act else []))
+def conv_bn(cin: int, cout: int, kernel: int, stride=1, groups=1, act=None) -> nn.Sequential:
+    """`conv` (0), batch norm (1) and, if its class is given, an activation (2); the shapes of
+    `conv`."""
+    layers = [conv(cin, cout, kernel, stride, groups), nn.BatchNorm2d(cout)]
+    if act:
+        layers.append(act(inplace=True))
+    return nn.Sequential(*layers)
 
 
 class IRBlock(nn.Module):
-    """Batch norm, two 3x3 convolutions, shortcut: (B, cin, H, W) -> (B, planes, H/stride, W/stride).
+    """Batch norm, two 3x3 convolutions, shortcut: (B, cin, H, W) -> (B, planes, H/stride,
+    W/stride).
     Source: Deng et al., "ArcFace", CVPR 2019 (improved residual unit); AdaFace's code."""
 
     def __init__(self, cin: int, planes: int, stride: int):
         super().__init__()
-        self.shortcut_layer = nn.MaxPool2d(1, stride) if cin == planes else conv_bn(cin, planes, 1, stride)
-        self.res_layer = nn.Sequential(nn.BatchNorm2d(cin), *conv_bn(cin, planes, 3), nn.PReLU(planes),
-                                       *conv_bn(planes, planes, 3, stride))
+        same = cin == planes
+        self.shortcut_layer = nn.MaxPool2d(1, stride) if same else conv_bn(cin, planes, 1, stride)
+        self.res_layer = nn.Sequential(nn.BatchNorm2d(cin), *conv_bn(cin, planes, 3),
+                                       nn.PReLU(planes), *conv_bn(planes, planes, 3, stride))
 
     def forward(self, x):
         return self.res_layer(x) + self.shortcut_layer(x)
 
 
 class IResNet(nn.Module):
-    """Table 3's comparators, as AdaFace has them: images (B, 3, size, size) -> (B, features), not normalised.
-    `forward` takes keypoints like `ViT` and does not use them.
+    """Table 3's comparators, as AdaFace has them: images (B, 3, size, size) -> (B, features), not
+    normalised. `forward` takes keypoints like `ViT` and does not use them.
     Args: depth, 50 or 101; size of the images in px, a multiple of 16.   Raises: ValueError.
     Source: AdaFace's code, whose names of weights are kept."""
 
@@ -2713,7 +2785,8 @@ class IResNet(nn.Module):
         super().__init__()
         units = {50: (3, 4, 14, 3), 101: (3, 13, 30, 3)}.get(depth)
         if units is None or size % 16 or size < 16:
-            raise ValueError(f"IResNet{depth}, images of {size} px: expected 50 or 101, and a multiple of 16")
+            raise ValueError(f"IResNet{depth}, images of {size} px: expected 50 or 101, and a "
+                             "multiple of 16")
         self.wanted = (3, size, size)
         self.input_layer = nn.Sequential(*conv_bn(3, 64, 3), nn.PReLU(64))
         cin = 64
