@@ -458,7 +458,7 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block (B, N, dim) -> the same: attention, then a hidden layer of ReLU6.
-    In training a sample skips each branch with probability `drop` (stochastic depth)."""
+    A sample skips each branch with probability `drop` in training (stochastic depth)."""
 
     def __init__(self, dim: int, heads: int, hidden: int, drop: float,
                  contextual: ContextualRPE | None = None):
@@ -470,15 +470,16 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.ReLU6(),
                                              fc2=nn.Linear(hidden, dim)))
 
-    def skip(self, x):
-        """A branch's output, 0 for the samples that skip it, the others scaled up in exchange."""
-        if not self.training or self.drop == 0:
-            return x
-        return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - self.drop).div_(1 - self.drop)
-
     def forward(self, x, bias=None):
-        x = x + self.skip(self.attn(self.norm1(x), bias))
-        return x + self.skip(self.mlp(self.norm2(x)))
+        x = x + drop_path(self.attn(self.norm1(x), bias), self.drop, self.training)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop, self.training)
+
+
+def drop_path(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+    """A branch's output (B, N, dim), 0 for a share p of the samples, the others over 1 - p."""
+    if not training or p == 0:
+        return x
+    return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - p).div_(1 - p)
 
 
 class ViT(nn.Module):
@@ -1686,8 +1687,8 @@ def photo_faces(args, photo, detector, device: torch.device) -> list[tuple]:
         points = datasets.read_pts(beside)[None]
         return [(box, five_points(points, beside)[0].astype(np.float64))]
     if args.dfa:
-        aligner, _ = open_dfa(args.dfa, device)
-        return [(box, find_face(aligner, photo.image, None if args.box in args.boxes else box))]
+        typed = None if args.box in args.boxes else box
+        return [(box, find_face(open_dfa(args.dfa, device), photo.image, typed))]
     return [(box, None)]
 
 
