@@ -136,7 +136,7 @@ def plain_tps(targets, sources, pixels):
 def bench_tps():
     """The thin-plate grid of 32 images at 112 px, 64 points, beside a solve and a kernel for each image: the
     grid, the images by it, both ways, and what is kept for the way back."""
-    maps = stn_align.Spline(8)
+    maps = stn_align.TPSGrid(8)
     numbers = (2 * torch.randn(32, 128)).requires_grad_()
     image = torch.randn(32, 3, 112, 112)
     targets = maps.spline.targets.float()

@@ -195,7 +195,7 @@ ALWAYS = {"sdfl": "--occluder-test --eval-every 1000",  # the last epoch is the 
           "heatmap_landmarks": "--compare --eval-every 1000 --flip-test none --no-flip-copies --erase 0 "
                                "--rotate 0",  # the paper's baseline, without a trick of Sec. 5.1
           "lddmm_face": "--occluder-test --eval-every 1000",
-          "stn_align": "--also-lam= --eval-every 1000",
+          "stn_align": "--eval-every 1000",
           "kprpe": "--also-rpe= --eval-every 1000 --unaligned --keypoint-noise 0.02,0.05,0.1",
           "kprpe-dfa": "--task dfa --eval-every 1000",
           "kprpe-gait": "--task gait --also-rpe= --eval-every 1000 --unaligned"}
