@@ -165,8 +165,6 @@ def parse_args(argv=None):
     args = run.parse(parser, argv)
     if task == "face":
         check_faces(args, parser.error)
-    elif task == "gait":
-        check_gait(args, parser.error)
     return args
 
 
@@ -1761,11 +1759,14 @@ def write_pictures(folder: Path, net: nn.Module, conditions: Sequence[TestCondit
         datasets.write_image(folder / "offsets.png", draw_offsets(net, own[-1].data, dfa))
 
 
-# ---- Face aligner: supplement, Eqs. 13 to 15 -----------------------------------------------------
+# ---- Face aligner: supplement 3, Eqs. (13) to (15) -----------------------------------------------
+
+# RetinaFace for a crop with one face: what its anchors find is not sorted out but averaged, with
+# weights that a small network gives. Its convolutions, as published, stand at the end of the file.
 
 # The supplement gives the size, batch and epochs of "widerface"; the rest is ours.
-DFA_PAPER = dict(size=160, batch_size=320, epochs=750, lr=1e-3, weight_decay=0.05, augment="move",
-                 box="face", eval_every=10)
+DFA_PAPER = dict(size=160, batch_size=320, epochs=750, lr=1e-3, weight_decay=0.05, box="face",
+                 eval_every=10)
 SMALL_DFA = dict(batch_size=16, epochs=10, lr=2e-3, warmup=1.0, cache="device", eval_every=5)
 DFA_PRESETS = {
     "widerface": {},
@@ -1773,38 +1774,37 @@ DFA_PRESETS = {
     "youtube": dict(SMALL_DFA, box="landmarks"),
     "faces": SMALL_DFA,
 }
+# The stride of each level and the sides of its anchors, px: code. RetinaFace's sides are 16 to 512.
+ANCHORS = ((8, (64, 80)), (16, (96, 112)), (32, (128, 144)))
+VARIANCE = (0.1, 0.2)  # units of encoded places and of encoded logarithms of sizes (SSD)
+AGGREGATION = 30.0  # weight of the aggregated box and landmarks in the loss; ours
+DFA_MARGIN = 1.2  # side of the crop over the longer side of the face's box: "padding of 0.1"
+FLIP_9 = (1, 0, 2, 4, 3, 6, 5, 8, 7)  # five landmarks, then the corners of the box
+DFA_SHIFT = 0.4  # of the augmentation, `draw_move`; ours
 
 
 def dfa_flags(parser):
     """Adds the flags of --task dfa."""
     add = parser.add_argument_group("face aligner").add_argument
     add("--size", type=run.multiple(32), default=160, help="side of the crop in px")
-    add("--augment", default="move", choices=["move", "none"], help="zoom, shift, turn and mirror")
-
-
-# Stride of each level in px, and the sides of its anchors.   Source: code; RetinaFace's own are 16 to 512.
-ANCHORS = ((8, (64, 80)), (16, (96, 112)), (32, (128, 144)))
-VARIANCE = (0.1, 0.2)  # units of encoded places and of encoded logarithms of sizes (SSD)
-AGGREGATION = 30.0  # weight of the aggregated box and landmarks in the loss; ours
-DFA_MARGIN = 1.2  # side of the crop over the longer side of the face's box: "padding of 0.1" (supp. 3)
-leaky = functools.partial(nn.LeakyReLU, 0.1)
 
 
 def prior_boxes(size: int = 160) -> torch.Tensor:
-    """Anchors cx, cy, w, h in units of the image's side, (N, 4), 1,050 of them at 160 px. Order: level, row,
-    column, side.   Args: size of the image in px, a multiple of 32.   Raises: ValueError."""
+    """Anchors cx, cy, w, h in units of the image's side: (N, 4), 1,050 at 160 px, in the order
+    level, row, column, side.   Args: size of the image in px.   Raises: ValueError."""
     if size < 32 or size % 32:
         raise ValueError(f"anchors of an image of {size} px: expected a multiple of 32, as 160")
     priors = []
     for stride, sides in ANCHORS:
         centres = (torch.arange(size // stride) + 0.5) * stride
-        y, x, side = torch.meshgrid(centres, centres, torch.tensor(sides, dtype=torch.float32), indexing="ij")
+        sides = torch.tensor(sides, dtype=torch.float32)
+        y, x, side = torch.meshgrid(centres, centres, sides, indexing="ij")
         priors.append(torch.stack([x, y, side, side], -1).view(-1, 4) / size)
     return torch.cat(priors)
 
 
 def encode_boxes(boxes: torch.Tensor, priors: torch.Tensor) -> torch.Tensor:
-    """Boxes (..., 4) x0 y0 x1 y1 as anchors' offsets; boxes and priors (..., 4) broadcast."""
+    """Boxes (..., 4) x0 y0 x1 y1 as offsets of anchors (..., 4); the two broadcast."""
     low, high = boxes.split(2, -1)
     place = ((low + high) / 2 - priors[..., :2]) / (VARIANCE[0] * priors[..., 2:])
     return torch.cat([place, ((high - low) / priors[..., 2:]).log() / VARIANCE[1]], -1)
@@ -1818,78 +1818,27 @@ def decode_boxes(encoded: torch.Tensor, priors: torch.Tensor) -> torch.Tensor:
 
 
 def encode_points(points: torch.Tensor, priors: torch.Tensor) -> torch.Tensor:
-    """Points (..., P, 2) as anchors' offsets (..., 2P), x y x y; points and priors (..., 4) broadcast."""
-    return ((points - priors[..., None, :2]) / (VARIANCE[0] * priors[..., None, 2:])).flatten(-2)
+    """Points (..., P, 2) as offsets (..., 2P), x y x y, of anchors (..., 4); the two broadcast."""
+    offsets = (points - priors[..., None, :2]) / (VARIANCE[0] * priors[..., None, 2:])
+    return offsets.flatten(-2)
 
 
 def decode_points(encoded: torch.Tensor, priors: torch.Tensor) -> torch.Tensor:
     """The inverse of `encode_points`."""
-    offset = VARIANCE[0] * encoded.unflatten(-1, (-1, 2)) * priors[..., None, 2:]
-    return priors[..., None, :2] + offset
-
-
-def separable(cin: int, cout: int, stride: int = 1) -> nn.Sequential:
-    """Depthwise 3x3, then 1x1: (B, cin, H, W) -> (B, cout, H/stride, W/stride). Source: MobileNet (2017)."""
-    return nn.Sequential(*conv_bn(cin, cin, 3, stride, cin, leaky), *conv_bn(cin, cout, 1, act=leaky))
-
-
-class MobileNet(nn.Module):
-    """MobileNetV1, a quarter wide: images (B, 3, H, W) -> features of strides 8, 16, 32, 64 to 256 channels.
-    paper: MobileNetV2, code: V1; we follow the code, whose size Table 9 has."""
-
-    def __init__(self):
-        super().__init__()
-        self.stage1 = nn.Sequential(conv_bn(3, 8, 3, 2, act=leaky), separable(8, 16), separable(16, 32, 2),
-                                    separable(32, 32), separable(32, 64, 2), separable(64, 64))
-        self.stage2 = nn.Sequential(separable(64, 128, 2), *(separable(128, 128) for _ in range(5)))
-        self.stage3 = nn.Sequential(separable(128, 256, 2), separable(256, 256))
-
-    def forward(self, image):
-        fine = self.stage1(image)
-        middle = self.stage2(fine)
-        return fine, middle, self.stage3(middle)
-
-
-class FPN(nn.Module):
-    """Feature pyramid: levels of 64, 128, 256 channels -> three of 64, coarse ones added to the finer.
-    Source: Lin et al., CVPR 2017, with RetinaFace's names."""
-
-    def __init__(self):
-        super().__init__()
-        self.output1, self.output2, self.output3 = (conv_bn(c, 64, 1, act=leaky) for c in (64, 128, 256))
-        self.merge1, self.merge2 = (conv_bn(64, 64, 3, act=leaky) for _ in range(2))
-
-    def forward(self, fine, middle, coarse):
-        coarse = self.output3(coarse)
-        middle = self.merge2(self.output2(middle) + F.interpolate(coarse, scale_factor=2.0))
-        fine = self.merge1(self.output1(fine) + F.interpolate(middle, scale_factor=2.0))
-        return fine, middle, coarse
-
-
-class SSH(nn.Module):
-    """Context of 3, 5 and 7 px by stacked 3x3 convolutions: (B, 64, H, W) -> same shape.
-    Source: Najibi et al., ICCV 2017, with RetinaFace's names."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv3X3 = conv_bn(64, 32, 3)
-        self.conv5X5_1, self.conv5X5_2 = conv_bn(64, 16, 3, act=leaky), conv_bn(16, 16, 3)
-        self.conv7X7_2, self.conv7x7_3 = conv_bn(16, 16, 3, act=leaky), conv_bn(16, 16, 3)
-
-    def forward(self, x):
-        wide = self.conv5X5_1(x)
-        return F.relu(torch.cat([self.conv3X3(x), self.conv5X5_2(wide),
-                                 self.conv7x7_3(self.conv7X7_2(wide))], 1))
+    offsets = encoded.unflatten(-1, (-1, 2))
+    return priors[..., None, :2] + VARIANCE[0] * offsets * priors[..., None, 2:]
 
 
 class MixerBlock(nn.Module):
-    """Mixes anchors, then channels: (B, N, channels) -> same shape. Source: Tolstikhin et al., 2021."""
+    """Mixes the anchors of each channel, then the channels of each anchor: (B, N, 16) -> same.
+    Source: Tolstikhin et al., "MLP-Mixer", NeurIPS 2021."""
 
-    def __init__(self, anchors: int, channels: int = 16, token_dim: int = 8, channel_dim: int = 64):
+    def __init__(self, anchors: int):
         super().__init__()
-        mlp = lambda dim, hidden: nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-        self.norm1, self.across = nn.LayerNorm(channels, eps=1e-6), mlp(anchors, token_dim)
-        self.norm2, self.within = nn.LayerNorm(channels, eps=1e-6), mlp(channels, channel_dim)
+        self.norm1 = nn.LayerNorm(16, eps=1e-6)
+        self.across = nn.Sequential(nn.Linear(anchors, 8), nn.GELU(), nn.Linear(8, anchors))
+        self.norm2 = nn.LayerNorm(16, eps=1e-6)
+        self.within = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
 
     def forward(self, x):
         x = x + self.across(self.norm1(x).mT).mT
@@ -1898,11 +1847,11 @@ class MixerBlock(nn.Module):
 
 class Found(NamedTuple):
     """What the aligner sees in images; places are in [0, 1], (x + 0.5) / W."""
-    landmarks: torch.Tensor  # (B, 5, 2) L of Eq. (15): eyes, nose tip, mouth corners, image-left first
+    landmarks: torch.Tensor  # (B, 5, 2) L of Eq. (15): eyes, nose tip, mouth corners, left first
     score: torch.Tensor      # (B,) face score of the same weights, 0 to 1
     best: torch.Tensor       # (B, 5, 2) landmarks of the one anchor of the highest face score
     weights: torch.Tensor    # (B, N) w of Eq. (14)
-    fused: torch.Tensor      # (B, 16) w^T O: box x0 y0 x1 y1, logits of "no face" and "face", 10 coordinates
+    fused: torch.Tensor      # (B, 16) w^T O: x0 y0 x1 y1; logits of "none", "face"; 10 coordinates
     boxes: torch.Tensor      # (B, N, 4) of each anchor, encoded
     logits: torch.Tensor     # (B, N, 2)
     points: torch.Tensor     # (B, N, 10), encoded
@@ -1911,29 +1860,32 @@ class Found(NamedTuple):
 class DFA(nn.Module):
     """Differentiable face aligner: the five landmarks of the one face in each image.
 
-    Takes square images (B, 3, S, S), RGB in [-1, 1] (code: BGR), and resizes those of another side than
-    `size`; pixel centres go to pixel centres (code: corners to corners, up to half a pixel off).
-    Returns: `Found`.   Args: size in px of what the network sees, a multiple of 32.   Raises: ValueError.
-    Source: supp. 3; names of weights as in RetinaFace, but for the aggregation."""
+    Takes square images (B, 3, S, S), RGB in [-1, 1], and resizes those of another side than `size`,
+    pixel centres on pixel centres (code: corners on corners, up to half a pixel off).
+    Returns: `Found`.   Args: size in px of what the network sees.   Raises: ValueError.
+    """
 
     def __init__(self, size: int = 160):
         super().__init__()
         self.size = size
         self.register_buffer("priors", prior_boxes(size), persistent=False)
-        self.body, self.fpn = MobileNet(), FPN()
+        self.body = MobileNet()
+        self.fpn = FPN()
         self.ssh1, self.ssh2, self.ssh3 = SSH(), SSH(), SSH()
-        self.ClassHead, self.BboxHead, self.LandmarkHead = (nn.ModuleList(
-            nn.Sequential(OrderedDict(conv1x1=nn.Conv2d(64, 2 * width, 1))) for _ in ANCHORS)
-            for width in (2, 4, 10))                                          # two anchors a cell
-        self.aggregation = nn.Sequential(*(MixerBlock(len(self.priors)) for _ in range(3)), nn.Linear(16, 1))
+        self.ClassHead = nn.ModuleList(Head(2) for _ in ANCHORS)
+        self.BboxHead = nn.ModuleList(Head(4) for _ in ANCHORS)
+        self.LandmarkHead = nn.ModuleList(Head(10) for _ in ANCHORS)
+        mixer = [MixerBlock(len(self.priors)) for _ in range(3)]
+        self.aggregation = nn.Sequential(*mixer, nn.Linear(16, 1))
 
-    def heads(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """Logits (B, N, 2), encoded boxes (B, N, 4) and landmarks (B, N, 10) of images of the size."""
+    def anchors(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """What each anchor finds: logits (B, N, 2), boxes (B, N, 4), points (B, N, 10), encoded."""
         fine, middle, coarse = self.fpn(*self.body(image))
         levels = self.ssh1(fine), self.ssh2(middle), self.ssh3(coarse)
-        rows = lambda x, width: x.permute(0, 2, 3, 1).reshape(len(x), -1, width)
-        return [at_least_float32(torch.cat([rows(head(x), width) for head, x in zip(heads, levels)], 1))
-                for heads, width in ((self.ClassHead, 2), (self.BboxHead, 4), (self.LandmarkHead, 10))]
+        found = []
+        for heads in (self.ClassHead, self.BboxHead, self.LandmarkHead):
+            found.append(torch.cat([head(x) for head, x in zip(heads, levels)], 1))
+        return [at_least_float32(rows) for rows in found]
 
     def forward(self, image: torch.Tensor) -> Found:
         if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] != image.shape[3]:
@@ -1942,398 +1894,406 @@ class DFA(nn.Module):
             image = F.interpolate(image, (self.size,) * 2, mode="bilinear", antialias=True)
         if image.device.type == "cpu":  # a quarter faster there
             image = image.contiguous(memory_format=torch.channels_last)
-        logits, boxes, points = self.heads(image)
-        landmarks = decode_points(points, self.priors)                        # (B, N, 5, 2)
-        # Eq. (13): O = Concat(F_bbox, F_score, F_ldmk).   paper: 4 + 1 + 10 channels, code: 4 + 2 + 10, which
-        # the number of parameters has; we follow the code.
-        O = torch.cat([decode_boxes(boxes, self.priors), logits, landmarks.flatten(2)], -1)  # (B, N, 16)
+        logits, boxes, points = self.anchors(image)
+        landmarks = decode_points(points, self.priors)  # (B, N, 5, 2)
+        # Eq. (13): O = Concat(F_bbox, F_score, F_ldmk).   Paper: 4 + 1 + 10 channels; code: 4 + 2 +
+        # 10, which the number of parameters has; we follow the code.
+        O = torch.cat([decode_boxes(boxes, self.priors), logits, landmarks.flatten(2)], -1)
         # Eq. (14): w = Softmax(MixerMLP(O))
-        weights = at_least_float32(self.aggregation(O)[..., 0]).softmax(-1)   # (B, N)
-        # Eq. (15): L = w^T F_ldmk, and the same of the box and the score. No matrix product: bfloat16 would
-        # round coordinates under autocast.
-        fused = (weights[..., None] * O).sum(1)                               # (B, 16)
+        weights = at_least_float32(self.aggregation(O)[..., 0]).softmax(-1)  # (B, N)
+        # Eq. (15): L = w^T F_ldmk, and the same of the box and the score. A sum, as autocast would
+        # round the coordinates of a matrix product to bfloat16.
+        fused = (weights[..., None] * O).sum(1)  # (B, 16)
+        score = fused[:, 4:6].softmax(-1)[:, 1]
         top = (logits[..., 1] - logits[..., 0]).argmax(1)
         best = landmarks[torch.arange(len(image), device=image.device), top]
-        return Found(fused[:, 6:].unflatten(-1, (5, 2)), fused[:, 4:6].softmax(-1)[:, 1], best, weights,
-                     fused, boxes, logits, points)
-
-
-class Target(NamedTuple):
-    """The face in each image, in [0, 1] of it."""
-    box: torch.Tensor        # (B, 4) x0 y0 x1 y1
-    landmarks: torch.Tensor  # (B, 5, 2), anything where not marked
-    marked: torch.Tensor     # (B,) bool: whether the landmarks are known, as not of all faces of WIDER FACE
+        return Found(fused[:, 6:].unflatten(-1, (5, 2)), score, best, weights, fused, boxes, logits,
+                     points)
 
 
 def match(boxes: torch.Tensor, priors: torch.Tensor) -> torch.Tensor:
-    """Which anchors stand for each box: an overlap (IoU) of at least 0.35, and the best one if 0.2 or more.
+    """Which anchors stand for each box: IoU of 0.35 or more, and the best one from 0.2 on.
     Args: boxes (B, 4) x0 y0 x1 y1; priors (N, 4) cx cy w h.   Returns: (B, N) bool.
     Source: SSD; the thresholds are those of RetinaFace's usual code."""
-    low, high = priors[:, :2] - priors[:, 2:] / 2, priors[:, :2] + priors[:, 2:] / 2
-    first, last = boxes[:, None, :2], boxes[:, None, 2:]
-    both = (last.minimum(high) - first.maximum(low)).clamp(min=0).prod(-1)                       # (B, N)
+    low = priors[:, :2] - priors[:, 2:] / 2
+    high = priors[:, :2] + priors[:, 2:] / 2
+    first, last = boxes[:, None].split(2, -1)  # (B, 1, 2) each
+    both = (last.minimum(high) - first.maximum(low)).clamp(min=0).prod(-1)  # (B, N)
     overlap = both / ((last - first).prod(-1) + priors[:, 2:].prod(-1) - both)
     top = overlap.argmax(1, keepdim=True)
     return (overlap >= 0.35).scatter(1, top, overlap.gather(1, top) >= 0.2)
 
 
 def smooth_l1(pred: torch.Tensor, target: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """Sum of smooth L1 over the rows of (..., C) that `where` (...) marks, over their number (1 at least).
-    The others may hold anything in `target`."""
+    """Sum of smooth L1 over the rows of (..., C) that `where` (...) marks and whose target is
+    known, not nan, over their number, 1 at least."""
+    where = where & target.isfinite().all(-1)
     target = torch.where(where[..., None], target, pred.detach())
     return F.smooth_l1_loss(pred, target, reduction="sum") / where.sum().clamp(min=1)
 
 
-def multibox_loss(found: Found, target: Target, priors: torch.Tensor) -> torch.Tensor:
-    """Loss of each anchor for itself: (3,), of the class, the box and the landmarks, over the number of
-    positive anchors (of this process). Of the negative ones the worst count in the class, 7 for each positive
-    of an image.   Source: RetinaFace's usual code; the authors' training script is not published."""
-    positive = match(target.box, priors)                                                         # (B, N)
+def multibox_loss(found: Found, box, landmarks, priors) -> tuple[torch.Tensor, ...]:
+    """Losses of each anchor for itself, scalars, of the class, the box and the landmarks, over the
+    number of positive anchors; of an image's negative ones the worst count, 7 for each positive.
+    Source: RetinaFace's usual code; the authors' training script is not published."""
+    positive = match(box, priors)  # (B, N)
     entropy = F.cross_entropy(found.logits.mT, positive.long(), reduction="none")
-    rank = entropy.detach().masked_fill(positive, 0).argsort(dim=1, descending=True, stable=True).argsort(1)
+    negative = entropy.detach().masked_fill(positive, 0)
+    worst_first = negative.argsort(dim=1, descending=True, stable=True)
+    rank = worst_first.argsort(dim=1)  # of each anchor among its image's
     counted = positive | (rank < 7 * positive.sum(1, keepdim=True))
-    return torch.stack([(entropy * counted).sum() / positive.sum().clamp(min=1),
-                        smooth_l1(found.boxes, encode_boxes(target.box[:, None], priors), positive),
-                        smooth_l1(found.points, encode_points(target.landmarks[:, None], priors),
-                                  positive & target.marked[:, None])])
+    return ((entropy * counted).sum() / positive.sum().clamp(min=1),
+            smooth_l1(found.boxes, encode_boxes(box[:, None], priors), positive),
+            smooth_l1(found.points, encode_points(landmarks[:, None], priors), positive))
 
 
-def aggregation_loss(found: Found, target: Target) -> torch.Tensor:
-    """Loss of the weighted sum of all anchors, with places in [0, 1]: (3,), of the class, which is "face" in
-    every crop, the box and the landmarks, a face's mean.   paper: "smooth L2", code: smooth L1; we follow
-    the code. Errors below 1, as all are here, it halves and squares."""
-    box, logits, points = found.fused.split((4, 2, 10), -1)
-    return torch.stack([F.softplus(logits[:, 0] - logits[:, 1]).mean(),  # cross-entropy
-                        F.smooth_l1_loss(box, target.box, reduction="sum") / len(box),
-                        smooth_l1(points, target.landmarks.flatten(1), target.marked)])
+def aggregation_loss(found: Found, box, landmarks) -> tuple[torch.Tensor, ...]:
+    """Losses of the weighted sum, scalars, a face's mean, of the class, "face" in every crop, the
+    box and the landmarks. Paper: "smooth L2"; code: smooth L1, which halves and squares errors
+    below 1, as all are in [0, 1]; we follow the code."""
+    every = torch.ones_like(found.score, dtype=torch.bool)
+    logits = found.fused[:, 4:6]
+    return (F.softplus(logits[:, 0] - logits[:, 1]).mean(),  # cross entropy
+            smooth_l1(found.fused[:, :4], box, every),
+            smooth_l1(found.fused[:, 6:], landmarks.flatten(1), every))
 
 
-def dfa_loss(found: Found, target: Target, priors: torch.Tensor) -> torch.Tensor:
-    """What `--task dfa` minimises. Boxes count twice (RetinaFace). The weights of the aggregation are not
-    published. With 1 for its places, errors of some hundredths, the class alone decides, and within some
-    steps one anchor has all the weight; with 30 some share it."""
-    face, box, points = multibox_loss(found, target, priors)
-    fused_face, fused_box, fused_points = aggregation_loss(found, target)
-    return face + 2 * box + points + fused_face + AGGREGATION * (2 * fused_box + fused_points)
+def dfa_loss(found: Found, box, landmarks, priors) -> torch.Tensor:
+    """What --task dfa minimises; boxes count twice (RetinaFace). The weight of the aggregation is
+    not published: with 1, as errors are some hundredths, the class alone decides, and within some
+    steps one anchor has all the weight.
+    Args: box (B, 4) x0 y0 x1 y1 and landmarks (B, 5, 2), nan if unknown, in [0, 1] of the crop."""
+    face, own_box, points = multibox_loss(found, box, landmarks, priors)
+    fused_face, fused_box, fused_points = aggregation_loss(found, box, landmarks)
+    places = 2 * fused_box + fused_points
+    return face + 2 * own_box + points + fused_face + AGGREGATION * places
 
 
-def nme(landmarks: torch.Tensor, target: Target) -> torch.Tensor:
-    """Error of landmarks (B, 5, 2), over the root of the area of the true box: (B,), float64."""
-    return metrics.nme(landmarks, target.landmarks, (target.box[:, 2:] - target.box[:, :2]).prod(-1).sqrt())
-
-
-# The five points and the corners of the box, in one array so that crops and augmentation move both alike.
-FLIP_9 = np.array([1, 0, 2, 4, 3, 6, 5, 8, 7])
-
-
-def dfa_dataset(faces: Sequence[datasets.Face], size: int = 160, box: str = "face") -> datasets.CropDataset:
-    """Faces as the aligner sees them: the square about the box of each, padded by 0.1 of its side (supp. 3).
-    The points of a batch are (B, 9, 2) px, see `targets`.   Raises: ValueError."""
-    boxes, nine = datasets.face_boxes(faces, box), []
-    for i, (face, (x0, y0, x1, y1)) in enumerate(zip(faces, boxes)):
+def dfa_dataset(faces: Sequence[datasets.Face], size: int = 160, box: str = "face",
+                augment: Callable | None = None, seed: int = 0) -> datasets.CropDataset:
+    """Faces as the aligner sees them: the square about the box of each, padded by 0.1 of its side.
+    The points of a batch are (B, 9, 2) px: five landmarks, nan if unknown, and the box's corners,
+    which crops and augmentation move alike.   Raises: UserError."""
+    boxes = datasets.face_boxes(faces, box)
+    nine = []
+    for face, (x0, y0, x1, y1) in zip(faces, boxes):
         scheme = None if face.points is None else datasets.SCHEMES.get(len(face.points))
         if scheme is None:
-            raise ValueError(f"{face.where or f'face {i}'}: landmarks {np.shape(face.points)}, the aligner "
-                             f"learns from {list(datasets.SCHEMES)}")
-        points = [*datasets.group_means(face.points, scheme.five), (x0, y0), (x1, y0), (x0, y1), (x1, y1)]
-        nine.append(replace(face, points=np.array(points, np.float32)))
-    return datasets.CropDataset(nine, datasets.square_frames(boxes, size, DFA_MARGIN), size)
+            raise UserError(f"{face.where or face.image}: landmarks {np.shape(face.points)}; the "
+                            f"aligner learns from {', '.join(map(str, datasets.SCHEMES))} of them")
+        five = datasets.group_means(face.points, scheme.five)
+        points = np.array([*five, (x0, y0), (x1, y0), (x0, y1), (x1, y1)], np.float32)
+        nine.append(replace(face, points=points))
+    crops = datasets.square_crops(boxes, size, DFA_MARGIN)
+    return datasets.CropDataset(nine, crops, size, augment, reach_of(DFA_SHIFT), 1 + ZOOM, FLIP_9,
+                                seed)
 
 
-def targets(points: torch.Tensor, size: int) -> Target:
-    """Of points (B, 9, 2) px of `dfa_dataset`, moved by an augmentation or not. Unknown landmarks are nan."""
+def targets(points: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The points (B, 9, 2) px of a batch in [0, 1]: box (B, 4) and landmarks (B, 5, 2)."""
     landmarks, corners = ((points + 0.5) / size).split((5, 4), 1)
-    marked = landmarks.isfinite().all(-1).all(-1)
-    return Target(torch.cat([corners.amin(1), corners.amax(1)], -1), landmarks.nan_to_num(0.0), marked)
-
-
-def align_112(image: torch.Tensor, landmarks: torch.Tensor, border: float = -1.0) -> torch.Tensor:
-    """Faces with their five points at ArcFace's, by least-squares similarities: one warp, whose gradient
-    reaches the landmarks (code: NumPy there, hence none).
-    Args: image (B, C, H, W); landmarks (B, 5, 2) in [0, 1] of it, as `DFA` finds them; border, the number
-        outside the image. An image of more than twice the resolution should be shrunk before.
-    Returns: (B, C, 112, 112), float32 at least.
-    Raises: ValueError if landmarks are not (B, 5, 2); on the CPU also if they determine no map."""
-    if landmarks.shape != (len(image), 5, 2):
-        raise ValueError(f"landmarks have the shape {tuple(landmarks.shape)} for {len(image)} images: "
-                         "expected (B, 5, 2)")
-    if landmarks.device.type == "cpu":  # elsewhere it would wait for the device
-        warp.check_points(landmarks, "similarity")
-    points = warp.to_px(2 * at_least_float32(landmarks) - 1, image.shape[-2:])
-    five = constant(tuple(datasets.ARCFACE_5.flatten().tolist()), points.device).view(5, 2)
-    return warp.warp_affine(image, warp.fit_similarity(points, five), (112, 112), border)
+    return torch.cat([corners.amin(1), corners.amax(1)], -1), landmarks
 
 
 def aligner_set(args, split: str) -> datasets.CropDataset:
-    """A split of --data of --task dfa.   Raises: FileNotFoundError; ValueError."""
+    """A split of --data of --task dfa, of "train" augmented."""
     if args.data == "faces":
         faces = drawn_faces(args, split)
     else:
         faces = datasets.read(args.data, args.data_root, split)[:args.limit or None]
         datasets.check_images(faces)
-    return dfa_dataset(faces, args.size, args.box)
+    augment = functools.partial(draw_move, shift=DFA_SHIFT) if split == "train" else None
+    return dfa_dataset(faces, args.size, args.box, augment, args.seed)
 
 
-def mean_face(data: datasets.CropDataset) -> torch.Tensor:
-    """The mean landmarks of a set in its crops, (5, 2) in [0, 1].   Raises: ValueError if none are known."""
-    target = targets(data.crop_points(), data.size)
-    if not target.marked.any():
-        raise ValueError(f"none of the {len(data)} training faces has landmarks to learn from")
-    return target.landmarks[target.marked].mean(0)
+def aligner_image(batch: dict, device: torch.device) -> torch.Tensor:
+    """What `DFA` takes of a batch, (B, 3, S, S) in [-1, 1]."""
+    image = batch["image"].to(device, non_blocking=True)
+    if image.dtype == torch.uint8:  # (B, S, S, 3) of the loader
+        image = image.permute(0, 3, 1, 2).float()
+    return image / 127.5 - 1
 
 
-ERRORS = ("nme", "nme@best", "nme@mean")  # of the aggregation, the best anchor, the mean training face
-
-
-@torch.inference_mode()
-def evaluate_dfa(net: DFA, mean: torch.Tensor, data, loader, args, device: torch.device) -> torch.Tensor:
-    """Errors of each face, (3, N) float64, as ERRORS names them. Each process looks at its share."""
-    net.eval()
-    rows, mean = [], mean.to(device)
-    for batch in copy.copy(loader):  # whose workers end here
-        image, points = prepare(batch, device)
-        target = targets(points, args.size)
-        with precision(args, device):
-            found = net(image / 127.5 - 1)
-        rows.append(torch.stack([nme(landmarks, target) for landmarks in (
-            found.landmarks, found.best, mean.expand_as(found.best))], 1))
-    return gather_shard_keys(torch.cat(rows), len(data)).T.cpu()
-
-
-@torch.inference_mode()
-def draw_aligned(net: DFA, data: datasets.CropDataset, device: torch.device, side: int = 160) -> np.ndarray:
-    """Faces with true (green) and found (red) landmarks; below them aligned."""
-    batch = data.__getitems__([(0, i) for i in examples(data, 8)])
-    image, points = prepare(batch, device)
-    found, rows = net.eval()(image / 127.5 - 1).landmarks, []
-    for pixels, *fives in zip(batch["image"].numpy(), (points[:, :5] + 0.5) / data.size, found):
-        rows.append(cv2.resize(pixels, (side, side), interpolation=cv2.INTER_CUBIC))
-        for colour, five in zip((GREEN, RED), fives):
-            draw_points(rows[-1], five.cpu() * side - 0.5, colour, side / 64)
-    for pixels in align_112(image, found, 0.0).round().byte().permute(0, 2, 3, 1).cpu().numpy():
-        rows.append(cv2.resize(pixels, (side, side), interpolation=cv2.INTER_CUBIC))
-    return tile([framed(pixels) for pixels in rows], len(found))
-
-
-def report_dfa(folder: Path | None, net: DFA, data, errors: torch.Tensor, args, device) -> dict:
-    """The mean errors; rank 0 prints them, and writes aligned.png and ced.png (Fig. 8) to a folder."""
-    scores = dict(zip(ERRORS, errors.mean(1).tolist()))
-    if ranks()[0] == 0:
-        print(f"{args.data}: {len(data):,} faces, NME by the box: {scores['nme']:.4f}, best anchor "
-              f"{scores['nme@best']:.4f}, mean face {scores['nme@mean']:.4f}")
-        if folder:
-            write_image(folder / "aligned.png", draw_aligned(net, data, device))
-            names = ("aggregation", "best anchor", "mean face")
-            write_image(folder / "ced.png", metrics.ced_plot(dict(zip(names, errors)), 0.2))
+def train_dfa(args) -> dict:
+    """--task dfa: trains, evaluates or predicts, as the flags say; returns the errors."""
+    if args.eval:
+        return evaluate_aligner(args)
+    if args.predict:
+        return predict_dfa(args)
+    job = run.Job(args)
+    # Data
+    train_set = aligner_set(args, "train")
+    test_set = aligner_set(args, "test")
+    mean_face = targets(train_set.crop_points(), args.size)[1].nanmean(0)  # (5, 2)
+    if not mean_face.isfinite().all():
+        raise UserError(f"none of the {len(train_set)} training faces has landmarks to learn from")
+    job.say(f"{len(train_set)} training faces, {len(test_set)} test faces")
+    # Network and optimizer
+    net = DFA(args.size).to(job.device)
+    groups = parameter_groups(net, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, args.lr, fused=True)
+    job.restore(net, optimizer, [len(train_set)])
+    model = job.wrap(net)
+    job.begin(train_set)
+    if job.rank == 0:
+        batches = datasets.in_order(len(test_set), 64)
+        loader = run.make_loader(args, test_set, batches, job.device)
+    results = None
+    for epoch in job.epochs():
+        net.train()
+        for step, batch in job.steps_of(epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args.epochs * job.steps, args.warmup * job.steps,
+                                            args.lr)
+            points = batch["points"].to(job.device, non_blocking=True)
+            box, landmarks = targets(points, args.size)
+            with run.precision(args, job.device):
+                found = model(aligner_image(batch, job.device))
+            loss = dfa_loss(found, box, landmarks, net.priors)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if args.clip:
+                nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+            optimizer.step()
+            job.note(step, loss=loss)
+        if job.rank == 0 and job.due(epoch):
+            results = evaluate_dfa(net, mean_face, loader, args)
+        job.save(epoch, results[0] if results and job.due(epoch) else {}, mean=mean_face)
+    if job.rank > 0:
+        return {}
+    scores, errors = results or evaluate_dfa(net, mean_face, loader, args)
+    report_dfa(job.folder, net, test_set, scores, errors, args)
     return scores
 
 
+@torch.inference_mode()
+def evaluate_dfa(net: DFA, mean_face: torch.Tensor, loader, args) -> tuple[dict, dict]:
+    """Errors over the root of the area of the true box (supp. 3.1): "nme" of the aggregation,
+    "nme@best" of the best anchor, "nme@mean" of a constant answer, the mean training face (5, 2).
+    Returns: their means over the faces; by the same names those of each face, (M,) float64."""
+    net.eval()
+    device = net.priors.device
+    rows = []
+    for batch in loader:
+        box, landmarks = targets(batch["points"], args.size)
+        side = (box[:, 2:] - box[:, :2]).prod(-1).sqrt()
+        with run.precision(args, device):
+            found = net(aligner_image(batch, device))
+        answers = found.landmarks.cpu(), found.best.cpu(), mean_face.expand_as(landmarks)
+        rows.append(torch.stack([metrics.nme(answer, landmarks, side) for answer in answers]))
+    errors = dict(zip(("nme", "nme@best", "nme@mean"), torch.cat(rows, 1)))
+    return {name: values.mean().item() for name, values in errors.items()}, errors
+
+
+def report_dfa(folder: Path | None, net: DFA, data, scores: dict, errors: dict, args):
+    """Prints the mean errors; with a folder, writes aligned.png and ced.png (Fig. 8)."""
+    print(f"{args.data}: {len(data):,} faces, NME by the box: {scores['nme']:.4f}, best anchor "
+          f"{scores['nme@best']:.4f}, mean face {scores['nme@mean']:.4f}")
+    if folder:
+        datasets.write_image(folder / "aligned.png", draw_aligned(net, data))
+        curves = dict(zip(("aggregation", "best anchor", "mean face"), errors.values()))
+        datasets.write_image(folder / "ced.png", metrics.ced_plot(curves, 0.2))
+
+
 @functools.cache
-def open_dfa(path: str, device: torch.device) -> tuple[DFA, dict]:
-    """The network of a checkpoint of --task dfa, to be used as it is, and the rest of the checkpoint; read
-    once.   Raises: FileNotFoundError; ValueError."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no checkpoint {path} of a face aligner: give --dfa, or with --task dfa "
-                                "--eval or --weights, the last.pt of a run of --task dfa")
-    state = load_task(path, "dfa")
+def open_dfa(path: str, device: torch.device) -> DFA:
+    """The network of a checkpoint of --task dfa, to be used as it is; read once.
+    Raises: UserError."""
+    state = run.load(path, "kprpe-dfa")
     net = DFA(state["args"]["size"]).to(device)
-    load_weights(net, state.pop("model"), path)
-    return net.eval().requires_grad_(False), state
+    run.load_weights(net, state["model"], path)
+    return net.eval().requires_grad_(False)
+
+
+def evaluate_aligner(args) -> dict:
+    """--task dfa --eval: the errors of a checkpoint on the test split; with --output, pictures."""
+    state, device = run.open_checkpoint(args, args.eval, ["box"])
+    net = open_dfa(args.eval, device)
+    folder = run.find_run(args)
+    data = aligner_set(args, "test")
+    loader = run.make_loader(args, data, datasets.in_order(len(data), 64), device)
+    scores, errors = evaluate_dfa(net, state["mean"], loader, args)
+    report_dfa(folder and run.make_run(args, folder), net, data, scores, errors, args)
+    return scores
+
+
+@torch.inference_mode()
+def draw_aligned(net: DFA, data: datasets.CropDataset, side: int = 160) -> np.ndarray:
+    """Eight faces with true (green) and found (red) landmarks; below them aligned."""
+    chosen = photos.spread(len(data), 8)
+    image = aligner_image(data.__getitems__([(0, i) for i in chosen]), net.priors.device)
+    landmarks = net.eval()(image).landmarks
+    found = landmarks.double().cpu() * data.size - 0.5
+    found = warp.apply_affine(warp.invert(data.crop_matrices[chosen]), found)
+    tiles = []
+    for i, points in zip(chosen, found):
+        truth = (data.points[i, :5], photos.GREEN)
+        tiles.append(photos.draw_crop(data, i, side, truth, (points, photos.RED)))
+    for pixels in align_112(127.5 * (image + 1), landmarks, 0.0).permute(0, 2, 3, 1).cpu():
+        tiles.append(cv2.resize(pixels.round().byte().numpy(), (side, side)))
+    return photos.tile(tiles, len(chosen))
 
 
 @torch.no_grad()
 def detect(path: str, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keypoints (B, 5, 2) px and face scores (B,) that --dfa finds in images (B, 3, H, W) in 0..255.
-    Code: with a black border of 0.215 in training, without when tested; here never, as errors were larger."""
-    found = open_dfa(path, image.device)[0](image / 127.5 - 1)
-    return found.landmarks * constant(tuple(map(float, image.shape[:1:-1])), image.device) - 0.5, found.score
+    """Keypoints (B, 5, 2) px and face scores (B,) that the aligner of --dfa finds in images
+    (B, 3, S, S) in 0..255. Code: in training with a black border of 0.215, with which errors were
+    larger here."""
+    found = open_dfa(path, image.device)(image / 127.5 - 1)
+    return found.landmarks * image.shape[-1] - 0.5, found.score
 
 
 @torch.inference_mode()
 def find_face(net: DFA, image: np.ndarray, box: np.ndarray | None) -> np.ndarray:
-    """Landmarks (5, 2) px of the face in a box (4,) x0 y0 x1 y1 px of an image, RGB uint8 (H, W, 3); without
-    one, in the box that is found in the whole image."""
-    margins = (1.0, DFA_MARGIN) if box is None else (DFA_MARGIN,)
-    box = np.array([-0.5, -0.5, image.shape[1] - 0.5, image.shape[0] - 0.5]) if box is None else box
+    """Landmarks (5, 2) px of the face in a box (4,) x0 y0 x1 y1 px of an RGB uint8 image (H, W, 3);
+    without one, in the box that it finds at a first look at the whole image."""
+    margins = [DFA_MARGIN]
+    if box is None:
+        box = np.array([-0.5, -0.5, image.shape[1] - 0.5, image.shape[0] - 0.5])
+        margins = [1.0, DFA_MARGIN]
     for margin in margins:
-        frame = torch.from_numpy(datasets.square_frames(box[None], net.size, margin))
-        crop = datasets.CropDataset([datasets.Face(image)], frame, net.size).__getitems__([(0, 0)])
-        found = net(prepare(crop, net.priors.device)[0] / 127.5 - 1)
-        places = torch.cat([found.landmarks[0], found.fused[0, :4].view(2, 2)]).double().cpu()
-        places = warp.apply_affine(warp.invert(frame[0]), places * net.size - 0.5).numpy()
+        matrix = torch.from_numpy(datasets.square_crops(box[None], net.size, margin))
+        data = datasets.CropDataset([datasets.Face(image)], matrix, net.size)
+        found = net(aligner_image(data.__getitems__([(0, 0)]), net.priors.device))
+        corners = found.fused[:, :4].unflatten(1, (2, 2))
+        places = torch.cat([found.landmarks, corners], 1).double().cpu() * net.size - 0.5
+        places = warp.apply_affine(warp.invert(matrix), places)[0].numpy()  # (7, 2)
         box = places[5:].flatten()
     return places[:5]
 
 
 def predict_dfa(args) -> dict:
-    """--task dfa --predict: writes each face's landmarks as NAME.pts, px of the image, for --landmarks, and
-    the face aligned as NAME.png. Boxes are those of --detector or --box; else one is found in the image. A
-    further face of an image is NAME.face2.pts and so on.   Raises: as `predict`."""
-    args.gpus = 1
-    device, to = setup(args)[2], torch.from_numpy(datasets.ARCFACE_5)
-    net, state = open_dfa(args.weights, device)
-    restore_args(args, state["args"], MACHINE | DATA | ({"box"} & set(args.given)))
-    for _, image, box, _, target in each_face(args, "kprpe-dfa", (".png", ".pts"), device):
-        points = find_face(net, image, box)
-        aligned = recognition.WholeImages([image], 112, points[None], align=(to, 1.0)).__getitems__([(0, 0)])
-        datasets.write_pts(target + ".pts", points)
-        write_image(target + ".png", aligned["image"][0].numpy())
+    """--task dfa --predict: each face's landmarks, px of the image, as NAME.pts, which --landmarks
+    takes, and the face aligned as NAME.png. Without --detector and --box, one face an image."""
+    device = run.open_checkpoint(args, args.weights)[1]
+    net = open_dfa(args.weights, device)
+    detector = photos.open_detector(args.detector) if args.detector else None
+    to = torch.from_numpy(datasets.ARCFACE_5)
+    for photo in photos.photos(args, (".pts", ".png")):
+        boxes = [None]
+        if detector or args.box not in args.boxes:
+            boxes = photos.find_boxes(args, photo.image, detector)
+        for box in boxes:
+            points = find_face(net, photo.image, box)
+            face = recognition.WholeImages([photo.image], 112, points[None], align=(to, 1.0))
+            target = photo.target()
+            datasets.write_pts(target + ".pts", points)
+            datasets.write_image(target + ".png", face.__getitems__([(0, 0)])["image"][0].numpy())
     return {}
 
 
-def evaluate_aligner(args) -> dict:
-    """--task dfa --eval: the errors of a checkpoint on the test split; with --output, the pictures too."""
-    device, given = setup(args)[2], set(args.given)
-    net, state = open_dfa(args.eval, device)
-    other, free = "data" in given and args.data != state["args"]["data"], DATA | {"box"}
-    restore_args(args, state["args"], MACHINE | (free if other else free & given))
-    folder, data = find_run(args, "kprpe-dfa"), aligner_set(args, "test")
-    loader = make_loader(args, data, shard_keys(len(data), 64, *ranks()), device, True)
-    errors = evaluate_dfa(net, state["mean"], data, loader, args, device)
-    return report_dfa(folder and make_run(args, "kprpe-dfa", folder), net, data, errors, args, device)
+def align_112(image: torch.Tensor, landmarks: torch.Tensor, border: float = -1.0) -> torch.Tensor:
+    """Faces with their five points at ArcFace's, by least-squares similarities: one warp, whose
+    gradient reaches the landmarks (code: NumPy there, hence none).
+    Args: image (B, C, H, W); landmarks (B, 5, 2) in [0, 1] of it, as `DFA` finds them; border, the
+        number outside the image. One of more than twice the resolution should be shrunk before.
+    Returns: (B, C, 112, 112), float32 at least.
+    Raises: ValueError for another shape; on the CPU also for landmarks that determine no map."""
+    if landmarks.shape != (len(image), 5, 2):
+        raise ValueError(f"landmarks have the shape {tuple(landmarks.shape)} for {len(image)} "
+                         "images: expected (B, 5, 2)")
+    if landmarks.device.type == "cpu":  # elsewhere it would wait for the device
+        warp.check_points(landmarks, "similarity")
+    points = warp.to_px(2 * at_least_float32(landmarks) - 1, image.shape[-2:])
+    five = torch.tensor(datasets.ARCFACE_5).to(points)
+    return warp.warp_affine(image, warp.fit_similarity(points, five), (112, 112), border)
 
 
-def train_dfa(args) -> dict:
-    """--task dfa: trains by the flags; returns the errors of the last evaluation."""
-    # Set-up
-    rank, world, device = setup(args)
-    folder = find_run(args, "kprpe-dfa")
-    state = load_task(folder / "last.pt", "dfa") if args.resume else None
-    if state:
-        restore_args(args, state["args"], MACHINE | ({"data_root"} & set(args.given)))
-    # Data and network
-    data, test = aligner_set(args, "train"), aligner_set(args, "test")
-    mean, strength = mean_face(data), AUGMENTATIONS[args.augment]
-    seed_all(args.seed)
-    net = DFA(args.size).to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(net, args.weight_decay), args.lr, fused=True)
-    if state:
-        if state["count"] != len(data):
-            raise ValueError(f"--resume: {len(data)} training faces, the run was started on {state['count']}")
-        load_weights(net, state["model"], folder / "last.pt")
-        optimizer.load_state_dict(state["optimizer"])
-    model = wrap(net, args, device)
-    batches = datasets.EpochBatches(len(data), args.batch_size, args.seed, rank, world)
-    loader = make_loader(args, data, batches, device, True)
-    looked_at = make_loader(args, test, shard_keys(len(test), 64, rank, world), device, True)
-    start, began, errors = state["epoch"] if state else 0, time.time(), None
-    folder = begin_run(args, "kprpe-dfa", folder, state, f"{len(data):,} training faces")
+# ---- Template fusion: supplement 4, Eqs. (16) to (18) --------------------------------------------
 
-    def loss_of(batch):
-        image, points = prepare(batch, device)
-        if strength is not None:
-            image, points = augment(image, points, strength, FLIP_9)
-        with precision(args, device):
-            found = model(image / 127.5 - 1)
-        return dfa_loss(found, targets(points, args.size), net.priors)
-
-    bar = progress(args, start, len(batches), rank)
-    for epoch in range(start, args.epochs):
-        seed_all(args.seed, epoch + 1, rank)
-        batches.epoch, epoch_began = epoch, time.time()
-        net.train()
-        losses = one_pass(args, epoch, len(batches), loader, loss_of, optimizer, bar, device,
-                          lambda limit: nn.utils.clip_grad_norm_(net.parameters(), limit))
-        check_weights(net, epoch + 1)
-        # Evaluation by all processes, log and checkpoint by the first
-        share_statistics(net)
-        row = dict(epoch=epoch + 1, loss=losses.mean().item(), lr=optimizer.param_groups[0]["lr"],
-                   images_per_second=len(batches) * args.batch_size / (time.time() - epoch_began))
-        if epoch + 1 == args.epochs or (epoch + 1) % args.eval_every == 0:
-            errors = evaluate_dfa(net, mean, test, looked_at, args, device)
-            row |= zip(ERRORS, errors.mean(1).tolist())
-        if rank == 0:
-            row["minutes"] = (time.time() - began) / 60
-            bar.write(summary(row))
-            write_log(folder / "log.jsonl", **row)
-            save(folder / "last.pt", script="kprpe", model=net.state_dict(), epoch=epoch + 1, args=vars(args),
-                 optimizer=optimizer.state_dict(), world=world, mean=mean, count=len(data))
-    bar.close()
-    if errors is None:  # it was killed after its last checkpoint
-        errors = evaluate_dfa(net, mean, test, looked_at, args, device)
-    return report_dfa(folder, net, test, errors, args, device)
-
-
-# ---- Template fusion: Eqs. 16 to 18 --------------------------------------------------------------
-
-def fuse(features: torch.Tensor, template, rule: str = "average", landmarks=None, score=None) -> torch.Tensor:
-    """Unit features (T, D) of templates, as videos, of the features (N, D) of their images, norms kept.
-    Args: template (N,) 0..T-1; rule, one of FUSIONS: "average" of unit features, "norm" weighted by their
-        norms, "landmark" by what `DFA` finds in these images, landmarks (N, 5, 2) in [0, 1] and score (N,).
+def fuse(features: torch.Tensor, template, rule: str = "average", landmarks=None, score=None):
+    """Unit features (T, D) of templates, as videos, of the features (N, D) of their images.
+    Args: features, norms kept; template (N,) 0..T-1; rule, one of FUSIONS: "average" of unit
+        features, "norm" weighted by their norms, "landmark" by what `DFA` finds in these images,
+        landmarks (N, 5, 2) in [0, 1] and score (N,).
     Raises: ValueError for an unknown rule, or without landmarks and scores where it takes them."""
-    features, template = at_least_float32(features), torch.as_tensor(template)
     if rule not in FUSIONS or (rule == "landmark" and (landmarks is None or score is None)):
-        raise ValueError(f"fusion {rule!r}: expected one of {', '.join(FUSIONS)}, and landmarks and scores "
-                         "for the last")
-    unit, weight = F.normalize(features), torch.ones_like(features[:, 0])
+        raise ValueError(f"fusion {rule!r}: expected one of {', '.join(FUSIONS)}, and landmarks "
+                         "and scores for the last")
+    features = at_least_float32(features)
+    weight = torch.ones_like(features[:, 0])
     if rule == "norm":
         # Eq. (16): f = 1/N sum_i ||f_i||_2 fbar_i
         weight = features.norm(dim=1)
     if rule == "landmark":
-        # Eq. (17): d_i = (h - min(||L_i - L^||_2, h)) / h, h = 0.2.   paper: a norm, code: the mean over the
-        # five points of their distances; we follow the code, as h is of the size of such a mean.
-        canonical = torch.as_tensor((datasets.ARCFACE_5 + 0.5) / 112).to(features)
+        # Eq. (17): d_i = (h - min(||L_i - L^||_2, h)) / h, h = 0.2.   Paper: a norm; code: the mean
+        # of the five points' distances, whose size h has; we follow the code.
+        canonical = torch.tensor((datasets.ARCFACE_5 + 0.5) / 112).to(features)
         distance = (landmarks.to(features) - canonical).norm(dim=-1).mean(-1)
         d = (0.2 - distance.clamp(max=0.2)) / 0.2
-        # Eq. (18): f = 1/N sum_i (d_i F_score^i) fbar_i; at least 1e-6 (code), so that a template of bad
-        # images alone is their average.
+        # Eq. (18): f = 1/N sum_i (d_i F_score^i) fbar_i; at least 1e-6 (code), so that a template
+        # of bad images alone is their average.
         weight = (d * score.to(features)).clamp(min=1e-6)
-    # Over the number of images, all of one medium, then L2: a factor of a template changes no cosine.
-    return recognition.template_features(unit * weight[:, None], template, torch.zeros_like(template))
+    # The mean of one medium, then made a unit vector: a template's length changes no cosine.
+    template = torch.as_tensor(template)
+    weighted = F.normalize(features) * weight[:, None]
+    return recognition.template_features(weighted, template, torch.zeros_like(template))
 
 
 class Templates(NamedTuple):
-    """Which template each image is of, (N,) 0..T-1; whose each template is, (T,); whether enrolled, (T,)."""
-    template: np.ndarray
-    identity: np.ndarray
-    gallery: np.ndarray
+    """Videos as templates."""
+    template: np.ndarray  # (N,) 0..T-1, of each image
+    identity: np.ndarray  # (T,)
+    gallery: np.ndarray   # (T,) bool: enrolled; the others are looked for
 
 
 def own_templates(faces: Sequence[datasets.Face], frames: int = 5) -> Templates:
-    """Videos as templates: PERSON/VIDEO/*.jpg by their folders; images straight in a person's folder, or in
-    one of all people, by their names less the last character, as 20.jpg, 21.jpg and PERSON_20.jpg,
-    PERSON_21.jpg; drawn faces by `frames`. The first of each person is enrolled, the others are looked for.
-    Raises: ValueError unless there are two people, and two templates of one."""
-    keys, seen = [], Counter()
+    """The videos of a set: PERSON/VIDEO/*.jpg by folder; images straight in a person's folder, or
+    in one of all people, by name less the last character, as 20.jpg, 21.jpg and PERSON_20.jpg,
+    PERSON_21.jpg; drawn faces by `frames`. The first of each person is enrolled.
+    Raises: UserError unless there are two people, and two templates of one."""
+    keys = []
+    seen = Counter()
     for face in faces:
-        folder, stem = "", str(seen[face.identity] // frames)
+        video = str(seen[face.identity] // frames)
         if isinstance(face.image, (str, os.PathLike)):
-            folder, stem = os.path.split(os.path.splitext(face.image)[0])
-            flat = os.path.basename(folder) == face.identity or face.identity not in Path(folder).parts
-            stem = stem[:-1] if flat else ""
+            video, name = os.path.split(os.path.splitext(face.image)[0])
+            if os.path.basename(video) == face.identity or face.identity not in Path(video).parts:
+                video = os.path.join(video, name[:-1])
         seen[face.identity] += 1
-        keys.append((face.identity, folder, stem))
-    names = sorted(set(keys), key=lambda key: tuple(map(recognition.natural, key)))
-    people, identity = np.unique([person for person, _, _ in names], return_inverse=True)
-    if len(people) < 2 or len(people) == len(names):
-        raise ValueError(f"found {len(names)} templates of {len(people)} people: expected two people or more"
-                         ", and two templates of one; PERSON/VIDEO/NAME.jpg, or PERSON/20.jpg of video 2")
-    place = {key: i for i, key in enumerate(names)}
-    first = np.zeros(len(names), bool)
-    first[np.unique(identity, return_index=True)[1]] = True
-    return Templates(np.array([place[key] for key in keys]), identity, first)
+        keys.append((face.identity, video))
+    videos = sorted(set(keys), key=lambda key: tuple(map(recognition.natural, key)))
+    people, first, identity = np.unique([person for person, _ in videos], return_index=True,
+                                        return_inverse=True)
+    if len(people) < 2 or len(people) == len(videos):
+        raise UserError(f"found {len(videos)} templates of {len(people)} people: expected two "
+                        "people or more, and two templates of one; PERSON/VIDEO/NAME.jpg, or "
+                        "PERSON/20.jpg of video 2")
+    place = {key: i for i, key in enumerate(videos)}
+    gallery = np.isin(np.arange(len(videos)), first)
+    return Templates(np.array([place[key] for key in keys]), identity, gallery)
 
 
 def identify_templates(pooled: torch.Tensor, templates: Templates, ks=(1, 5)) -> dict[int, float]:
-    """Closed-set identification of features (T, D) of templates: {k: share found among the first k}."""
-    identity, gallery = torch.from_numpy(templates.identity), torch.from_numpy(templates.gallery)
-    return metrics.rank_k(pooled[~gallery], identity[~gallery], pooled[gallery], identity[gallery], ks)
+    """Closed-set identification of templates (T, D): {k: share found among the first k}."""
+    identity = torch.from_numpy(templates.identity)
+    gallery = torch.from_numpy(templates.gallery)
+    return metrics.rank_k(pooled[~gallery], identity[~gallery], pooled[gallery], identity[gallery],
+                          ks)
 
 
 # ---- Gait: Sec. 5 --------------------------------------------------------------------------------
 
-# Sec. 5: 32 people x 4 sequences, 60,000 steps (93 an epoch). The rest is OpenGait's.
-GAIT_PAPER = dict(rpe="kp-multihead", dim=256, heads=16, epochs=645, batch_size=128, frames=30, lr=3e-4,
-                  weight_decay=0.02, warmup=0.0, clip=0.0, eval_every=65)
+# SwinGait-2D: each silhouette passes convolutions and a Swin transformer by itself, whose windows
+# have Swin's table of relative positions, or KP-RPE by the 17 joints of the frame.
+
+# Sec. 5: 32 people x 4 walks, 60,000 steps (93 an epoch). The rest is OpenGait's. To evaluate takes
+# long, and is left to the end.
+GAIT_PAPER = dict(rpe="kp-multihead", dim=256, heads=16, epochs=645, batch_size=128, frames=30,
+                  lr=3e-4, weight_decay=0.02, warmup=0.0, clip=0.0, eval_every=1000)
 GAIT_PRESETS = {
     "gait3d": {},
     "walkers": dict(dim=32, heads=2, epochs=20, batch_size=32, frames=4, lr=2e-3, warmup=1.0,
-                    unaligned=True, eval_every=10),
+                    unaligned=True),
 }
-DRAWN_WALKERS = {"train": dict(people=100), "test": dict(people=60, sequences=4, frames=16)}
-SEQUENCES = 4  # of each person in a batch
-SPOIL = dict(shift=6.0, zoom=0.2)  # of crops of 64 x 44 px, --unaligned
 SWIN = ("none", "swin", *KEYPOINT)  # --rpe
+TOKENS = (15, 10)  # height and width of a frame in tokens,
+WINDOW = (3, 5)  # and of a window
+STAGES = (4, 2)  # blocks; the second stage has twice the width and the heads of the first
+SEQUENCES = 4  # of each person in a batch
+DRAWN_WALKERS = {"train": dict(people=100, frames=18),
+                 "test": dict(people=60, sequences=4, frames=16)}
+SPOIL = dict(shift=6.0, zoom=0.2)  # of silhouettes of 64 x 44 px, for --unaligned
 
 
 def gait_flags(parser):
@@ -2342,405 +2302,388 @@ def gait_flags(parser):
     add = parser.add_argument_group("gait").add_argument
     add("--dim", type=run.positive, default=256, help="width of the first stage")
     add("--heads", type=run.positive, default=16, help="attention heads of the first stage")
-    add("--drop-path", type=run.fraction, default=0.1, help="chance that a frame skips the last block")
-    add("--rpe", default="kp-multihead", choices=SWIN, help="position encoding; swin: its own table")
-    add("--rpe-lr", type=run.nonnegative, default=0.0, help="learning rate of the encoding over --lr; 0: "
-        "sqrt(d) for kp-*, 1 for swin")
-    add("--frames", type=run.positive, default=30, help="frames of a sequence that a step sees")
-    add("--unaligned", action=switch, default=False, help="also test on sequences moved at random")
-
-
-def check_gait(args, error: Callable):
-    """Calls `error` for flags of --task gait that do not go together."""
-    if args.batch_size % (SEQUENCES * args.gpus):
-        error(f"--batch-size {args.batch_size}: expected a multiple of {SEQUENCES} sequences of a person x "
-              f"--gpus {args.gpus}")
-    if args.dim % args.heads or args.dim % 4:
-        error(f"--dim {args.dim}: expected a multiple of 4 and of --heads {args.heads}")
-
-
-FRAME, TOKENS, WINDOW = gait.SIDES, (15, 10), (3, 5)  # height and width, in px and in tokens
-STAGES = (4, 2)  # blocks; the second stage has twice the width and the heads of the first
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: (B, cin, H, W) -> (B, planes, H/stride, W/stride).
-    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, Fig. 5 left."""
-    expansion = 1
-
-    def __init__(self, cin: int, planes: int, stride: int = 1):
-        super().__init__()
-        self.conv1, self.bn1 = conv(cin, planes, 3, stride), nn.BatchNorm2d(planes)
-        self.conv2, self.bn2 = conv(planes, planes, 3), nn.BatchNorm2d(planes)
-        reshape = stride > 1 or cin != planes  # the shortcut is the identity wherever the shapes allow it
-        self.downsample = conv_bn(cin, planes, 1, stride) if reshape else nn.Identity()
-
-    def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = self.bn2(self.conv2(out))
-        return F.relu(out + self.downsample(x), inplace=True)
+    add("--drop-path", type=run.within(float, 0, 0.9), default=0.1, help="chance that a frame "
+        "skips a branch of the last block")
+    add("--rpe", default="kp-multihead", choices=SWIN, help="relative positions: Swin's or KP-RPE")
+    add("--rpe-lr", type=run.nonnegative, default=0.0, help="learning rate of the encoding over "
+        "--lr; 0: sqrt(d) for kp-*, 1 for swin")
+    add("--frames", type=run.within(int, 1, 1000), default=30, help="frames of a walk in a step")
+    add("--unaligned", action=switch, default=False, help="also test on walks moved at random")
 
 
 def window_order(shift: tuple[int, int]) -> torch.Tensor:
-    """Tokens, counted row by row, of each window, row by row: (10, 15) long. Windows lie `shift` further down
-    and right; what they lose at one side of the frame comes in at the other."""
+    """Tokens, counted row by row, of each window, row by row: (W, N) long, 10 windows of 15. They
+    lie `shift` further down and right; what they lose on one side comes in on the other."""
     places = torch.arange(math.prod(TOKENS)).view(TOKENS).roll((-shift[0], -shift[1]), (0, 1))
-    places = places.unflatten(1, (-1, WINDOW[1])).unflatten(0, (-1, WINDOW[0]))             # (5, 3, 2, 5)
+    places = places.unflatten(1, (-1, WINDOW[1])).unflatten(0, (-1, WINDOW[0]))  # (5, 3, 2, 5)
     return places.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-class WindowAttention(Attention):
-    """`Attention` within the windows of each frame: tokens (F, 150, dim) -> the same.
+class WindowAttention(nn.Module):
+    """Attention within the windows of each frame: tokens (F, 150, dim) -> the same.
 
-    Args: rpe, "swin" for Swin's own table over all 5 x 9 offsets within a window, else none; shifted, whether
-        windows lie half a window further down and right; tokens from two sides of the frame, which meet in
-        one, do not see each other. Of kp-* `forward` takes PairBias and parts, of each frame: the bias (F, H,
-        15, 15) is the same in all its windows.
-    Source: Liu et al., "Swin Transformer", ICCV 2021: its table is not divided by sqrt(d), and W_Q, W_K, W_V
-        have biases, without which SwinGait has not the parameters that it has.
+    Args: table, whether it has Swin's: a number for each head and each of the 5 x 9 offsets in a
+        window, not divided by sqrt(d); shifted, whether windows lie half a window further down and
+        right. Tokens from two sides of the frame, which then meet in one, do not see each other.
+    `forward`: bias (F, H, N, N) of KP-RPE, the same in all windows of a frame, or None.
+    Source: Liu et al., "Swin Transformer", ICCV 2021.
     """
 
-    def __init__(self, dim: int, heads: int, rpe: str, shifted: bool):
-        super().__init__(dim, heads, "none", 0)
-        self.qkv = nn.Linear(dim, 3 * dim)
+    def __init__(self, dim: int, heads: int, table: bool, shifted: bool):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)  # with biases: SwinGait's number of parameters has them
+        self.proj = nn.Linear(dim, dim)
         height, width = WINDOW
         self.shift = (height // 2, width // 2) if shifted else (0, 0)
         offsets = (2 * height - 1) * (2 * width - 1)
         # At 0, where Swin draws it with 0.02: so all encodings start as one network.
-        self.table = nn.Parameter(torch.zeros(heads, offsets)) if rpe == "swin" else None
+        self.table = nn.Parameter(torch.zeros(heads, offsets)) if table else None
         places = torch.cartesian_prod(torch.arange(height), torch.arange(width))
-        rows, columns = (places[:, None] - places).unbind(-1)                 # (N, N) each, query - key
+        rows, columns = (places[:, None] - places).unbind(-1)  # (N, N) each, query - key
         ids = (2 * width - 1) * (rows + height - 1) + columns + width - 1
-        order = window_order(self.shift)
-        side = torch.stack([order // TOKENS[1] < self.shift[0], order % TOKENS[1] < self.shift[1]], -1)
-        apart = (side[:, :, None] != side[:, None]).any(-1)[:, None]          # (W, 1, N, N)
-        mask = torch.zeros(apart.shape).masked_fill(apart, -torch.inf)
-        for name, value in dict(ids=ids, order=order.flatten(), back=order.flatten().argsort(),
-                                mask=mask).items():
-            self.register_buffer(name, value, persistent=False)
+        order = window_order(self.shift)  # (W, N)
+        top = order // TOKENS[1] < self.shift[0]  # of the frame, where windows at its bottom go on
+        left = order % TOKENS[1] < self.shift[1]
+        apart = (top[:, :, None] != top[:, None]) | (left[:, :, None] != left[:, None])
+        mask = torch.zeros(apart.shape).masked_fill(apart, -math.inf)[None, :, None]
+        self.register_buffer("ids", ids, persistent=False)
+        self.register_buffer("order", order.flatten(), persistent=False)
+        self.register_buffer("back", order.flatten().argsort(), persistent=False)
+        self.register_buffer("mask", mask if shifted else mask[:, :1], persistent=False)
 
-    def forward(self, x, pairs=None, parts=None):
-        x = x.index_select(1, self.order).unflatten(1, (-1, math.prod(WINDOW)))             # (F, W, N, dim)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # (F, W, H, N, d)
-        bias = None
+    def forward(self, x, bias=None):
+        windows = x[:, self.order].view(-1, len(self.ids), x.shape[-1])  # (F W, N, dim)
+        # Four axes, (F W, H, N, d) each: with five, none of a GPU's fused kernels would run.
+        q, k, v = self.qkv(windows).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        bias = self.every_window(bias, len(x)).to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, bias)
+        return self.proj(y.transpose(1, 2).reshape(x.shape))[:, self.back]
+
+    def every_window(self, bias, frames: int) -> torch.Tensor:
+        """What is added to the logits, bias or table, and mask: (F W, H, N, N), or 1 instead of F W
+        where it is the same in all windows, and of H in all heads."""
         if self.table is not None:
-            bias = self.table[:, self.ids].to(q.dtype)                        # (H, N, N)
-        elif parts is not None:
-            # Eq. (5), Eq. (11), as in `Attention`
-            bias = pairs(*(part * self.scale for part in parts), q.dtype)[:, None]          # (F, 1, H, N, N)
-        if any(self.shift):
-            bias = self.mask.to(q.dtype) + (0 if bias is None else bias)      # (1 or F, W, 1 or H, N, N)
-        y = F.scaled_dot_product_attention(q, k, v, bias).transpose(2, 3).flatten(3)        # (F, W, N, dim)
-        return self.proj(y).flatten(1, 2).index_select(1, self.back)
+            bias = self.table[None, :, self.ids]
+        bias = self.mask if bias is None else bias[:, None] + self.mask  # (F, W, H, N, N), or 1s
+        if bias.shape[:2] == (1, 1):
+            return bias[0]
+        windows = len(self.order) // len(self.ids)
+        return bias.expand(frames, windows, -1, -1, -1).flatten(0, 1)
 
 
 class SwinBlock(Block):
-    """`Block` with attention in windows and a hidden layer of 4 dim by GELU; a sample is a frame."""
+    """`Block` of frames with attention in windows, and a hidden layer of 4 dim by GELU."""
 
-    def __init__(self, dim: int, heads: int, drop: float, rpe: str, shifted: bool):
-        super().__init__(dim, heads, 4 * dim, drop, "none", 0)
-        self.attn, self.mlp.act = WindowAttention(dim, heads, rpe, shifted), nn.GELU()
+    def __init__(self, dim: int, heads: int, drop: float, table: bool, shifted: bool):
+        super().__init__(dim, heads, 4 * dim, drop)
+        self.attn = WindowAttention(dim, heads, table, shifted)
+        self.mlp.act = nn.GELU()
 
 
 class SwinGait(nn.Module):
-    """SwinGait-2D: silhouettes (B, T, 64, 44) in [0, 1] [, joints (B, T, joints, 2) in [0, 1]] -> parts of
-    the body (B, 15, dim), from the head down, not normalised.
+    """SwinGait-2D: silhouettes (B, T, 64, 44) in [0, 1] [, joints (B, T, joints, 2) in [0, 1]] ->
+    15 strips of the body (B, 15, dim), from the head down, not normalised.
 
-    Each frame goes through convolutions and a Swin transformer by itself. Of the maximum over the frames each
-    row of tokens is a part, with a projection of its own.
-    KP-RPE: M is the grid of one window, 3 x 5, in [0, 1], P the joints of the frame, so that all windows of a
-    frame have one bias. It takes the place of Swin's table. Each stage has its own W_L, as its heads differ.
-    Args: dim, of the first stage, a multiple of 4 and of heads; rpe, one of SWIN; drop_path, of
-        the last block, rising evenly from 0.
-    Raises: ValueError.
-    Source: Sec. 5; Fan et al., "Exploring Deep Models for Practical Gait Recognition", arXiv 2303.03301.
-        OpenGait's code has SwinGait-3D alone: here its convolutions are 2-D, and windows of 3 x 3 x 5 are
-        3 x 5. Its 16th projection is a copy of the 15th strip's, left out of all outputs: not here.
+    KP-RPE takes the place of Swin's table: M is the grid of one window, 3 x 5, in [0, 1], P the
+    joints of the frame, so that all windows of a frame have one bias. A stage has its own W_L.
+    Args: dim and heads of the first stage; rpe, one of SWIN; drop_path, of the last block, rising
+        evenly from 0.   Raises: UserError.
+    Source: Fan et al., "Exploring Deep Models for Practical Gait Recognition", arXiv 2303.03301.
+        OpenGait's code has SwinGait-3D alone: here its convolutions are 2-D, and windows of
+        3 x 3 x 5 are 3 x 5. Its 16th projection, which no output has, is not here.
     """
 
-    def __init__(self, dim: int = 256, heads: int = 16, rpe: str = "swin", joints: int = gait.JOINTS,
-                 drop_path: float = 0.1):
+    def __init__(self, dim: int = 256, heads: int = 16, rpe: str = "swin",
+                 joints: int = gait.JOINTS, drop_path: float = 0.1):
         super().__init__()
         if rpe not in SWIN or dim % 4 or dim % heads:
-            raise ValueError(f"SwinGait of dim {dim}, {heads} heads, rpe {rpe!r}: expected a multiple of 4 "
-                             f"and of the heads, and one of {', '.join(SWIN)}")
-        self.joints, low, high = joints, dim // 4, dim // 2
+            raise UserError(f"--dim {dim}, --heads {heads}, --rpe {rpe}: expected a multiple of 4 "
+                            f"and of the heads, and one of {', '.join(SWIN)}")
+        low, high = dim // 4, dim // 2
         self.stem = nn.Sequential(
             conv_bn(1, low, 3, act=nn.ReLU), BasicBlock(low, low), BasicBlock(low, high, 2),
             *(BasicBlock(high, high) for _ in range(3)))
-        self.patch_embed, self.patch_norm = nn.Conv2d(high, dim, 2, 2), nn.LayerNorm(dim)
+        self.patch_embed = nn.Conv2d(high, dim, 2, 2)
+        self.patch_norm = nn.LayerNorm(dim)
+        wide = [1] * STAGES[0] + [2] * STAGES[1]
         self.blocks = nn.ModuleList(
-            SwinBlock(dim * wide, heads * wide, drop_path * i / (sum(STAGES) - 1), rpe, i % 2 == 1)
-            for i, wide in enumerate([1] * STAGES[0] + [2] * STAGES[1]))
+            SwinBlock(dim * n, heads * n, drop_path * i / 5, rpe == "swin", i % 2 == 1)
+            for i, n in enumerate(wide))
         self.widen = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim, bias=False))
         self.norm = nn.LayerNorm(2 * dim)
-        for module in self.modules():  # as Swin
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        self.project = nn.Parameter(torch.stack(
-            [nn.init.xavier_uniform_(torch.empty(2 * dim, dim)) for _ in range(TOKENS[0])]))
+        self.project = nn.Parameter(torch.empty(TOKENS[0], 2 * dim, dim))
+        for strip in self.project.data:
+            nn.init.xavier_uniform_(strip)
+        init_transformer(self)
         # After the weights are drawn: its own start is 0.
-        self.rpe = nn.ModuleList(KPRPE(joints, WINDOW, depth, heads * 2**i, rpe)
-                                 for i, depth in enumerate(STAGES)) if rpe in KEYPOINT else None
-        self.pairs = PairBias(WINDOW, "product") if rpe in KEYPOINT else None
+        self.rpe = None
+        if rpe in KEYPOINT:
+            scale = (dim // heads) ** -0.5
+            self.rpe = nn.ModuleList([KPRPE(joints, WINDOW, STAGES[0], heads, rpe, scale),
+                                      KPRPE(joints, WINDOW, STAGES[1], 2 * heads, rpe, scale)])
 
-    def parts(self, joints: torch.Tensor | None):
-        """`KPRPE.split` of joints (F, joints, 2), block by block, or None for each.   Raises: ValueError."""
+    def biases(self, joints: torch.Tensor | None) -> list:
+        """B / sqrt(d) of each block, (F, H, N, N), of joints (F, joints, 2), or None."""
         if self.rpe is None:
             return [None] * len(self.blocks)
         if joints is None:
-            raise ValueError(f"--rpe kp-{self.rpe[0].variant} needs joints (B, T, {self.joints}, 2) in "
-                             "[0, 1] beside the silhouettes")
-        return [parts for stage in self.rpe for parts in zip(*stage.split(joints))]
+            raise ValueError(f"--rpe {self.rpe[0].variant} needs joints (B, T, "
+                             f"{self.rpe[0].keypoints}, 2) in [0, 1] beside the silhouettes")
+        return [bias for stage in self.rpe for bias in stage(joints)]
 
     def forward(self, image: torch.Tensor, joints: torch.Tensor | None = None) -> torch.Tensor:
-        if image.ndim != 4 or image.shape[2:] != FRAME:
-            raise ValueError(f"silhouettes have the shape {tuple(image.shape)}: expected (B, T, 64, 44)")
-        x = self.stem(image.flatten(0, 1)[:, None])                           # (F, dim / 2, 32, 22), F = B T
-        x = F.interpolate(x, (2 * TOKENS[0], 2 * TOKENS[1]), mode="bilinear", align_corners=True)  # code's
-        x = self.patch_norm(self.patch_embed(x).flatten(2).mT)                # (F, 150, dim)
-        for i, (block, parts) in enumerate(zip(self.blocks, self.parts(
-                None if joints is None else joints.flatten(0, 1)))):
+        if image.ndim != 4 or image.shape[2:] != gait.SIDES:
+            raise ValueError(f"silhouettes have the shape {tuple(image.shape)}: expected "
+                             "(B, T, 64, 44)")
+        biases = self.biases(None if joints is None else joints.flatten(0, 1))
+        x = self.stem(image.flatten(0, 1)[:, None])  # (F, dim / 2, 32, 22), F = B T
+        size = (2 * TOKENS[0], 2 * TOKENS[1])
+        x = F.interpolate(x, size, mode="bilinear", align_corners=True)  # code
+        x = self.patch_norm(self.patch_embed(x).flatten(2).mT)  # (F, 150, dim)
+        for i, (block, bias) in enumerate(zip(self.blocks, biases)):
             if i == STAGES[0]:
-                x = self.widen(x)                                             # (F, 150, 2 dim)
-            x = block(x, self.pairs, parts)
-        x = self.norm(x).unflatten(0, image.shape[:2]).amax(1)                # (B, 150, 2 dim)
+                x = self.widen(x)  # (F, 150, 2 dim)
+            x = block(x, bias)
+        x = self.norm(x).unflatten(0, image.shape[:2]).amax(1)  # over the frames: (B, 150, 2 dim)
         x = x.unflatten(1, TOKENS)
-        x = x.mean(2) + x.amax(2)                                             # (B, 15, 2 dim)
+        x = x.mean(2) + x.amax(2)  # (B, 15, 2 dim)
         return at_least_float32(torch.einsum("bpc,pcd->bpd", x, self.project))
 
 
-def triplet_loss(parts: torch.Tensor, labels: torch.Tensor, margin: float = 0.2) -> torch.Tensor:
-    """Mean of max(0, margin + d(a, p) - d(a, n)) over all triplets of a part in which it is not 0, then over
-    the parts: parts (B, P, D), labels (B,) -> scalar; d is the Euclidean distance.
-    Source: Hermans et al., arXiv 1703.07737. OpenGait counts an anchor as its own positive, too; not here."""
-    x = parts.transpose(0, 1)                                                 # (P, B, D)
+def triplet_loss(strips: torch.Tensor, labels: torch.Tensor, margin: float = 0.2) -> torch.Tensor:
+    """Mean of max(0, margin + d(a, p) - d(a, n)) over a strip's triplets in which it is not 0, then
+    over the strips: (B, P, D), labels (B,) -> scalar; d is the Euclidean distance.
+    Source: Hermans et al., arXiv 1703.07737. OpenGait also takes an anchor as its own positive."""
+    x = strips.transpose(0, 1)  # (P, B, D)
     # The product's form of it would lose the small distances, and have no gradient at 0.
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")              # (P, B, B)
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")  # (P, B, B)
     same = labels[:, None] == labels
-    triplets = same.clone().fill_diagonal_(False)[:, :, None] & ~same[:, None]             # (B, B, B), a p n
+    positive = same.clone().fill_diagonal_(False)
+    triplets = positive[:, :, None] & ~same[:, None]  # (B, B, B): anchor, positive, negative
     # All of them, as to pick those out would wait for the GPU: 0.1 GB a tensor at Gait3D's batch.
-    loss = (margin + distance[..., None] - distance[:, :, None]).clamp(min=0) * triplets   # (P, B, B, B)
+    loss = (margin + distance[..., None] - distance[:, :, None]).clamp(min=0) * triplets
     return (loss.sum((1, 2, 3)) / (loss > 0).sum((1, 2, 3)).clamp(min=1)).mean()
 
 
 class GaitLoss(nn.Module):
-    """Triplet loss plus cross entropy, over the batches of all processes, which have the same size: parts
-    (B, P, D), labels (B,) long -> scalar, whole and the same in each process.
+    """Triplet loss plus cross entropy over the batches of all processes, which have the same size:
+    strips (B, P, D), labels (B,) long -> scalar, whole and the same in each process.
 
-    BNNeck (Luo et al., CVPR workshops 2019): distances are taken of the parts as they are, cosines with the
-    centres of the people behind a batch norm. Label smoothing spreads a share over all people.
+    BNNeck (Luo et al., CVPR workshops 2019): distances are taken of the strips as they are, cosines
+    with the centres of the people behind a batch norm. Source of the numbers: OpenGait.
     """
 
-    def __init__(self, dim: int, people: int, strips: int = TOKENS[0], margin: float = 0.2,
-                 scale: float = 16.0, smoothing: float = 0.1):
+    def __init__(self, dim: int, people: int, strips: int = TOKENS[0]):
         super().__init__()
-        self.margin, self.scale, self.smoothing = margin, scale, smoothing
         self.norm = nn.BatchNorm1d(strips * dim)
-        self.centres = nn.Parameter(torch.stack(
-            [nn.init.xavier_uniform_(torch.empty(people, dim)) for _ in range(strips)]))
+        self.centres = nn.Parameter(torch.empty(strips, people, dim))
+        for own in self.centres.data:
+            nn.init.xavier_uniform_(own)
 
-    def cosines(self, parts: torch.Tensor) -> torch.Tensor:
-        """Of each part with all people's: (B, P, D) -> (B, P, people)."""
-        unit = F.normalize(self.norm(parts.flatten(1)).view_as(parts), dim=-1)
+    def cosines(self, strips: torch.Tensor) -> torch.Tensor:
+        """Of each strip with all people's: (B, P, D) -> (B, P, people)."""
+        unit = F.normalize(self.norm(strips.flatten(1)).view_as(strips), dim=-1)
         return torch.einsum("bpd,pcd->bpc", unit, F.normalize(self.centres, dim=-1))
 
-    def forward(self, parts: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        parts, labels = Gather.apply(parts), all_gather(labels)
-        if parts.requires_grad:  # Gather adds up the gradients of all processes: a share each of a whole loss
-            parts.register_hook(lambda grad: grad / ranks()[1])
-        logits = self.scale * self.cosines(parts)
-        labels = labels[:, None].expand(logits.shape[:2])
-        return triplet_loss(parts, labels[:, 0], self.margin) + F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), label_smoothing=self.smoothing)
+    @torch.compiler.disable  # it talks to the other processes
+    def forward(self, strips: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        strips = Gather.apply(strips)
+        labels = all_gather(labels)
+        if strips.requires_grad:  # Gather adds the gradients of all processes; each has the whole
+            strips.register_hook(lambda grad: grad / ranks()[1])
+        logits = 16 * self.cosines(strips)
+        entropy = F.cross_entropy(logits.mT, labels[:, None].expand(logits.shape[:2]),
+                                  label_smoothing=0.1)
+        return triplet_loss(strips, labels) + entropy
 
 
 def gait_set(args, split: str) -> gait.GaitDataset:
-    """A split of --data: of "train" clips of --frames, half of them mirrored; else whole sequences.
-    Raises: FileNotFoundError; ValueError."""
-    if args.data == "walkers":  # the same whatever --seed is
-        found = gait.walkers(split, **DRAWN_WALKERS[split])
+    """A split of --data: of "train" clips of --frames, half of them mirrored; else whole walks."""
+    if args.data == "walkers":  # the same for every --seed
+        walks = gait.walkers(split, **DRAWN_WALKERS[split])
     else:
-        found = gait.read_gait3d(args.data_root, split)
-    people = {*list(dict.fromkeys(own.identity for own in found))[:args.limit or None]}
-    return gait.GaitDataset([own for own in found if own.identity in people],
-                            args.frames if split == "train" else None, args.seed, split == "train")
+        walks = gait.read_gait3d(args.data_root, split)
+    people = list(dict.fromkeys(walk.identity for walk in walks))
+    people = set(people[:args.limit or None])
+    walks = [walk for walk in walks if walk.identity in people]
+    if args.data == "walkers":
+        walks = [drawn_once(walk) for walk in walks]
+    train = split == "train"
+    return gait.GaitDataset(walks, args.frames if train else None, args.seed, train)
 
 
-def gait_arms(args, device: torch.device) -> list[TestCondition]:
-    """The test split, and with --unaligned once more with every sequence scaled and moved at random. A
-    sequence at a time, of which each process has its share.   Raises: ValueError if none can be found."""
-    data = gait_set(args, "test")
-    gait.mated(data.labels, data.probe)  # before anything is trained
-    sets = [("", data)]
-    if args.unaligned:
-        sets.append(("@unaligned", gait.GaitDataset(gait.spoil(data.sequences, **SPOIL), None)))
-    return [TestCondition(own, crop_loader(args, own, shard_keys(len(own), 1, *ranks()), device), [], suffix)
-            for suffix, own in sets]
+def drawn_once(walk: gait.Sequence) -> gait.Sequence:
+    """The same walk with its frames in memory, 3 kB each: to draw one takes 0.8 ms."""
+    silhouettes, joints = walk.load(np.arange)
+    return walk._replace(load=functools.partial(kept_frames, silhouettes, joints))
+
+
+def kept_frames(silhouettes: np.ndarray, joints: np.ndarray, pick: Callable):
+    """`Sequence.load` of frames in memory."""
+    chosen = pick(len(joints))
+    return silhouettes[chosen], joints[chosen]
 
 
 def gait_inputs(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """What SwinGait takes, of a batch: silhouettes (B, T, 64, 44) and joints (B, T, 17, 2)."""
-    image, joints = (batch[key].to(device, non_blocking=True) for key in ("image", "points"))
-    return image.float() / 255, joints
+    """What SwinGait takes of a batch: silhouettes (B, T, 64, 44) and joints (B, T, 17, 2)."""
+    image = batch["image"].to(device, non_blocking=True)
+    return image.float() / 255, batch["points"].to(device, non_blocking=True)
 
 
-@torch.inference_mode()
-@torch.backends.cudnn.flags(enabled=True, benchmark=False)  # else it tries its ways anew for each length
-def evaluate_gait(net: SwinGait, arms: Sequence[TestCondition], args, device: torch.device) -> dict:
-    """Scores by name, as rank1, map, minp@unaligned, on rank 0, {} on others; rank1@gei is what the mean
-    silhouette alone tells (gait energy image). The distance of two sequences is the Euclidean distance of a
-    part, averaged over the parts (source: OpenGait)."""
-    net.eval()
-    scores = {}
-    for arm in arms:
-        parts, means = [], []
-        for batch in copy.copy(arm.loader):  # as in `embed`
-            image, joints = gait_inputs(batch, device)
-            with precision(args, device):
-                parts.append(net(image, joints))                              # (1, 15, dim)
-            means.append(image.mean(1).flatten(1)[:, None])                   # (1, 1, 64 * 44)
-        for mine, name in ((parts, ""), (means, "@gei")):
-            x = gather_shard_keys(torch.cat(mine), len(arm.data))                 # (S, P, D)
-            if ranks()[0] == 0:
-                x, probe = x.transpose(0, 1).cpu(), arm.data.probe
-                own = gait.identify(torch.cdist(x[:, probe], x[:, ~probe]).mean(0), arm.data.labels, probe)
-                scores |= {f"{key}{arm.suffix}{name}": own[key] for key in own if not name or key == "rank1"}
-    return scores
-
-
-def print_gait(rows: dict[str, dict], args):
-    """Table 5: a row for each network {title: scores}, and one for gait energy images."""
-    shown = {"rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10", "map": "mAP", "minp": "mINP"}
-    first = next(iter(rows.values()))
-    print(f"{args.data} (%)".ljust(30) + "".join(f"{title:>9}" for title in shown.values()))
-    for arm in [arm for arm in ("", "@unaligned") if f"rank1{arm}" in first]:
-        energy = {f"rank1{arm}": first[f"rank1{arm}@gei"]}
-        for title, found in (rows | {"gait energy image": energy}).items():
-            cells = [f"{100 * found[key + arm]:>9.2f}" for key in shown if key + arm in found]
-            print(f"{title}{arm.replace('@', ', ')}".ljust(30) + "".join(cells))
-
-
-def draw_walk(data: gait.GaitDataset, i: int) -> tuple[np.ndarray, torch.Tensor]:
-    """The middle frame of sequence i with its joints, RGB uint8 (168, 168, 3); the joints (17, 2)."""
-    batch = data.__getitems__([(0, i)])
-    image, joints = (batch[key][0, batch["image"].shape[1] // 2] for key in ("image", "points"))
-    pixels = cv2.resize(image.numpy()[..., None].repeat(3, -1), (110, 160), interpolation=cv2.INTER_CUBIC)
-    draw_points(pixels, joints.numpy() * (110, 160) - 0.5, GREEN, 2.5)
-    return cv2.copyMakeBorder(pixels, 4, 4, 29, 29, cv2.BORDER_CONSTANT, value=(255,) * 3), joints
-
-
-def write_gait_pictures(folder: Path, net: SwinGait, arms: Sequence[TestCondition]):
-    """gait.png, silhouettes with their joints, a row for each arm; of kp-* offsets.png, Fig. 13 for gait:
-    three frames, and what each block adds to the logits of the middle of a window, over the window."""
-    tiles = [draw_walk(arm.data, i)[0] for arm in arms for i in examples(arm.data, 8)]
-    write_image(folder / "gait.png", tile(tiles, len(tiles) // len(arms)))
-    if net.rpe is not None:
-        images, joints = zip(*(draw_walk(arms[0].data, i) for i in examples(arms[0].data, 3)))
-        maps = offsets(net, torch.stack(joints).to(net.project.device)).float().cpu().numpy()
-        query, tiles = (WINDOW[0] // 2, WINDOW[1] // 2), []
-        for i, image in enumerate(images):
-            values = maps[:, i, query[0] * WINDOW[1] + query[1]].reshape(-1, *WINDOW)       # (depth, 3, 5)
-            tiles += [image, *(draw_offset(own, query, np.empty((0, 2)), 160) for own in values)]
-        write_image(folder / "offsets.png", tile(tiles, len(net.blocks) + 1))
-
-
-def gait_groups(args, net: SwinGait, loss_of: GaitLoss) -> list[dict]:
-    """`parameter_groups` for AdamW. As in OpenGait, norms, tables and the patch embedding do not decay. It
-    gives convolutions, projections and heads, which it takes from a trained network, a tenth of the rate."""
+def gait_groups(args, net: SwinGait, head: GaitLoss) -> list[dict]:
+    """Parameters for AdamW. As in OpenGait, norms, tables and the patch embedding do not decay; it
+    gives a tenth of the rate to what it takes from a trained network, convolutions and heads."""
     # W_L is divided by sqrt(d) as in the ViT; Swin's table is not.
-    divisor = 1 / net.blocks[0].attn.scale if args.rpe in KEYPOINT else 1.0
-    groups = parameter_groups(net, args.weight_decay, args.rpe_lr or divisor, r"patch_embed|\.table|bias$")
-    groups[0]["params"].append(loss_of.centres)
-    groups[1]["params"] += loss_of.norm.parameters()
+    root_d = (args.dim // args.heads) ** 0.5 if args.rpe in KEYPOINT else 1.0
+    groups = parameter_groups(net, args.weight_decay, args.rpe_lr or root_d,
+                              r"patch_embed|\.table|bias$")
+    groups[0]["params"].append(head.centres)
+    groups[1]["params"] += head.norm.parameters()
     return groups
 
 
-def make_gait_learner(args, data: gait.GaitDataset, state: dict | None, device: torch.device):
-    """Network, loss and their optimizer: new, or as a checkpoint's `state` has them."""
-    seed_all(args.seed)
-    size = [len(data.ids), len(data)]
-    if state and state["classes"] != size:
-        raise ValueError(f"--resume: {size[1]} sequences of {size[0]} people, the run was started on "
-                         f"{state['classes'][1]} of {state['classes'][0]}; see --data-root")
-    net, loss_of = build(args, device), GaitLoss(args.dim, len(data.ids)).to(device)
-    optimizer = torch.optim.AdamW(gait_groups(args, net, loss_of), args.lr, fused=True)
-    if state:
-        path = Path(args.output, "last.pt")
-        load_weights(net, state["model"], path)
-        load_weights(loss_of, state["head"], path)
-        optimizer.load_state_dict(state["optimizer"])
-    return net, loss_of, optimizer
+def train_gait(args) -> dict:
+    """--task gait: trains or evaluates, as the flags say; returns the scores."""
+    args.cache = ""  # crops are what it keeps
+    if args.eval:
+        return evaluate_gait_checkpoint(args)
+    job = run.Job(args)
+    if args.batch_size % (SEQUENCES * job.world):
+        raise UserError(f"--batch-size {args.batch_size}: expected a multiple of {SEQUENCES} walks "
+                        f"of a person x {job.world} processes")
+    # Data
+    train_set = gait_set(args, "train")
+    test_sets = gait_tests(args)
+    people = len(train_set.ids)
+    labels = torch.from_numpy(train_set.labels)
+    batches = gait.PeopleBatches(train_set.labels, args.batch_size // SEQUENCES, SEQUENCES,
+                                 args.seed, job.rank, job.world)
+    job.say(f"{len(train_set):,} walks of {people:,} people, {len(test_sets['']):,} to test on")
+    # Network, head and optimizer
+    net = build_gait(args, job.device)
+    head = GaitLoss(args.dim, people).to(job.device)
+    optimizer = torch.optim.AdamW(gait_groups(args, net, head), args.lr, fused=True)
+    if job.state:
+        run.load_weights(head, job.state["head"], job.folder / "last.pt")
+    job.restore(net, optimizer, [people, len(train_set)])
+    model = job.wrap(net)
+    loss_of = job.wrap(head)
+    job.begin(train_set, batches)
+    scores = None
+    for epoch in job.epochs():  # one pass over the people
+        net.train()
+        head.train()
+        for step, batch in job.steps_of(epoch):
+            for group in optimizer.param_groups:  # OpenGait: by steps of 1,000, down to 1e-6
+                group["lr"] = group["scale"] * learning_rate(
+                    step, args.epochs * job.steps, args.warmup * job.steps, args.lr)
+            person = labels[batch["index"]].to(job.device, non_blocking=True)
+            with run.precision(args, job.device):
+                strips = model(*gait_inputs(batch, job.device))
+            loss = loss_of(strips, person)  # over all processes
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if args.clip:
+                nn.utils.clip_grad_norm_([*net.parameters(), *head.parameters()], args.clip)
+            optimizer.step()
+            job.note(step, loss=loss)
+        if job.rank == 0 and job.due(epoch):
+            scores = evaluate_gait(net, test_sets, args)
+        job.save(epoch, scores if scores and job.due(epoch) else {}, head=head.state_dict())
+    if job.rank > 0:
+        return {}
+    scores = scores or evaluate_gait(net, test_sets, args)
+    print_gait(scores, args)
+    datasets.write_image(job.folder / "gait.png", draw_walks(test_sets))
+    return scores
 
 
-def train_gait(args) -> tuple[dict, Path]:
-    """Trains by the flags; returns the numbers of the last evaluation, and the folder of the run."""
-    # Set-up
-    rank, world, device = setup(args)
-    folder = find_run(args, "kprpe-gait")
-    state = load_task(folder / "last.pt", args.task) if args.resume else None
-    if state:
-        restore_args(args, state["args"], MACHINE | ((LOOK | FILES) & set(args.given)))
-    # Data and network
-    data, arms = gait_set(args, "train"), gait_arms(args, device)
-    batches = gait.PeopleBatches(data.labels, args.batch_size // SEQUENCES, SEQUENCES, args.seed, rank, world)
-    loader, labels = crop_loader(args, data, batches, device), torch.from_numpy(data.labels)
-    net, head, optimizer = make_gait_learner(args, data, state, device)
-    model, whole = wrap(net, args, device), wrap(head, argparse.Namespace(compile=False), device)
-    weights = [*net.parameters(), *head.parameters()]
-    steps, start, scores, began = len(batches), state["epoch"] if state else 0, {}, time.time()
-    folder = begin_run(args, "kprpe-gait", folder, state, f"{args.rpe}, {device.type}, {len(data):,} "
-                       f"sequences of {len(data.ids):,} people")
+def build_gait(args, device: torch.device) -> SwinGait:
+    """The network that the flags describe."""
+    return SwinGait(args.dim, args.heads, args.rpe, drop_path=args.drop_path).to(device)
 
-    def loss_of(batch: dict) -> torch.Tensor:
-        with precision(args, device):
-            parts = model(*gait_inputs(batch, device))
-        return whole(parts, labels[batch["index"]].to(device, non_blocking=True))  # over all processes
 
-    bar = progress(args, start, steps, rank)
-    for epoch in range(start, args.epochs):
-        # One pass over the people. OpenGait's rate falls in steps of 1,000 iterations, and to 1e-6
-        seed_all(args.seed, epoch + 1, rank)
-        batches.epoch, epoch_began = epoch, time.time()
-        net.train(), head.train()
-        losses = one_pass(args, epoch, steps, loader, loss_of, optimizer, bar, device,
-                          functools.partial(nn.utils.clip_grad_norm_, weights))
-        for part in (net, head):
-            check_weights(part, epoch + 1)
-        # Evaluation by all processes, log and checkpoint by the first
-        share_statistics(net)
-        row = dict(epoch=epoch + 1, loss=losses.mean().item(), lr=optimizer.param_groups[0]["lr"],
-                   sequences_per_second=steps * args.batch_size / (time.time() - epoch_began))
-        if epoch + 1 == args.epochs or (epoch + 1) % args.eval_every == 0:
-            scores = evaluate_gait(net, arms, args, device)
-            row |= scores
-        if rank == 0:
-            row["minutes"] = (time.time() - began) / 60
-            bar.write(summary(row))
-            write_log(folder / "log.jsonl", **row)
-            save(folder / "last.pt", script="kprpe", model=net.state_dict(), head=head.state_dict(),
-                 optimizer=optimizer.state_dict(), epoch=epoch + 1, args=vars(args), world=world,
-                 classes=[len(data.ids), len(data)])
-    bar.close()
-    if start >= args.epochs:  # it was killed after its last checkpoint
-        scores = evaluate_gait(net, arms, args, device)
-    if rank == 0:
-        write_gait_pictures(folder, net, arms)
-    return scores, folder
+def gait_tests(args) -> dict[str, gait.GaitDataset]:
+    """By the end of their scores' names: the test split, and with --unaligned the same, every walk
+    scaled and moved at random.   Raises: UserError if nobody can be found in it."""
+    data = gait_set(args, "test")
+    gait.mated(data.labels, data.probe)  # before anything is trained
+    tests = {"": data}
+    if args.unaligned:
+        tests["@unaligned"] = gait.GaitDataset(gait.spoil(data.sequences, **SPOIL), None)
+    return tests
+
+
+@torch.inference_mode()
+@torch.backends.cudnn.flags(enabled=True, benchmark=False)  # or it tries its ways for each length
+def evaluate_gait(net: SwinGait, test_sets: dict, args) -> dict:
+    """Scores by name, as rank1, map, minp@unaligned; rank1@gei is that of mean silhouettes, gait
+    energy images. The distance of two walks is the mean of their strips' (OpenGait)."""
+    net.eval()
+    device = net.project.device
+    scores = {}
+    for suffix, data in test_sets.items():
+        strips = []
+        energy = []
+        for batch in run.make_loader(args, data, datasets.in_order(len(data), 1), device):
+            image, joints = gait_inputs(batch, device)
+            with run.precision(args, device):
+                strips.append(net(image, joints)[0])  # (15, dim)
+            energy.append(image[0].mean(0).view(1, -1))  # (1, 64 * 44)
+        for name, value in identify_walks(strips, data).items():
+            scores[name + suffix] = value
+        scores[f"rank1{suffix}@gei"] = identify_walks(energy, data)["rank1"]
+    return scores
+
+
+def identify_walks(strips: Sequence[torch.Tensor], data: gait.GaitDataset) -> dict[str, float]:
+    """Scores of the probes among the others, by the strips (P, D) of each walk."""
+    x = torch.stack(strips, 1).cpu()  # (P, S, D)
+    distance = torch.cdist(x[:, data.probe], x[:, ~data.probe]).mean(0)
+    return gait.identify(distance, data.labels, data.probe)
+
+
+def print_gait(scores: dict, args):
+    """Table 5: for each test set a row of the network, and one of gait energy images."""
+    titles = {"rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10", "map": "mAP",
+              "minp": "mINP"}
+    print(f"{args.data} (%)".ljust(30) + "".join(f"{title:>9}" for title in titles.values()))
+    for suffix, where in (("", ""), ("@unaligned", ", unaligned")):
+        if f"rank1{suffix}" in scores:
+            cells = "".join(f"{100 * scores[name + suffix]:>9.2f}" for name in titles)
+            print(f"{args.rpe}{where}".ljust(30) + cells)
+            energy = scores[f"rank1{suffix}@gei"]
+            print(f"gait energy image{where}".ljust(30) + f"{100 * energy:>9.2f}")
 
 
 def evaluate_gait_checkpoint(args) -> dict:
-    """--eval: the numbers of a checkpoint on the test split of --data; with --output, the pictures too."""
-    net, _, device = open_checkpoint(args, args.eval, set())
-    folder, arms = find_run(args, "kprpe-gait"), gait_arms(args, device)
-    scores = evaluate_gait(net, arms, args, device)
-    if scores:
-        print_gait({args.rpe: scores}, args)
-        if folder:
-            write_gait_pictures(make_run(args, "kprpe-gait", folder), net, arms)
+    """--eval: the numbers of a checkpoint on the test split of --data; with --output, gait.png."""
+    state, device = run.open_checkpoint(args, args.eval, ["unaligned"])
+    net = build_gait(args, device)
+    run.load_weights(net, state["model"], args.eval)
+    folder = run.find_run(args)
+    test_sets = gait_tests(args)
+    scores = evaluate_gait(net, test_sets, args)
+    print_gait(scores, args)
+    if folder:
+        datasets.write_image(run.make_run(args, folder) / "gait.png", draw_walks(test_sets))
     return scores
+
+
+def draw_walks(test_sets: dict) -> np.ndarray:
+    """The middle frames of eight walks with their joints, a row for each test set."""
+    tiles = []
+    for data in test_sets.values():
+        chosen = photos.spread(len(data), 8)
+        for i in chosen:
+            batch = data.__getitems__([(0, i)])
+            middle = batch["image"].shape[1] // 2
+            pixels = batch["image"][0, middle, :, :, None].expand(-1, -1, 3).numpy()
+            pixels = cv2.resize(pixels, (110, 160), interpolation=cv2.INTER_CUBIC)
+            joints = batch["points"][0, middle].numpy() * (110, 160) - 0.5
+            tiles.append(photos.draw_points(pixels, joints, photos.GREEN, 2.5))
+    return photos.tile(tiles, len(chosen))
 
 
 # ---- Backbones: as published, nothing of this paper ----------------------------------------------
@@ -2807,6 +2750,101 @@ class IResNet(nn.Module):
     def forward(self, image: torch.Tensor, keypoints: torch.Tensor | None = None) -> torch.Tensor:
         check_image(image, self.wanted, self.training)
         return at_least_float32(self.output_layer(self.body(self.input_layer(image))))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: (B, cin, H, W) -> (B, planes, H/stride, W/stride).
+    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, Fig. 5 left."""
+    expansion = 1
+
+    def __init__(self, cin: int, planes: int, stride: int = 1):
+        super().__init__()
+        self.conv1, self.bn1 = conv(cin, planes, 3, stride), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = conv(planes, planes, 3), nn.BatchNorm2d(planes)
+        reshape = stride > 1 or cin != planes  # the shortcut is the identity where shapes allow it
+        self.downsample = conv_bn(cin, planes, 1, stride) if reshape else nn.Identity()
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.downsample(x), inplace=True)
+
+
+# RetinaFace's network, of the face aligner, with the names of its weights.
+leaky = functools.partial(nn.LeakyReLU, 0.1)
+
+
+def separable(cin: int, cout: int, stride: int = 1) -> nn.Sequential:
+    """Depthwise 3x3, then 1x1: (B, cin, H, W) -> (B, cout, H/stride, W/stride)."""
+    depthwise = conv_bn(cin, cin, 3, stride, cin, leaky)
+    return nn.Sequential(*depthwise, *conv_bn(cin, cout, 1, act=leaky))
+
+
+class MobileNet(nn.Module):
+    """MobileNetV1 (Howard et al., 2017), a quarter wide: images (B, 3, H, W) -> features of strides
+    8, 16, 32 with 64, 128, 256 channels. Paper: V2; code: V1, whose size Table 9 has, as here."""
+
+    def __init__(self):
+        super().__init__()
+        self.stage1 = nn.Sequential(conv_bn(3, 8, 3, 2, act=leaky), separable(8, 16),
+                                    separable(16, 32, 2), separable(32, 32),
+                                    separable(32, 64, 2), separable(64, 64))
+        self.stage2 = nn.Sequential(separable(64, 128, 2), *(separable(128, 128) for _ in range(5)))
+        self.stage3 = nn.Sequential(separable(128, 256, 2), separable(256, 256))
+
+    def forward(self, image):
+        fine = self.stage1(image)
+        middle = self.stage2(fine)
+        return fine, middle, self.stage3(middle)
+
+
+class FPN(nn.Module):
+    """Feature pyramid (Lin et al., CVPR 2017): levels of 64, 128, 256 channels -> three of 64, the
+    coarse added to the finer."""
+
+    def __init__(self):
+        super().__init__()
+        self.output1 = conv_bn(64, 64, 1, act=leaky)
+        self.output2 = conv_bn(128, 64, 1, act=leaky)
+        self.output3 = conv_bn(256, 64, 1, act=leaky)
+        self.merge1 = conv_bn(64, 64, 3, act=leaky)
+        self.merge2 = conv_bn(64, 64, 3, act=leaky)
+
+    def forward(self, fine, middle, coarse):
+        coarse = self.output3(coarse)
+        middle = self.merge2(self.output2(middle) + F.interpolate(coarse, scale_factor=2.0))
+        fine = self.merge1(self.output1(fine) + F.interpolate(middle, scale_factor=2.0))
+        return fine, middle, coarse
+
+
+class SSH(nn.Module):
+    """Context of 3, 5 and 7 px by stacked 3x3 convolutions (Najibi et al., ICCV 2017):
+    (B, 64, H, W) -> same shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv3X3 = conv_bn(64, 32, 3)
+        self.conv5X5_1 = conv_bn(64, 16, 3, act=leaky)
+        self.conv5X5_2 = conv_bn(16, 16, 3)
+        self.conv7X7_2 = conv_bn(16, 16, 3, act=leaky)
+        self.conv7x7_3 = conv_bn(16, 16, 3)
+
+    def forward(self, x):
+        wide = self.conv5X5_1(x)
+        wider = self.conv7x7_3(self.conv7X7_2(wide))
+        return F.relu(torch.cat([self.conv3X3(x), self.conv5X5_2(wide), wider], 1))
+
+
+class Head(nn.Module):
+    """`width` numbers for each of two anchors a cell: (B, 64, h, w) -> (B, 2 h w, width)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+        self.conv1x1 = nn.Conv2d(64, 2 * width, 1)
+
+    def forward(self, x):
+        return self.conv1x1(x).permute(0, 2, 3, 1).reshape(len(x), -1, self.width)
 
 
 # ---- Main ----------------------------------------------------------------------------------------
