@@ -658,10 +658,11 @@ def prepare(batch: dict, device: torch.device, erase: bool = False) -> torch.Ten
 
 
 def read_faces(args, split: str) -> list[datasets.Face]:
-    """The faces of args.data: drawn ones, or those of a set on disk whose files are sound."""
+    """The faces of args.data: drawn ones, or those of a set on disk whose files have been looked
+    at."""
     if args.data == "faces":
         count = min(args.limit or DRAWN["train"], DRAWN[split])
-        return synthetic.read_faces(split, count, args.size, args.points)  # the same for all seeds
+        return synthetic.read_faces(split, count, args.size, args.points)  # whatever --seed is
     faces = datasets.read(args.data, args.data_root, split)[:args.limit or None]
     datasets.check_images(faces)
     return faces
@@ -1096,13 +1097,14 @@ def write_pictures(folder: Path, net: HeatmapNet, data, errors, points, args):
 
 
 def conv(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """(B, cin, H, W) -> (B, cout, H/stride, W/stride). No bias: the batch norm behind it shifts."""
+    """(B, cin, H, W) -> (B, cout, H/stride, W/stride). No bias: the batch norm behind it has a
+    shift."""
     return nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
-def conv_bn(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1,
-            act=None) -> nn.Sequential:
-    """`conv` (0), batch norm (1) and, if its class is given, an activation (2)."""
+def conv_bn(cin: int, cout: int, kernel: int, stride=1, groups=1, act=None) -> nn.Sequential:
+    """`conv` (0), batch norm (1) and, if its class is given, an activation (2); the shapes of
+    `conv`."""
     layers = [conv(cin, cout, kernel, stride, groups), nn.BatchNorm2d(cout)]
     if act:
         layers.append(act(inplace=True))
@@ -1110,12 +1112,16 @@ def conv_bn(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1,
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialises all convolutions and batch norms, in place.   Source: He et al., ICCV 2015."""
+    """Initialises all convolutions and batch norms of `module`, in place.   Source: He et al., ICCV
+    2015."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
-            # Variance 2 / fan_out keeps the gradient's variance from layer to layer. torch counts
-            # a depthwise fan over all groups, too much; the batch norm behind undoes any scale.
+            # Variance 2 / fan_out keeps the gradient's variance from layer to layer. torch counts a
+            # depthwise convolution's fan over all groups, too many; the batch norm behind it undoes
+            # any scale.
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
         elif isinstance(m, nn.BatchNorm2d):
             nn.init.ones_(m.weight)
             nn.init.zeros_(m.bias)
@@ -1130,7 +1136,7 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv(cin, planes, 3, stride), nn.BatchNorm2d(planes)
         self.conv2, self.bn2 = conv(planes, planes, 3), nn.BatchNorm2d(planes)
-        reshape = stride > 1 or cin != planes  # the shortcut is the identity where shapes allow it
+        reshape = stride > 1 or cin != planes  # else the shortcut is the identity
         self.downsample = conv_bn(cin, planes, 1, stride) if reshape else nn.Identity()
 
     def forward(self, x):
@@ -1141,7 +1147,8 @@ class BasicBlock(nn.Module):
 
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolution, shortcut: (B, cin, H, W) -> (B, 4 planes, H/stride, W/stride).
-    Source: He et al., CVPR 2016, Fig. 5 right; the 3x3 strides: a 1x1 would skip 3 pixels of 4."""
+    Source: He et al., CVPR 2016, Fig. 5 right; the 3x3 strides: a 1x1 would skip three pixels of
+    four."""
     expansion = 4
 
     def __init__(self, cin: int, planes: int, stride: int = 1):
@@ -1167,7 +1174,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.channels = 512 * block.expansion
         self.conv1, self.bn1 = conv(3, 64, 7, 2), nn.BatchNorm2d(64)
-        self.layer1 = self.stage(block, 64, 64, depths[0], 1)  # the max-pool before it strides
+        self.layer1 = self.stage(block, 64, 64, depths[0], 1)  # after a max-pool, which strides
         self.layer2 = self.stage(block, 64 * block.expansion, 128, depths[1], 2)
         self.layer3 = self.stage(block, 128 * block.expansion, 256, depths[2], 2)
         self.layer4 = self.stage(block, 256 * block.expansion, 512, depths[3], 2)
@@ -1179,14 +1186,16 @@ class ResNet(nn.Module):
         return nn.Sequential(block(cin, planes, stride), *rest)
 
     def forward(self, image):
-        x = F.relu(self.bn1(self.conv1(image)), inplace=True)  # (B, 64, H/2, W/2)
-        x = self.layer1(F.max_pool2d(x, 3, 2, 1))  # (B, 64 expansion, H/4, W/4)
-        return self.layer4(self.layer3(self.layer2(x)))
+        x = F.relu(self.bn1(self.conv1(image)), inplace=True)    # (B, 64, H/2, W/2)
+        x = self.layer1(F.max_pool2d(x, 3, 2, 1))                # (B, 64 expansion, H/4, W/4)
+        return self.layer4(self.layer3(self.layer2(x)))          # (B, 512 expansion, H/32, W/32)
 
 
 class InvertedResidual(nn.Module):
     """1x1 to `expand` times the width, depthwise 3x3, 1x1: (B, cin, H, W) -> (B, cout, H/stride,
-    W/stride).   Source: Sandler et al., "MobileNetV2", CVPR 2018, Fig. 4d."""
+    W/stride).
+    Source: Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018,
+    Fig. 4d."""
 
     def __init__(self, cin: int, cout: int, stride: int, expand: int):
         super().__init__()
@@ -1206,7 +1215,8 @@ class Features(nn.Module):
 
     def __init__(self, layers: Sequence[nn.Module], channels: int):
         super().__init__()
-        self.features, self.channels = nn.Sequential(*layers), channels
+        self.features = nn.Sequential(*layers)
+        self.channels = channels
         init_weights(self)
 
     def forward(self, image):
