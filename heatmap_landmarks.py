@@ -492,9 +492,9 @@ def is_face(five: torch.Tensor) -> torch.Tensor:
     reference = REFERENCE_5.expand_as(five)
     fitted = warp.apply_affine(warp.fit_similarity(five, reference), five)
     spread = (reference - reference.mean(1, keepdim=True)).square().sum((1, 2))
-    residual = (fitted - reference).square().sum((1, 2)) / spread  # 0: similar, 1: not at all
+    residual = (fitted - reference).square().sum((1, 2)) / spread  # 1 - correlation^2
     extent = (five.amax(1) - five.amin(1)).amax(1)
-    return (extent > 1) & (residual < 0.94)
+    return (extent > 1) & (residual < 0.94)  # a correlation of 0.25: only what is no face has less
 
 
 def rough_five(args, faces: list) -> np.ndarray:
@@ -704,15 +704,11 @@ def check_scheme(args, points: int):
     """Raises UserError where the flags need to know what the landmarks mean, and nobody does."""
     if points in datasets.SCHEMES:
         return
-    cures = []
-    if args.flip_copies:
-        cures.append("add --no-flip-copies")
-    if args.flip_test != "none":
-        cures.append("add --flip-test none")
-    if args.align != "box":
-        cures.append("add --align box")
-    if args.align_out:
-        cures.append("leave out --align-out")
+    needed = {"add --no-flip-copies": args.flip_copies,
+              "add --flip-test none": args.flip_test != "none",
+              "add --align box": args.align != "box",
+              "leave out --align-out": args.align_out}
+    cures = [cure for cure, needs in needed.items() if needs]
     if cures:
         known = ", ".join(map(str, datasets.SCHEMES))
         raise UserError(f"{points} landmarks are no known scheme ({known}), so they cannot be "
