@@ -693,6 +693,11 @@ def train(args) -> dict:
     used = len(set(net.landmarks))
     job.say(f"{len(train_set)} training faces, {len(test_set)} test faces, {points} landmarks on "
             f"{len(net.subset)} curves, trained on {used} of them ({used / points:.0%})")
+    # 4 epochs on 800 drawn faces: NME 14.7 % with the three halvings, 11.4 % with the last alone.
+    first_drop = min(args.drop_at, default=1) * args.epochs
+    if args.drop_at and first_drop < 2:
+        job.say(f"note: the rate is halved after {first_drop:.1f} of {args.epochs} epochs; in a short "
+                "run fewer --drop-at learn more")
     optimizer = torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay)
     backbone = net.backbone if args.method == "heatmap" else net.backbone[0]
     job.restore(net, optimizer, [len(train_set), points], backbone)
