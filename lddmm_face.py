@@ -696,8 +696,8 @@ def train(args) -> dict:
     # 4 epochs on 800 drawn faces: NME 14.7 % with the three halvings, 11.4 % with the last alone.
     first_drop = min(args.drop_at, default=1) * args.epochs
     if args.drop_at and first_drop < 2:
-        job.say(f"note: the rate is halved after {first_drop:.1f} of {args.epochs} epochs; in a short "
-                "run fewer --drop-at learn more")
+        job.say(f"note: the rate is halved after {first_drop:.1f} of {args.epochs} epochs; in a "
+                "short run fewer --drop-at learn more")
     optimizer = torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay)
     backbone = net.backbone if args.method == "heatmap" else net.backbone[0]
     job.restore(net, optimizer, [len(train_set), points], backbone)
