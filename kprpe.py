@@ -848,7 +848,7 @@ class PartialFC(nn.Module):
         moments = {}
         for name, value in optimizer.state[self.weight].items():
             sharded = value.shape == self.weight.shape
-            moments[name] = self.whole(value) if sharded else value.cpu()
+            moments[name] = self.whole(value) if sharded else value.to("cpu", copy=True)
         return {"weight": self.whole(self.weight), "optimizer": moments,
                 "margin": copy.deepcopy(self.margin).cpu().state_dict()}
 
@@ -863,8 +863,9 @@ class PartialFC(nn.Module):
         start, stop = self.bounds(self.rank)
         self.weight.copy_(state["weight"][start:stop])
         self.margin.load_state_dict(state["margin"])
-        moments = {name: value[start:stop].clone() if value.shape == shape else value
-                   for name, value in state["optimizer"].items()}
+        moments = {}
+        for name, value in state["optimizer"].items():
+            moments[name] = (value[start:stop] if value.shape == shape else value).clone()
         optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: moments}})
 
 
