@@ -132,7 +132,7 @@ def test_the_bias_is_that_of_a_slow_loop(variant):
     for layer, image, head in itertools.product(range(2), range(2), range(3)):
         f = slow_table(net, points[image].tolist(), layer, head)
         B = [[f[i][ids[i][j]] for j in range(N)] for i in range(N)]
-        same(biases[layer][image, head], 0.25 * torch.tensor(B, dtype=torch.float64))
+        same(biases[layer][image, head], 0.25 * torch.tensor(B, dtype=torch.float64), 1e-7)
 
 
 @pytest.mark.parametrize("variant", kprpe.KEYPOINT)
@@ -256,7 +256,7 @@ def test_the_network_is_its_equations(rpe):
         a = ((q @ k.mT + torch.tensor(B, dtype=torch.float64)) / math.sqrt(8)).softmax(-1)
         x = x + block.attn.proj((a @ v).transpose(1, 2).reshape(3, N, 16))
         x = x + block.mlp.fc2(F.relu6(block.mlp.fc1(block.norm2(x))))
-    same(net(image, points), net.feature(net.norm(x).flatten(1)))
+    same(net(image, points), net.feature(net.norm(x).flatten(1)), 1e-7)
 
 
 @pytest.mark.parametrize("rpe", kprpe.KEYPOINT)
@@ -303,10 +303,10 @@ def test_bfloat16_and_the_graph_of_a_compiler_follow():
 
 def test_weights_are_named_as_published():
     names = set(tiny("kp-multihead").state_dict())
-    assert {"pos_embed", "patch_embed.proj.weight", "blocks.1.norm1.weight",
-            "feature.1.running_mean", "blocks.0.attn.qkv.weight", "blocks.0.attn.proj.bias", "blocks.0.mlp.fc1.weight",
-            "blocks.0.mlp.fc2.bias", "norm.bias", "feature.0.weight", "feature.2.weight",
-            "feature.3.weight", "rpe.keypoint_linear.weight", "rpe.keypoint_linear.bias"} <= names
+    assert {"pos_embed", "patch_embed.proj.weight", "blocks.1.norm1.weight", "blocks.0.attn.qkv.weight",
+            "blocks.0.attn.proj.bias", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.bias", "norm.bias",
+            "feature.0.weight", "feature.1.running_mean", "feature.2.weight", "feature.3.weight",
+            "rpe.keypoint_linear.weight", "rpe.keypoint_linear.bias"} <= names
     assert not names & {"blocks.0.attn.qkv.bias", "feature.0.bias", "rpe.grid"}
     names = set(kprpe.IResNet(50, 32).state_dict())
     assert {"input_layer.2.weight", "body.0.res_layer.4.weight", "output_layer.3.bias",
@@ -372,9 +372,9 @@ def test_parameters_of_the_iresnets(depth, count):
 
 def gflops(net):
     """As Table 3 counts: 2 a multiplication of convolutions and linear layers, 5 a value of layer
-    norms, 2 of batch norms, the convolution's bias; neither Q K^T nor A V, but all of iRPE's products.
-    The code looks R^V up for each of N keys; ours, with the sums by bucket first, has a product by K
-    of them."""
+    norms, 2 of batch norms, the convolution's bias; neither Q K^T nor A V, but all of iRPE's
+    products. The code looks R^V up for each of N keys; ours, with the sums by bucket first, has a
+    product by K of them."""
     (_, tokens, dim), depth = net.pos_embed.shape, len(net.blocks)
     total = 2 * tokens * net.patch_embed.proj.weight.numel() + tokens * dim
     total += 5 * tokens * dim * (2 * depth + 1)
