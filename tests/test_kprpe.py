@@ -303,10 +303,11 @@ def test_bfloat16_and_the_graph_of_a_compiler_follow():
 
 def test_weights_are_named_as_published():
     names = set(tiny("kp-multihead").state_dict())
-    assert {"pos_embed", "patch_embed.proj.weight", "blocks.1.norm1.weight", "blocks.0.attn.qkv.weight",
-            "blocks.0.attn.proj.bias", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.bias", "norm.bias",
-            "feature.0.weight", "feature.1.running_mean", "feature.2.weight", "feature.3.weight",
-            "rpe.keypoint_linear.weight", "rpe.keypoint_linear.bias"} <= names
+    assert {"pos_embed", "patch_embed.proj.weight", "blocks.1.norm1.weight", "norm.bias",
+            "blocks.0.attn.qkv.weight", "blocks.0.attn.proj.bias", "blocks.0.mlp.fc1.weight",
+            "blocks.0.mlp.fc2.bias", "feature.0.weight", "feature.1.running_mean",
+            "feature.2.weight", "feature.3.weight", "rpe.keypoint_linear.weight",
+            "rpe.keypoint_linear.bias"} <= names
     assert not names & {"blocks.0.attn.qkv.bias", "feature.0.bias", "rpe.grid"}
     names = set(kprpe.IResNet(50, 32).state_dict())
     assert {"input_layer.2.weight", "body.0.res_layer.4.weight", "output_layer.3.bias",
