@@ -169,8 +169,9 @@ def training_landmarks(scheme: int, points: int | Sequence[int] = 100) -> dict[s
     if isinstance(points, int):
         subsets = {100: list(curves.values())} | SUBSETS.get(scheme, {})
         if points not in subsets:
-            raise UserError(f"--train-points {points}: no list of {points} % of {scheme} landmarks; "
-                            f"expected {', '.join(map(str, subsets))}, or indices i,j,...")
+            known = ", ".join(map(str, subsets))
+            raise UserError(f"--train-points: no list of {points} % of {scheme} landmarks; "
+                            f"expected {known}, or indices i,j,...")
         return dict(zip(curves, subsets[points]))
     on_curves = sum(curves.values(), [])
     for index in points:
@@ -319,13 +320,13 @@ def inner(a: torch.Tensor, b: torch.Tensor, sigma) -> torch.Tensor:
 
 def curve_discrepancy(z: torch.Tensor, y: torch.Tensor, sigma, squared: bool = False):
     """D_c of curves z and y, both (..., n, 2) px: (...,) px, or its square. sigma: sigma_W, a
-    number or (...,) px. Of curves of one point it is 0."""
+    number or (...,) px."""
     sigma = as_column(sigma, z)
     # Eq. (4): D_c = || sum_i tau_z,i delta_c_z,i - sum_j tau_y,j delta_c_y,j ||_W*
     square = inner(z, z, sigma) - 2 * inner(z, y, sigma) + inner(y, y, sigma)
     if squared:
         return square.clamp(min=0)
-    # The root of 0 has no gradient; of anything smaller than this, z = y included, it is 0.
+    # The root of 0 has no gradient: below this, which is nothing in px, D_c is taken as constant.
     smallest = (1e-6 * sigma[..., 0, 0]) ** 2
     return torch.maximum(square, smallest).sqrt()
 
