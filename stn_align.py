@@ -619,7 +619,7 @@ def make_optimizer(args, learner: Learner) -> torch.optim.SGD:
                            scale=args.loc_lr))
     if net.template is not None:
         groups.append(dict(params=[net.template, net.alpha_logit], weight_decay=0.0, scale=1.0))
-    return torch.optim.SGD(groups, args.lr, momentum=0.9)
+    return torch.optim.SGD(groups, args.lr, momentum=0.9, fused=True)
 
 
 def train(args) -> dict:

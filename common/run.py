@@ -387,10 +387,18 @@ class Job:
             yield epoch
 
     def steps_of(self, epoch: int) -> Iterator[tuple[int, dict]]:
-        """The epoch's batches, each with the number of its step in the run."""
+        """The epoch's batches, each with the number of its step in the run.
+        Raises: FloatingPointError after the last of them, before anything is evaluated or saved."""
         for i, batch in enumerate(self.loader):
             yield epoch * self.steps + i, batch
             self.bar.update()
+        losses = torch.stack([values.mean() for values in self.losses.values()])
+        if self.world > 1:
+            dist.all_reduce(losses, dist.ReduceOp.SUM)
+        self.means = dict(zip(self.losses, (losses / self.world).tolist()))
+        if not all(map(math.isfinite, self.means.values())) or not_finite(self.net.state_dict()):
+            raise FloatingPointError(f"epoch {epoch + 1} left a loss or weights that are not "
+                                     "finite, and is not saved: try a lower --lr")
 
     def note(self, step: int, **losses: torch.Tensor):
         """Keeps a step's losses, the trained one first.   Raises: FloatingPointError."""
@@ -412,18 +420,11 @@ class Job:
 
     def save(self, epoch: int, scores: dict, **more):
         """Ends an epoch: on the first process a row of the log, with `scores`, and the checkpoint.
-        Args: more, what else, or instead, the checkpoint holds.   Raises: FloatingPointError."""
-        losses = torch.stack([values.mean() for values in self.losses.values()])
-        if self.world > 1:
-            dist.all_reduce(losses, dist.ReduceOp.SUM)
-        losses = (losses / self.world).tolist()
-        if not all(map(math.isfinite, losses)) or not_finite(self.net.state_dict()):
-            raise FloatingPointError(f"epoch {epoch + 1} left a loss or weights that are not "
-                                     "finite, and is not saved: try a lower --lr")
+        Args: more, what else, or instead, the checkpoint holds."""
         if self.rank > 0:
             return
         seconds = time.time() - self.epoch_began
-        row = dict(epoch=epoch + 1, **dict(zip(self.losses, losses)),
+        row = dict(epoch=epoch + 1, **self.means,
                    lr=self.optimizer.param_groups[0]["lr"],
                    images_per_second=self.steps * self.args.batch_size / seconds)
         if self.device.type == "cuda":
