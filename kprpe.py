@@ -1395,15 +1395,20 @@ def train_faces(args) -> dict:
     return scores
 
 
+def note_warmup(job: run.Job):
+    """Says so if the rate rises for most of the run."""
+    if 2 * job.args.warmup > job.args.epochs:
+        job.say(f"note: the rate rises for {job.args.warmup:g} of {job.args.epochs} epochs; a run "
+                "this short wants a smaller --warmup")
+
+
 def say_what_is_missing(args, job: run.Job, conditions: Sequence):
     """Says at the start what the user may not expect of a run by these flags."""
     if not conditions:
         job.say(f"note: --data {args.data} has no test split: without --test nothing is measured")
     elif args.unaligned and not any("@unaligned" in condition.suffix for condition in conditions):
         job.say("note: --unaligned has no effect: no test set has landmarks to align its images by")
-    if 2 * args.warmup > args.epochs:
-        job.say(f"note: the rate rises for {args.warmup:g} of {args.epochs} epochs; a run this "
-                "short wants a smaller --warmup")
+    note_warmup(job)
 
 
 # ---- Evaluation: Sec. 4 and supplement -----------------------------------------------------------
@@ -1912,6 +1917,23 @@ class DFA(nn.Module):
                      points)
 
 
+def align_112(image: torch.Tensor, landmarks: torch.Tensor, border: float = -1.0) -> torch.Tensor:
+    """Faces with their five points at ArcFace's, by least-squares similarities: one warp, whose
+    gradient reaches the landmarks (code: NumPy there, hence none).
+    Args: image (B, C, H, W); landmarks (B, 5, 2) in [0, 1] of it, as `DFA` finds them; border, the
+        number outside the image. One of more than twice the resolution should be shrunk before.
+    Returns: (B, C, 112, 112), float32 at least.
+    Raises: ValueError for another shape; on the CPU also for landmarks that determine no map."""
+    if landmarks.shape != (len(image), 5, 2):
+        raise ValueError(f"landmarks have the shape {tuple(landmarks.shape)} for {len(image)} "
+                         "images: expected (B, 5, 2)")
+    if landmarks.device.type == "cpu":  # elsewhere it would wait for the device
+        warp.check_points(landmarks, "similarity")
+    points = warp.to_px(2 * at_least_float32(landmarks) - 1, image.shape[-2:])
+    five = torch.tensor(datasets.ARCFACE_5).to(points)
+    return warp.warp_affine(image, warp.fit_similarity(points, five), (112, 112), border)
+
+
 def match(boxes: torch.Tensor, priors: torch.Tensor) -> torch.Tensor:
     """Which anchors stand for each box: IoU of 0.35 or more, and the best one from 0.2 on.
     Args: boxes (B, 4) x0 y0 x1 y1; priors (N, 4) cx cy w h.   Returns: (B, N) bool.
@@ -1925,10 +1947,10 @@ def match(boxes: torch.Tensor, priors: torch.Tensor) -> torch.Tensor:
     return (overlap >= 0.35).scatter(1, top, overlap.gather(1, top) >= 0.2)
 
 
-def smooth_l1(pred: torch.Tensor, target: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+def smooth_l1(pred: torch.Tensor, target: torch.Tensor, where=True) -> torch.Tensor:
     """Sum of smooth L1 over the rows of (..., C) that `where` (...) marks and whose target is
     known, not nan, over their number, 1 at least."""
-    where = where & target.isfinite().all(-1)
+    where = target.isfinite().all(-1) & where
     target = torch.where(where[..., None], target, pred.detach())
     return F.smooth_l1_loss(pred, target, reduction="sum") / where.sum().clamp(min=1)
 
@@ -1952,11 +1974,9 @@ def aggregation_loss(found: Found, box, landmarks) -> tuple[torch.Tensor, ...]:
     """Losses of the weighted sum, scalars, a face's mean, of the class, "face" in every crop, the
     box and the landmarks. Paper: "smooth L2"; code: smooth L1, which halves and squares errors
     below 1, as all are in [0, 1]; we follow the code."""
-    every = torch.ones_like(found.score, dtype=torch.bool)
-    logits = found.fused[:, 4:6]
+    own_box, logits, points = found.fused.split((4, 2, 10), 1)
     return (F.softplus(logits[:, 0] - logits[:, 1]).mean(),  # cross entropy
-            smooth_l1(found.fused[:, :4], box, every),
-            smooth_l1(found.fused[:, 6:], landmarks.flatten(1), every))
+            smooth_l1(own_box, box), smooth_l1(points, landmarks.flatten(1)))
 
 
 def dfa_loss(found: Found, box, landmarks, priors) -> torch.Tensor:
@@ -1980,7 +2000,7 @@ def dfa_dataset(faces: Sequence[datasets.Face], size: int = 160, box: str = "fac
     for face, (x0, y0, x1, y1) in zip(faces, boxes):
         scheme = None if face.points is None else datasets.SCHEMES.get(len(face.points))
         if scheme is None:
-            raise UserError(f"{face.where or face.image}: landmarks {np.shape(face.points)}; the "
+            raise UserError(f"{face.where or 'a face'}: landmarks {np.shape(face.points)}; the "
                             f"aligner learns from {', '.join(map(str, datasets.SCHEMES))} of them")
         five = datasets.group_means(face.points, scheme.five)
         points = np.array([*five, (x0, y0), (x1, y0), (x0, y1), (x1, y1)], np.float32)
@@ -2007,14 +2027,6 @@ def aligner_set(args, split: str) -> datasets.CropDataset:
     return dfa_dataset(faces, args.size, args.box, augment, args.seed)
 
 
-def aligner_image(batch: dict, device: torch.device) -> torch.Tensor:
-    """What `DFA` takes of a batch, (B, 3, S, S) in [-1, 1]."""
-    image = batch["image"].to(device, non_blocking=True)
-    if image.dtype == torch.uint8:  # (B, S, S, 3) of the loader
-        image = image.permute(0, 3, 1, 2).float()
-    return image / 127.5 - 1
-
-
 def train_dfa(args) -> dict:
     """--task dfa: trains, evaluates or predicts, as the flags say; returns the errors."""
     if args.eval:
@@ -2028,7 +2040,8 @@ def train_dfa(args) -> dict:
     mean_face = targets(train_set.crop_points(), args.size)[1].nanmean(0)  # (5, 2)
     if not mean_face.isfinite().all():
         raise UserError(f"none of the {len(train_set)} training faces has landmarks to learn from")
-    job.say(f"{len(train_set)} training faces, {len(test_set)} test faces")
+    job.say(f"{len(train_set):,} training faces, {len(test_set):,} test faces")
+    note_warmup(job)
     # Network and optimizer
     net = DFA(args.size).to(job.device)
     groups = parameter_groups(net, args.weight_decay)
@@ -2043,13 +2056,13 @@ def train_dfa(args) -> dict:
     for epoch in job.epochs():
         net.train()
         for step, batch in job.steps_of(epoch):
+            rate = learning_rate(step, args.epochs * job.steps, args.warmup * job.steps, args.lr)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.epochs * job.steps, args.warmup * job.steps,
-                                            args.lr)
-            points = batch["points"].to(job.device, non_blocking=True)
+                group["lr"] = rate
+            image, points = to_device(batch, job.device)
             box, landmarks = targets(points, args.size)
             with run.precision(args, job.device):
-                found = model(aligner_image(batch, job.device))
+                found = model(image / 127.5 - 1)
             loss = dfa_loss(found, box, landmarks, net.priors)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -2076,10 +2089,11 @@ def evaluate_dfa(net: DFA, mean_face: torch.Tensor, loader, args) -> tuple[dict,
     device = net.priors.device
     rows = []
     for batch in loader:
+        image, _ = to_device(batch, device)
         box, landmarks = targets(batch["points"], args.size)
         side = (box[:, 2:] - box[:, :2]).prod(-1).sqrt()
         with run.precision(args, device):
-            found = net(aligner_image(batch, device))
+            found = net(image / 127.5 - 1)
         answers = found.landmarks.cpu(), found.best.cpu(), mean_face.expand_as(landmarks)
         rows.append(torch.stack([metrics.nme(answer, landmarks, side) for answer in answers]))
     errors = dict(zip(("nme", "nme@best", "nme@mean"), torch.cat(rows, 1)))
@@ -2122,15 +2136,15 @@ def evaluate_aligner(args) -> dict:
 def draw_aligned(net: DFA, data: datasets.CropDataset, side: int = 160) -> np.ndarray:
     """Eight faces with true (green) and found (red) landmarks; below them aligned."""
     chosen = photos.spread(len(data), 8)
-    image = aligner_image(data.__getitems__([(0, i) for i in chosen]), net.priors.device)
-    landmarks = net.eval()(image).landmarks
+    image, _ = to_device(data.__getitems__([(0, i) for i in chosen]), net.priors.device)
+    landmarks = net.eval()(image / 127.5 - 1).landmarks
     found = landmarks.double().cpu() * data.size - 0.5
     found = warp.apply_affine(warp.invert(data.crop_matrices[chosen]), found)
     tiles = []
     for i, points in zip(chosen, found):
         truth = (data.points[i, :5], photos.GREEN)
         tiles.append(photos.draw_crop(data, i, side, truth, (points, photos.RED)))
-    for pixels in align_112(127.5 * (image + 1), landmarks, 0.0).permute(0, 2, 3, 1).cpu():
+    for pixels in align_112(image, landmarks, 0.0).permute(0, 2, 3, 1).cpu():
         tiles.append(cv2.resize(pixels.round().byte().numpy(), (side, side)))
     return photos.tile(tiles, len(chosen))
 
@@ -2155,7 +2169,8 @@ def find_face(net: DFA, image: np.ndarray, box: np.ndarray | None) -> np.ndarray
     for margin in margins:
         matrix = torch.from_numpy(datasets.square_crops(box[None], net.size, margin))
         data = datasets.CropDataset([datasets.Face(image)], matrix, net.size)
-        found = net(aligner_image(data.__getitems__([(0, 0)]), net.priors.device))
+        crop, _ = to_device(data.__getitems__([(0, 0)]), net.priors.device)
+        found = net(crop / 127.5 - 1)
         corners = found.fused[:, :4].unflatten(1, (2, 2))
         places = torch.cat([found.landmarks, corners], 1).double().cpu() * net.size - 0.5
         places = warp.apply_affine(warp.invert(matrix), places)[0].numpy()  # (7, 2)
@@ -2181,23 +2196,6 @@ def predict_dfa(args) -> dict:
             datasets.write_pts(target + ".pts", points)
             datasets.write_image(target + ".png", face.__getitems__([(0, 0)])["image"][0].numpy())
     return {}
-
-
-def align_112(image: torch.Tensor, landmarks: torch.Tensor, border: float = -1.0) -> torch.Tensor:
-    """Faces with their five points at ArcFace's, by least-squares similarities: one warp, whose
-    gradient reaches the landmarks (code: NumPy there, hence none).
-    Args: image (B, C, H, W); landmarks (B, 5, 2) in [0, 1] of it, as `DFA` finds them; border, the
-        number outside the image. One of more than twice the resolution should be shrunk before.
-    Returns: (B, C, 112, 112), float32 at least.
-    Raises: ValueError for another shape; on the CPU also for landmarks that determine no map."""
-    if landmarks.shape != (len(image), 5, 2):
-        raise ValueError(f"landmarks have the shape {tuple(landmarks.shape)} for {len(image)} "
-                         "images: expected (B, 5, 2)")
-    if landmarks.device.type == "cpu":  # elsewhere it would wait for the device
-        warp.check_points(landmarks, "similarity")
-    points = warp.to_px(2 * at_least_float32(landmarks) - 1, image.shape[-2:])
-    five = torch.tensor(datasets.ARCFACE_5).to(points)
-    return warp.warp_affine(image, warp.fit_similarity(points, five), (112, 112), border)
 
 
 # ---- Template fusion: supplement 4, Eqs. (16) to (18) --------------------------------------------
@@ -2561,6 +2559,7 @@ def train_gait(args) -> dict:
     batches = gait.PeopleBatches(train_set.labels, args.batch_size // SEQUENCES, SEQUENCES,
                                  args.seed, job.rank, job.world)
     job.say(f"{len(train_set):,} walks of {people:,} people, {len(test_sets['']):,} to test on")
+    note_warmup(job)
     # Network, head and optimizer
     net = build_gait(args, job.device)
     head = GaitLoss(args.dim, people).to(job.device)
@@ -2576,9 +2575,10 @@ def train_gait(args) -> dict:
         net.train()
         head.train()
         for step, batch in job.steps_of(epoch):
-            for group in optimizer.param_groups:  # OpenGait: by steps of 1,000, down to 1e-6
-                group["lr"] = group["scale"] * learning_rate(
-                    step, args.epochs * job.steps, args.warmup * job.steps, args.lr)
+            # OpenGait's rate falls in steps of 1,000 iterations, and to 1e-6.
+            rate = learning_rate(step, args.epochs * job.steps, args.warmup * job.steps, args.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
             person = labels[batch["index"]].to(job.device, non_blocking=True)
             with run.precision(args, job.device):
                 strips = model(*gait_inputs(batch, job.device))
