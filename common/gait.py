@@ -463,10 +463,4 @@ def identify(distance, labels: np.ndarray, probe: np.ndarray) -> dict[str, float
     found = mated(labels, probe)
     distance = torch.as_tensor(distance)
     distance = distance[torch.from_numpy(found).to(distance.device)]
-    query, gallery = (torch.from_numpy(own) for own in (labels[probe][found], labels[~probe]))
-    mate = (query[:, None] == gallery).to(distance.device)
-    best = distance.masked_fill(~mate, torch.inf).amin(1, keepdim=True)
-    ahead = ((distance <= best) & ~mate).sum(1)                 # in a tie the others come first
-    ranks = {f"rank{k}": (ahead < k).double().mean().item() for k in (1, 5, 10)}
-    return ranks | {"map": metrics.mean_average_precision(distance, query, gallery),
-                    "minp": metrics.mean_inverse_negative_penalty(distance, query, gallery)}
+    return metrics.retrieval(distance, labels[probe][found], labels[~probe])

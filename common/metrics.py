@@ -70,43 +70,28 @@ def auc_steps(nme):
     return 10 * torch.trapezoid((nme[:, None] <= thresholds).double().mean(0), dx=0.005).item()
 
 
-def curve_error(pred, target, parts, norm, icp=False, pred_parts=None):
+def curve_error(pred, target, parts, norm, pred_parts=None):
     """Curve error NME_c of LDDMM-Face: the distance between point sets, whatever the numbering
     within a part.
-    Args: pred, target (B, P, 2) px; parts {name: indices}; norm (B,) px; icp: first move each
-        predicted part rigidly onto its target; pred_parts {name: indices}: those of a `pred` with
-        other points.
+    Args: pred, target (B, P, 2) px; parts {name: indices}; norm (B,) px; pred_parts {name:
+        indices}: those of a `pred` with other points.
     Returns: {name: (B,), ..., "overall": (B,)}, overall being the plain mean of the parts.
     Source: Sec. 4, "Error Metrics". paper: "ICP error", code (CRazorback/LDDMM-Face, cb45e96):
-        distances to the nearest points as they lie; we follow the code unless `icp`."""
+        distances to the nearest points as they lie; we follow the code."""
     if pred_parts is None:
         pred_parts = parts
-        pred, target, norm = _checked(pred, target, norm)
-    pred = torch.complex(*torch.as_tensor(pred).double().unbind(-1))                        # (B, P)
-    target = torch.complex(*torch.as_tensor(target).double().unbind(-1))
-    norm = _positive(norm)
+        _checked(pred, target, norm)
+    pred = torch.as_tensor(pred).double()
+    target = torch.as_tensor(target).double()
+    norm = _positive(norm).to(pred.device)
     errors = {}
     for name, indices in parts.items():
-        p = pred[:, list(pred_parts[name])]
-        t = target[:, list(indices)]
-        if icp:
-            p = _rigid_icp(p, t)
-        distance = (p[:, :, None] - t[:, None]).abs()                                    # (B, K, K)
+        p = pred[:, list(pred_parts[name]), None]                                  # (B, K, 1, 2)
+        t = target[:, None, list(indices)].to(pred.device)                         # (B, 1, L, 2)
+        distance = (p - t).norm(dim=-1)                                            # (B, K, L)
         both_ways = torch.cat([distance.amin(2), distance.amin(1)], dim=1)
         errors[name] = both_ways.mean(1) / norm
     return errors | {"overall": torch.stack(list(errors.values())).mean(0)}
-
-
-def _rigid_icp(source, target, steps=20):
-    """Iterative closest point in the plane: points are complex, a rotation is a unit number; the
-    best (Arun 1987, without SVD here) is the direction of sum conj(s) t over the centred pairs."""
-    for _ in range(steps):
-        paired = target.gather(1, (source[:, :, None] - target[:, None]).abs().argmin(2))
-        centre = source.mean(1, keepdim=True)
-        goal = paired.mean(1, keepdim=True)
-        angle = ((source - centre).conj() * (paired - goal)).sum(1, keepdim=True).angle()
-        source = (source - centre) * torch.polar(torch.ones_like(angle), angle) + goal
-    return source
 
 
 def anme(points, d):
@@ -164,15 +149,14 @@ def ced_plot(errors, threshold=0.1):
     return image
 
 
-def _unit(embeddings, dtype=torch.float64):
-    """Embeddings (..., D) of length 1, in either precision.   Raises: ValueError for nan or inf."""
-    embeddings = torch.as_tensor(embeddings).detach().to(dtype)
-    norm = torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True, dtype=torch.float64)
-    bad = int((~norm.isfinite()).sum())
+def _unit(embeddings):
+    """Embeddings (..., D) of length 1, float64.   Raises: ValueError for nan or inf."""
+    embeddings = torch.as_tensor(embeddings).detach().double()
+    bad = int((~embeddings.isfinite().all(-1)).sum())
     if bad:
         raise ValueError(f"{bad} of {len(embeddings)} embeddings hold nan or inf; all entries must "
                          "be finite")
-    return embeddings / norm.clamp_min(1e-12).to(dtype)
+    return torch.nn.functional.normalize(embeddings, dim=-1)
 
 
 def verification_accuracy(a, b, same, folds=10):
@@ -217,42 +201,10 @@ def _checked_ids(query_ids, gallery_ids, shape, device):
     return query_ids, gallery_ids
 
 
-def _best_mates(probe, probe_ids, gallery, gallery_ids):
-    """(Q,) float64: the highest cosine of each probe, of unit rows (Q, D), with a mate."""
-    order = gallery_ids.argsort()
-    first = torch.searchsorted(gallery_ids[order], probe_ids)
-    count = torch.searchsorted(gallery_ids[order], probe_ids, right=True) - first
-    best = probe.new_full((len(probe),), -torch.inf)
-    for n in range(int(count.max())):                       # the n-th mate of those that have one
-        rows = (count > n).nonzero()[:, 0]
-        mates = gallery[order[first[rows] + n].to(gallery.device)].to(probe.device)
-        best[rows] = best[rows].maximum((probe[rows] * _unit(mates)).sum(1))
-    return best
-
-
-def _beaten_by(probe, best, gallery, dtype):
-    """Pairs (i, j) in which row j of gallery (G, D) has no lower cosine with probe i (Q, D) than
-    best (Q,). float32 settles nearly all, and what it cannot tell is settled in float64."""
-    with torch.autocast(probe.device.type, enabled=False):
-        cosine = probe.to(dtype) @ _unit(gallery, dtype).T
-    best = best - 1e-12             # equal embeddings tie, although other sums round differently
-    if dtype == torch.float64:
-        return (cosine >= best[:, None]).nonzero(as_tuple=True)
-    margin = (probe.shape[1] + 8) * torch.finfo(dtype).eps              # more than rounding can do
-    i, j = (cosine >= (best - margin)[:, None].float()).nonzero(as_tuple=True)
-    close = cosine[i, j] <= best[i] + margin
-    if close.sum() > cosine.numel() // 100:                             # of a collapsed network
-        return _beaten_by(probe, best, gallery, torch.float64)
-    exact = (probe[i[close]] * _unit(gallery[j[close]])).sum(1)
-    beaten = torch.ones_like(close)
-    beaten[close] = exact >= best[i[close]]
-    return i[beaten], j[beaten]
-
-
 def rank_k(probe, probe_ids, gallery, gallery_ids, ks=(1, 5), chunk=2048):
     """Closed-set identification, {k: share of probes with a mate among the k rows of highest
-    cosine}. Exact without sorting: the non-mates that score no less than a probe's best mate are
-    counted, in blocks of chunk x chunk.
+    cosine}. Without sorting: the non-mates that score no less than a probe's best mate are counted,
+    in blocks of chunk x chunk.
     Args: probe (Q, D), gallery (G, D); probe_ids (Q,), gallery_ids (G,) integers. Distractors:
         gallery rows whose id no probe has, as -100. The gallery may stay on the CPU.
     Raises: ValueError if a probe has no mate, as no system could find it."""
@@ -260,16 +212,27 @@ def rank_k(probe, probe_ids, gallery, gallery_ids, ks=(1, 5), chunk=2048):
     gallery = torch.as_tensor(gallery)
     shape = (len(probe), len(gallery))
     probe_ids, gallery_ids = _checked_ids(probe_ids, gallery_ids, shape, probe.device)
-    plain = probe.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
-    dtype = torch.float32 if plain else torch.float64       # float32 may stand for TF32 elsewhere
-    ahead = torch.zeros_like(probe_ids, dtype=torch.long)
+
+    def compare(rows, columns):
+        """Cosines of probes and gallery rows, and which of them are mates: (rows, columns) each."""
+        block = _unit(gallery[columns.to(gallery.device)].to(probe.device))
+        return probe[rows] @ block.T, probe_ids[rows, None] == gallery_ids[columns]
+
+    everybody = torch.arange(len(gallery), device=probe.device)
+    with_mates = everybody[torch.isin(gallery_ids, probe_ids)]
+    ahead = []
     for rows in torch.arange(len(probe), device=probe.device).split(chunk):
-        best = _best_mates(probe[rows], probe_ids[rows], gallery, gallery_ids)
-        for g in range(0, len(gallery), chunk):
-            block = gallery[g:g + chunk].to(probe.device)
-            i, j = _beaten_by(probe[rows], best, block, dtype)
-            stranger = probe_ids[rows[i]] != gallery_ids[g + j]
-            ahead.index_add_(0, rows[i], stranger.long())
+        best = probe.new_full((len(rows),), -torch.inf)                # cosine with the best mate
+        for columns in with_mates.split(chunk):
+            cosine, mate = compare(rows, columns)
+            best = best.maximum(cosine.masked_fill(~mate, -torch.inf).amax(1))
+        best = best - 1e-12     # equal embeddings tie, although other sums round differently
+        count = torch.zeros_like(rows)
+        for columns in everybody.split(chunk):
+            cosine, mate = compare(rows, columns)
+            count += ((cosine >= best[:, None]) & ~mate).sum(1)
+        ahead.append(count)
+    ahead = torch.cat(ahead)
     return {k: (ahead < k).double().mean().item() for k in ks}
 
 
@@ -279,30 +242,30 @@ def tar_at_far(scores, same, fars=(1e-5, 1e-4, 1e-3)):
     Args: scores (M,), higher is more alike; same (M,) bool, with both kinds present. With fewer
         impostors than 1 / far the threshold lies above them all, and the rate is a lower bound."""
     scores = torch.as_tensor(scores).detach().cpu()
-    scores = (scores if scores.dtype == torch.float32 else scores.double()).numpy()
-    same = torch.as_tensor(same).bool().cpu().numpy()
-    nan = np.isnan(scores.max(initial=-np.inf))
-    if scores.ndim != 1 or scores.shape != same.shape or same.all() or not same.any() or nan:
-        raise ValueError(f"scores {scores.shape}, largest {scores.max(initial=-np.inf)}, same "
-                         f"{same.shape} with {int(same.sum())} True; give two (M,), no nan, and "
-                         "pairs of both kinds")
+    same = torch.as_tensor(same).bool().cpu()
+    fits = scores.dim() == 1 and scores.shape == same.shape
+    if not fits or same.all() or not same.any() or scores.isnan().any():
+        raise ValueError(f"scores {tuple(scores.shape)}, {int(scores.isnan().sum())} of them nan, "
+                         f"same {tuple(same.shape)} with {int(same.sum())} True; give two (M,), no "
+                         "nan, and pairs of both kinds")
     genuine = scores[same]
-    impostor = scores[~same]
-    count = len(impostor)
-    allowed = {far: int(far * count + 1e-9) for far in fars}    # 0.29 * 100 is 28.999999999999996
-    # Whoever beats impostor n (from 0) is let in with n of them at most, however many tie.
-    places = {count - 1 - n for n in allowed.values() if n < count}
-    impostor.partition(sorted(places))
+    impostor = scores[~same].sort(descending=True).values
     rates = {}
-    for far, n in allowed.items():
+    for far in fars:
+        allowed = int(far * len(impostor) + 1e-9)           # 0.29 * 100 is 28.999999999999996
         rates[far] = 1.0                                    # FAR 1 lets in all
-        if n < count:
-            rates[far] = float(np.count_nonzero(genuine > impostor[count - 1 - n]) / len(genuine))
+        if allowed < len(impostor):
+            # Whoever beats impostor n (from 0) is let in with n of them at most, whatever ties.
+            rates[far] = (genuine > impostor[allowed]).double().mean().item()
     return rates
 
 
-def _sorted_mates(distance, query_ids, gallery_ids):
-    """(Q, G) float64, 1 where the n-th nearest gallery row is a mate; (G,) the places n, from 1."""
+def retrieval(distance, query_ids, gallery_ids, ks=(1, 5, 10)):
+    """Scores of a search by distance: "rank1", ..., share of queries with a mate among the k
+    nearest; "map", precision at the place of each mate, averaged over a query's mates, then over
+    queries; "minp", a query's number of mates over the place of its last one, averaged.
+    Args: distance (Q, G), smaller is nearer; query_ids (Q,), gallery_ids (G,). No row is left out
+        by camera.   Raises: ValueError if a query has no mate, or for nan."""
     distance = torch.as_tensor(distance)
     query_ids, gallery_ids = _checked_ids(query_ids, gallery_ids, distance.shape, distance.device)
     if distance.isnan().any():
@@ -310,21 +273,14 @@ def _sorted_mates(distance, query_ids, gallery_ids):
     mate = (query_ids[:, None] == gallery_ids).byte()
     order = mate.argsort(dim=1, stable=True)            # non-mates first: in a tie they stay first
     order = order.gather(1, distance.gather(1, order).argsort(dim=1, stable=True))
-    return mate.gather(1, order).double(), torch.arange(1, mate.shape[1] + 1, device=mate.device)
-
-
-def mean_average_precision(distance, query_ids, gallery_ids):
-    """mAP: precision at the place of each mate, averaged over a query's mates, then over queries.
-    Args: distance (Q, G), smaller is nearer; query_ids (Q,), gallery_ids (G,). No row is left out
-        by camera.   Raises: ValueError if a query has no mate."""
-    mate, place = _sorted_mates(distance, query_ids, gallery_ids)
-    return ((mate.cumsum(1) / place * mate).sum(1) / mate.sum(1)).mean().item()
-
-
-def mean_inverse_negative_penalty(distance, query_ids, gallery_ids):
-    """mINP: a query's number of mates over the place of its last one, averaged."""
-    mate, place = _sorted_mates(distance, query_ids, gallery_ids)
-    return (mate.sum(1) / (mate * place).amax(1)).mean().item()
+    mate = mate.gather(1, order).double()               # (Q, G): 1 where the n-th nearest is one
+    place = torch.arange(1, mate.shape[1] + 1, device=mate.device)
+    first = place[mate.argmax(1)]
+    scores = {f"rank{k}": (first <= k).double().mean().item() for k in ks}
+    precision = mate.cumsum(1) / place
+    scores["map"] = ((precision * mate).sum(1) / mate.sum(1)).mean().item()
+    scores["minp"] = (mate.sum(1) / (mate * place).amax(1)).mean().item()
+    return scores
 
 
 def landmark_scores(errors, subsets, threshold):
@@ -340,11 +296,14 @@ def landmark_scores(errors, subsets, threshold):
 
 
 def landmark_table(scores, rows):
-    """Scores as text: a row for each {title: name of a score}, in % if the title says so, a column for each subset."""
+    """Scores as text: a row for each {title: name of a score}, in % if the title says so, a column
+    for each subset."""
     columns = [key[2:] for key in scores if key == "fr" or key.startswith("fr/")]
     lines = [" " * 16 + "".join(f"{column[1:] or 'full':>14}" for column in columns)]
     for title, name in rows.items():
-        percent = title.endswith("(%)")
-        cells = [f"{100 * scores[name + c]:>14.2f}" if percent else f"{scores[name + c]:>14.4f}" for c in columns]
-        lines.append(f"{title:16}" + "".join(cells))
+        line = f"{title:16}"
+        for column in columns:
+            score = scores[name + column]
+            line += f"{100 * score:>14.2f}" if title.endswith("(%)") else f"{score:>14.4f}"
+        lines.append(line)
     return "\n".join(lines)

@@ -124,6 +124,16 @@ def test_rates_refuse_an_empty_set_and_a_meaningless_threshold():
                 function(errors, threshold)
 
 
+def test_scores_of_subsets_as_a_table():
+    subsets = {"": torch.tensor([True] * 3), "pose": torch.tensor([True, False, True])}
+    scores = metrics.landmark_scores(f64([0.05, 0.0, 0.2]), subsets, 0.1)
+    assert scores == pytest.approx({"nme": 0.25 / 3, "fr": 1 / 3, "auc": 0.5, "nme/pose": 0.125,
+                                    "fr/pose": 0.5, "auc/pose": 0.25})
+    table = metrics.landmark_table(scores, {"NME (%)": "nme", "AUC": "auc"}).split("\n")
+    assert [line.split() for line in table] == [
+        ["full", "pose"], ["NME", "(%)", "8.33", "12.50"], ["AUC", "0.5000", "0.2500"]]
+
+
 # ---- curve error ---------------------------------------------------------------------------------
 
 
@@ -148,6 +158,12 @@ def test_curve_error_by_hand():
     assert errors["b"].item() == 0.5
     # Parts weigh alike, whatever their number of points.
     assert errors["overall"].item() == pytest.approx((errors["a"].item() + 0.5) / 2)
+    # The numbering within a part does not count, that across parts does.
+    parts = {"a": [0, 1], "b": [2, 3]}
+    within = metrics.curve_error(target[:, [1, 0, 3, 2]], target, parts, torch.ones(1))
+    assert within["overall"].item() == 0
+    across = metrics.curve_error(target[:, [2, 3, 0, 1]], target, parts, torch.ones(1))
+    assert across["overall"].item() > 0
 
 
 @pytest.mark.parametrize("points", [12, 9])                         # of the prediction
@@ -169,53 +185,6 @@ def test_curve_error_equals_a_loop(points):
         metrics.curve_error(pred, target, parts, torch.tensor([1.0, 0.0, 1.0]), pred_parts=given)
 
 
-def test_curve_error_ignores_the_numbering_within_a_part_only():
-    target = torch.rand(2, 10, 2, generator=generator(2)) * 30
-    parts = {"a": [0, 1, 2, 3, 4], "b": [5, 6, 7, 8, 9]}
-    within = metrics.curve_error(target[:, [4, 2, 0, 1, 3, 9, 8, 7, 6, 5]], target, parts,
-                                 torch.ones(2))
-    assert all(v.tolist() == [0, 0] for v in within.values())
-    across = metrics.curve_error(target[:, [5, 6, 7, 8, 9, 0, 1, 2, 3, 4]], target, parts,
-                                 torch.ones(2))
-    assert (across["overall"] > 0).all()
-
-
-def turned(points, degrees, shift):
-    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    centre = points.mean(1, keepdim=True)
-    return (points - centre) @ f64([[c, s], [-s, c]]) + centre + f64(shift)
-
-
-def test_icp_undoes_a_small_rigid_motion_and_nothing_else():
-    x = torch.arange(9).double() * 10
-    target = torch.stack([torch.stack([x, y], 1)
-                          for y in (0.02 * (x - 20) ** 2, 30 * torch.sin(x / 25))])
-    part, norm = {"curve": range(9)}, torch.tensor([50.0, 50.0])
-    moved = turned(target, 4.0, [1.5, -2.0])
-    assert (metrics.curve_error(moved, target, part, norm)["curve"] > 0.02).all()
-    assert (metrics.curve_error(moved, target, part, norm, icp=True)["curve"] < 1e-12).all()
-    far = turned(target, 12.0, [6.0, -5.0])                       # one step is not enough
-    assert (metrics.curve_error(far, target, part, norm, icp=True)["curve"] < 1e-12).all()
-    # A change of size is no rigid motion: 5 % of an arc some 80 px long stays visible.
-    assert (metrics.curve_error(1.05 * target, target, part, norm, icp=True)["curve"] > 0.01).all()
-    # A part of a single point has no direction; it is moved and gives 0, not nan.
-    tip = metrics.curve_error(moved, target, {"tip": [3]}, norm, icp=True)["tip"]
-    assert tip.abs().max() < 1e-12
-
-
-def test_icp_step_is_the_least_squares_rigid_fit():
-    # Points so far apart that the first pairing is right: the fit is Arun's SVD solution.
-    target = torch.tensor([[0.0, 0.0], [100.0, 10.0], [40.0, 90.0], [150.0, 160.0]]).double()
-    noise = torch.randn(4, 2, generator=generator(3), dtype=torch.float64) * 4
-    source = turned(target[None], 5.0, [2.0, 3.0])[0] + noise
-    a, b = (source - source.mean(0)).numpy(), (target - target.mean(0)).numpy()
-    u, _, vt = np.linalg.svd(a.T @ b)
-    fitted = a @ (u @ np.diag([1, np.linalg.det(u @ vt)]) @ vt) + target.mean(0).numpy()
-    planes = [torch.view_as_complex(x.contiguous())[None] for x in (source, target)]
-    found = torch.view_as_real(metrics._rigid_icp(*planes))[0]
-    np.testing.assert_allclose(found.numpy(), fitted, atol=1e-10)
-
-
 # ---- alignment strength --------------------------------------------------------------------------
 
 
@@ -225,22 +194,20 @@ def test_anme_by_hand():
     assert metrics.anme(points, 20.0) == 0.125
     assert metrics.anme(points, torch.tensor([10.0, 30.0])) == 0.125     # d is their mean
     assert metrics.anme(points[:1].expand(5, 2, 2), 20.0) == 0
+    with pytest.raises(ValueError, match="image 1 is 0"):
+        metrics.anme(points, torch.tensor([3.0, 0.0]))
+    with pytest.raises(ValueError, match="B, P, 2"):
+        metrics.anme(points[0], 3.0)
 
 
 def test_anme_of_gaussian_scatter_and_its_invariance():
     points = 50 + 2 * torch.randn(4000, 5, 2, generator=generator(), dtype=torch.float64)
     # E|y - ybar| of a 2-D Gaussian about its sample mean: sigma sqrt(pi / 2) sqrt(1 - 1 / N).
     assert metrics.anme(points, 1.0) == pytest.approx(2 * math.sqrt(math.pi / 2), rel=0.01)
-    rotated = turned(points.reshape(1, -1, 2), 30.0, [9.0, -4.0]).reshape(points.shape)
+    c, s = math.cos(0.5), math.sin(0.5)
+    rotated = points @ f64([[c, s], [-s, c]]) + f64([9.0, -4.0])
     expected = pytest.approx(metrics.anme(points, 40.0), rel=1e-9)
     assert metrics.anme(3 * rotated, 3 * 40.0) == expected
-
-
-def test_anme_refuses_a_bad_distance_and_a_single_face_without_its_axis():
-    with pytest.raises(ValueError, match="image 1 is 0"):
-        metrics.anme(torch.rand(2, 5, 2), torch.tensor([3.0, 0.0]))
-    with pytest.raises(ValueError, match="B, P, 2"):
-        metrics.anme(torch.rand(5, 2), 3.0)
 
 
 # ---- verification --------------------------------------------------------------------------------
@@ -361,16 +328,16 @@ def test_rank_k_equals_sorting_the_gallery_in_blocks_of_any_size():
 
 
 def test_rank_k_never_holds_more_than_a_block(monkeypatch):
-    largest = []
-    beaten_by = metrics._beaten_by
+    rows = []
+    unit = metrics._unit
 
-    def spy(probe, best, gallery, dtype):
-        largest.append(len(probe) * len(gallery))
-        return beaten_by(probe, best, gallery, dtype)
+    def spy(embeddings):
+        rows.append(len(embeddings))
+        return unit(embeddings)
 
-    monkeypatch.setattr(metrics, "_beaten_by", spy)
+    monkeypatch.setattr(metrics, "_unit", spy)
     metrics.rank_k(*identification_set(), chunk=16)
-    assert len(largest) > 9 and max(largest) == 16 * 16
+    assert rows[0] == 40 and len(rows) > 9 and max(rows[1:]) == 16      # the probes, then blocks
 
 
 def test_rank_k_by_hand_with_several_mates_and_ties():
@@ -388,23 +355,18 @@ def test_rank_k_by_hand_with_several_mates_and_ties():
     assert metrics.rank_k(constant, ids, constant, ids, ks=(1, 9, 10)) == {1: 0, 9: 0, 10: 1}
 
 
-def test_rank_k_settles_in_float64_what_float32_cannot_tell():
-    """Strangers ahead of or behind the mate by less than float32 shows, at all scales of a gap."""
+def test_rank_k_tells_apart_what_float32_cannot():
+    """Strangers ahead of or behind the mate at all scales of a gap, down to 1e-10."""
     g = generator(4)
-    probe, mate = torch.randn(2, 30, 16, generator=g).double()
-    probe = torch.nn.functional.normalize(probe)
+    probe = torch.nn.functional.normalize(torch.randn(30, 16, generator=g).double())
+    mate = probe + 0.1 * torch.randn(30, 16, generator=g)
     gap = torch.logspace(-10, -3, 30).double()[:, None]
     gap[::3] *= -1
-    for others in (0, 300):                             # many such pairs in a block, and few
-        gallery = torch.cat([mate, mate + gap * probe, torch.randn(others, 16, generator=g)])
-        ids = torch.cat([torch.arange(30), torch.full((len(gallery) - 30,), -1)])
-        own = [loop_rank(probe[i:i + 1], torch.tensor([i]), gallery, ids, 1)
-               for i in range(0, 30, 5)]
-        got = [metrics.rank_k(probe[i:i + 1], [i], gallery, ids, (1,))[1] for i in range(0, 30, 5)]
-        assert got == own
-        whole = metrics.rank_k(probe, torch.arange(30), gallery, ids, (1, 2, 30, 300))
-        assert whole == {k: pytest.approx(loop_rank(probe, torch.arange(30), gallery, ids, k))
-                         for k in whole}
+    gallery = torch.cat([mate, mate + gap * probe, torch.randn(70, 16, generator=g)])
+    ids = torch.cat([torch.arange(30), torch.full((100,), -1)])
+    rates = metrics.rank_k(probe, torch.arange(30), gallery, ids, (1, 2, 30, 100))
+    expected = {k: loop_rank(probe, torch.arange(30), gallery, ids, k) for k in rates}
+    assert rates == pytest.approx(expected) and 0 < rates[1] < 1
 
 
 def test_rank_k_refuses_probes_without_a_mate_and_nan():
@@ -456,17 +418,15 @@ def test_tar_at_far_by_hand():
     # Two impostors at the top: at FAR 0.01 neither may pass, although one could.
     scores[4 + 98] = 0.99
     assert metrics.tar_at_far(scores, same, (0.01, 0.02)) == {0.01: 0.25, 0.02: 0.75}
-
-
-def test_tar_with_too_few_impostors_reads_above_them_all_and_constant_scores_give_nothing():
+    # With too few impostors it is read above them all; constant scores give nothing.
     assert metrics.tar_at_far([0.9, 0.4, 0.5], [True, True, False], (1e-4,)) == {1e-4: 0.5}
     rates = metrics.tar_at_far(torch.ones(50), torch.arange(50) % 2 == 0, (1e-4, 0.5))
     assert rates == {1e-4: 0.0, 0.5: 0.0}
 
 
-@pytest.mark.parametrize("scores, same",
-                         [([1.0, NAN], [1, 0]), ([1.0, 2.0], [1, 1]), ([1.0, 2.0], [0, 0]),
-                                          ([1.0, 2.0, 3.0], [0, 1]), ([[1.0, 2.0]], [[0, 1]])])
+@pytest.mark.parametrize("scores, same", [
+    ([1.0, NAN], [1, 0]), ([1.0, 2.0], [1, 1]), ([1.0, 2.0], [0, 0]), ([1.0, 2.0, 3.0], [0, 1]),
+    ([[1.0, 2.0]], [[0, 1]])])
 def test_tar_refuses_nan_one_kind_and_unequal_lengths(scores, same):
     with pytest.raises(ValueError, match="both kinds"):
         metrics.tar_at_far(scores, same)
@@ -475,52 +435,48 @@ def test_tar_refuses_nan_one_kind_and_unequal_lengths(scores, same):
 # ---- retrieval -----------------------------------------------------------------------------------
 
 
-def loop_map_minp(distance, query_ids, gallery_ids):
-    precision, penalty = [], []
+def loop_retrieval(distance, query_ids, gallery_ids):
+    precision, penalty, first = [], [], []
     for row, i in zip(distance.tolist(), query_ids.tolist()):
         order = sorted(range(len(row)), key=lambda j: (row[j], gallery_ids[j] == i))
         places = [n for n, j in enumerate(order, 1) if gallery_ids[j] == i]
         precision.append(np.mean([(m + 1) / n for m, n in enumerate(places)]))
         penalty.append(len(places) / places[-1])
-    return np.mean(precision), np.mean(penalty)
+        first.append(places[0])
+    scores = {f"rank{k}": np.mean([place <= k for place in first]) for k in (1, 5, 10)}
+    return scores | {"map": np.mean(precision), "minp": np.mean(penalty)}
 
 
-def test_map_and_minp_by_hand():
+def test_retrieval_by_hand():
     # Query 0 has mates at places 1 and 3, query 1 its only one at place 4.
     distance = torch.tensor([[0.1, 0.3, 0.4, 0.2], [1.0, 2.0, 3.0, 4.0]])
     ids = torch.tensor([1, 2]), torch.tensor([1, 1, 3, 2])
-    both = metrics.mean_average_precision, metrics.mean_inverse_negative_penalty
-    assert both[0](distance, *ids) == pytest.approx(((1 + 2 / 3) / 2 + 1 / 4) / 2)
-    assert both[1](distance, *ids) == pytest.approx((2 / 3 + 1 / 4) / 2)
+    assert metrics.retrieval(distance, *ids, ks=(1, 3, 4)) == pytest.approx({
+        "rank1": 0.5, "rank3": 0.5, "rank4": 1.0, "map": ((1 + 2 / 3) / 2 + 1 / 4) / 2,
+        "minp": (2 / 3 + 1 / 4) / 2})
     ids = torch.tensor([0, 0, 1, 1])
-    distance = (ids[:2, None] != ids).float()                       # perfect; then all tied:
-    for function in both:
-        assert function(distance, ids[:2], ids) == 1
-        assert function(torch.zeros(2, 4), ids[:2], ids) < 0.51     # mates at places 3 and 4
+    perfect = metrics.retrieval((ids[:2, None] != ids).float(), ids[:2], ids)
+    assert set(perfect.values()) == {1.0}
+    tied = metrics.retrieval(torch.zeros(2, 4), ids[:2], ids)           # mates at places 3 and 4
+    assert tied == pytest.approx({"rank1": 0, "rank5": 1, "rank10": 1, "map": 5 / 12, "minp": 0.5})
 
 
 @pytest.mark.parametrize("levels", [4, 10 ** 6])                      # with many ties and with none
-def test_map_and_minp_equal_loops(levels):
+def test_retrieval_equals_loops(levels):
     g = generator(levels)
     ids = torch.arange(6).repeat(5), torch.cat([torch.arange(6),
                                                 torch.randint(0, 9, (40,), generator=g)])
     distance = torch.randint(0, levels, (30, 46), generator=g).float()
-    average_precision, inverse_negative_penalty = loop_map_minp(distance, *ids)
-    assert metrics.mean_average_precision(distance, *ids) == pytest.approx(average_precision)
-    assert metrics.mean_inverse_negative_penalty(distance,
-                                                 *ids) == pytest.approx(inverse_negative_penalty)
+    assert metrics.retrieval(distance, *ids) == pytest.approx(loop_retrieval(distance, *ids))
 
 
-def test_map_refuses_queries_without_mates_nan_and_unequal_lengths():
-    with pytest.raises(ValueError, match="1 of 2 queries have no mate"):
-        metrics.mean_average_precision(torch.zeros(2, 3), torch.tensor([0, 5]),
-                                       torch.tensor([0, 1, 2]))
-    with pytest.raises(ValueError, match="1 distances are nan"):
-        metrics.mean_average_precision(torch.tensor([[0.0, NAN]]), torch.tensor([0]),
-                                       torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="one each"):
-        metrics.mean_inverse_negative_penalty(torch.zeros(2, 3), torch.tensor([0, 0]),
-                                              torch.tensor([0, 1]))
+@pytest.mark.parametrize("distance, queries, gallery, message", [
+    ([[0.0] * 3] * 2, [0, 5], [0, 1, 2], "1 of 2 queries have no mate"),
+    ([[0.0, NAN]], [0], [0, 1], "1 distances are nan"),
+    ([[0.0] * 3] * 2, [0, 0], [0, 1], "one each")])
+def test_retrieval_refuses(distance, queries, gallery, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.retrieval(torch.tensor(distance), queries, gallery)
 
 
 # ---- picture -------------------------------------------------------------------------------------
