@@ -17,18 +17,21 @@ from common import UserError
 
 
 def _result_type(*tensors):
-    dtypes = [tensor.dtype for tensor in tensors]
-    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+    return functools.reduce(torch.promote_types, [t.dtype for t in tensors], torch.float32)
+
+
+def _double(value):
+    return value.double() if isinstance(value, torch.Tensor) else value
 
 
 def _in_float64(function):
     """Decorator: tensors go in as float64, the result has their widest type, float32 at least."""
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
-        given = [*args, *kwargs.values()]
+        given = (*args, *kwargs.values())
         dtype = _result_type(*(value for value in given if isinstance(value, torch.Tensor)))
-        given = [value.double() if isinstance(value, torch.Tensor) else value for value in given]
-        return function(*given[:len(args)], **dict(zip(kwargs, given[len(args):]))).to(dtype)
+        kwargs = {name: _double(value) for name, value in kwargs.items()}
+        return function(*map(_double, args), **kwargs).to(dtype)
     return wrapper
 
 
@@ -70,9 +73,7 @@ def check_points(points, kind):
     points = torch.as_tensor(points).detach().double()
     if points.ndim < 2 or points.shape[-1] != 2 or points.shape[-2] == 0:
         raise ValueError(f"points {tuple(points.shape)}; give (..., K, 2) with K > 0")
-    need, want = 2, "three that are not on one line"
-    if kind == "similarity":
-        need, want = 1, "two that differ"
+    need, want = (1, "two that differ") if kind == "similarity" else (2, "three not on one line")
     lost = (_rank(points) < need).nonzero().tolist()
     if lost:
         count = len(points[tuple(lost[0])].unique(dim=0))
@@ -254,17 +255,18 @@ class ThinPlateSpline(torch.nn.Module):
         points = points.double().expand(len(coefficients), -1, -1)
         sources = self.transform(coefficients, self.targets)
         nearest = (points[..., None, :] - sources[:, None]).square().sum(-1).argmin(-1)
-        shape = points.shape
-        spline = torch.arange(len(points), device=points.device).repeat_interleave(shape[1])
-        points = points.reshape(-1, 2)
-        near = self.targets[nearest].reshape(-1, 2)
-        first = near if start is None else start.double().expand(shape).reshape(-1, 2)
-        found, miss = self._newton(coefficients, spline, points, first)
+        near = self.targets[nearest]                                                    # (B, M, 2)
+        start = near if start is None else start.double().expand_as(points)
+        # Flat from here on, so that points which have converged can be left out.
+        spline = torch.arange(len(points), device=points.device).repeat_interleave(points.shape[1])
+        flat = points.reshape(-1, 2)                                                    # (B M, 2)
+        found, miss = self._newton(coefficients, spline, flat, start.reshape(-1, 2))
         lost = (~(miss < 1e-4)).nonzero()[:, 0]
-        if start is not None and len(lost):
-            again, miss_again = self._newton(coefficients, spline[lost], points[lost], near[lost])
-            found[lost] = torch.where((miss_again <= miss[lost])[:, None], again, found[lost])
-        return found.view(shape).to(dtype)
+        if start is not near and len(lost):
+            again, off = self._newton(coefficients, spline[lost], flat[lost],
+                                      near.reshape(-1, 2)[lost])
+            found[lost] = torch.where((off <= miss[lost])[:, None], again, found[lost])
+        return found.view_as(points).to(dtype)
 
     def _newton(self, coefficients, spline, points, guess):
         """At most 15 steps from guess (N, 2) towards points (N, 2), each of spline number `spline`
