@@ -11,17 +11,15 @@ layer. The image is not touched.
 
 Train on WebFace4M on four GPUs (the paper: TinyFace rank-1 75.80 %; not run here), its keypoints in
 a file like CVLface's, those of TinyFace in tinyface.landmarks.csv:
-  python kprpe.py --data webface-base --data-root WF4M --landmarks WF4M.csv --gpus 4 --amp \
-      --test tinyface/
-Without any data, on drawn faces, two minutes on two CPU cores; and the plain ViT beside it:
+  python kprpe.py --data webface-base --data-root WF4M --landmarks WF4M.csv --gpus 4 --test tinyface
+Without any data, on drawn faces, three minutes on two CPU cores; the plain ViT, to compare:
   python kprpe.py
   python kprpe.py --rpe none
-Digits; continue; evaluate with noise on the keypoints; use:
+Digits; continue; evaluate with noise on the keypoints; use (photo.pts beside it, or --detector):
   python kprpe.py --data affnist --data-root MNIST
   python kprpe.py --data webface-base --gpus 4 --resume
   python kprpe.py --eval RUN/last.pt --keypoint-noise 0.02,0.05,0.1 --test lfw/
-  python kprpe.py --predict photo.jpg --weights RUN/last.pt        # photo.pts beside it, or
-  --detector
+  python kprpe.py --predict photo.jpg --weights RUN/last.pt
 The face aligner, on drawn faces, two to three minutes on a CPU; its keypoints instead of a file's:
   python kprpe.py --task dfa
   python kprpe.py --dfa runs/kprpe-dfa-faces/last.pt --fusion average,norm,landmark
@@ -44,40 +42,32 @@ Where each equation is:
   Eq. (16)             fusion weighted by norms              fuse
   Eq. (17), (18)       fusion weighted by landmarks          fuse
 
-Where the paper is silent, or the authors' code (CVLface, mk-minchul/CVLface at d3d09c9) differs
-from it:
+Where the paper is silent, or the authors' code (CVLface at d3d09c9) differs from it:
   - f(P) of Eq. (10) is linear in M - P, so it is a part of the queries, the same for all images,
-  plus
-    a part of the keypoints, the same for all queries. We add the two after the product with W_L:
-    196 times fewer numbers an image.
+    plus a part of the keypoints, the same for all queries. They are added after the product with
+    W_L: 196 times fewer numbers an image.
   - "Absolute" is the paper's formula. The code's adds one number to a whole row, which the softmax
     drops: that is the plain ViT, as which Table 2's first row looks.
-  - B is divided by sqrt(d) as in Eq. (5); the code does not divide it, and so learns sqrt(d) times
-  as
-    fast. --rpe-lr makes up for that by default: sqrt(d) times --lr for the tables and W_L of Eq.
-    (5) to (10), --lr for iRPE, which both divide. W_L has a bias as in the code, whose parameters
-    are Table 3's.
+  - B is divided by sqrt(d) as in Eq. (5); the code's is not, and so learns sqrt(d) times as fast.
+    --rpe-lr makes up for that by default: sqrt(d) times --lr for the tables and W_L of Eq. (5) to
+    (10), --lr for iRPE, which both divide. W_L has a bias, as in the code and in Table 3's counts.
   - Tables start at 0, from which a CPU's thousand steps do not bring them far enough. So the small
     presets have 50 times the rate for them, a softmax without margin, and --augment wide: Table 6's
     augmentation hardly moves the keypoints of aligned faces.
   - Keypoints and patch centres are (x + 0.5) / W. The code has keypoints at x / W, half a pixel off
     its grid. "No keypoints" is the plain ViT.
   - Eq. (12) is printed as a scaling, but the text has noise: normal, alpha of the crop's side in x
-  and
-    in y. That gives the NME of 0.12 which the supplement reports for alpha = 0.1.
-  - What Table 6 leaves out is the code's: --clip 5, and what decays, matrices but no vectors and no
-    embeddings.
-  - Losses have their true gradients; the code passes them through the margin unchanged. The classes
-    are spread over the processes, and not rounded up to a multiple of their number.
+    and in y. That gives the NME of 0.12 which the supplement reports for alpha = 0.1.
+  - What Table 6 leaves out is the code's: --clip 5, and what decays: matrices, no embeddings.
+  - Losses have their true gradients; the code passes them through the margin unchanged.
   - Sec. 4.1's "repeated augmentation" is the code's: the next image is one of the same person. A
-    person's picture that is drawn twice in an epoch is augmented alike.
+    picture that is drawn twice in an epoch is augmented alike.
   - An image is warped once, by alignment and augmentation in one matrix; the code warps the aligned
     crop again. Outside the image is its reflection, in training and in test, so that no black frame
-    shows how far a face was moved; the code has black. Greys are whole numbers after each step.
+    shows how far a face was moved; the code has black.
   - Aligned: a similarity takes five points to ArcFace's in 112 px. Unaligned: with --box image the
     whole image in a square (the paper resizes it); else the square about the box times --margin,
-    which is scaled, shifted and turned at random by image. Without landmarks an image counts as
-    aligned.
+    zoomed, turned and shifted at random by image. Without landmarks an image counts as aligned.
   - TAR is read at a false accept rate of at most the target; the code reads at the nearest.
   - Digits: the paper gives no settings. Trained on MNIST moved by up to 6 px on a canvas of 40 px,
     tested on affNIST made by its published ranges; a normalised softmax of 10 classes.
@@ -85,10 +75,9 @@ from it:
     code's are (there with a border of 0.215); in a test in the crop and anew in its mirror image.
   - Of the face aligner's training, optimiser, learning rate, augmentation, the weight of its
     aggregation and the test split of WIDER FACE are ours. Its warps have align_corners=False.
-  - Gait (Sec. 5): SwinGait-2D is not published; it is made of OpenGait's SwinGait-3D (class
-  SwinGait).
-    Here all of it is trained from scratch, at one rate, by a cosine without steps; OpenGait begins
-    with trained convolutions. M is the grid of a window and serves all windows of a frame.
+  - Gait (Sec. 5): SwinGait-2D is not published; it is made of OpenGait's SwinGait-3D. Here it is
+    trained from scratch, at one rate, by a cosine without steps; OpenGait begins with trained
+    convolutions. M is the grid of a window and serves all windows of a frame.
 """
 import argparse
 import copy
@@ -245,14 +234,12 @@ def quantise(x: torch.Tensor) -> torch.Tensor:
     beta = 2 * alpha
     gamma = 8 * alpha
     far = alpha + (x.abs().clamp(min=1) / alpha).log() / math.log(gamma / alpha) * (beta - alpha)
-    # The code cuts to a whole number after the minimum, so that beta = 3.8 makes 3 the largest
-    # index.
+    # The code cuts to a whole number after the minimum, so that beta = 3.8 means 3 at most.
     return torch.where(x.abs() <= alpha, x.round(), x.sign() * far.round().clamp(max=beta)).long()
 
 
 def bucket_ids(height: int, width: int, method: str) -> torch.Tensor:
-    """d(i, j) of all pairs of N = height * width patches, query i and key j both counted row by
-    row.
+    """d(i, j) of all pairs of N = height * width patches, query i and key j counted row by row.
 
     Args: method, "euclidean" (the rounded distance, quantised: 7 ids, of which the lower 3 stay
         free, as no distance is negative), "product" (49 ids: quantised row offset times quantised
@@ -280,9 +267,8 @@ class PairBias(nn.Module):
     Args: grid, patches (height, width); method, of `bucket_ids`. `forward`: a table of each image,
         the same for all queries (B, H, K), and one of each query, the same for all images (H, N,
         K), or None; their sum is the table -> (B, H, N, N).
-    The table is read by a product with 0 and 1. The backward pass of a gather would add by atomics
-    on a GPU, slowly and in no fixed order, and keep the sum of both, 14.8 MB an image for the base
-    network.
+    It is read by a product with 0 and 1: a gather would add by atomics in the backward pass on a
+    GPU, slowly and in no fixed order, and keep the sum of both, 14.8 MB an image of ViT-B.
     """
 
     def __init__(self, grid: tuple[int, int], method: str):
@@ -290,8 +276,7 @@ class PairBias(nn.Module):
         self.patches = math.prod(grid)
         ids = bucket_ids(*grid, method).view(-1, self.patches, self.patches)  # (1 or 2, N, N)
         one_hot = (ids == torch.arange(DISTANCES[method])[:, None, None, None]).any(1).float()
-        # A GPU's attention copies a bias whose rows are no multiple of 8 long: some zeros are
-        # added.
+        # A GPU's attention copies a bias whose rows are no multiple of 8 long: add some zeros.
         one_hot = F.pad(one_hot, (0, -self.patches % 8))
         self.register_buffer("one_hot", one_hot, persistent=False)            # (K, N, N + zeros)
 
@@ -299,7 +284,7 @@ class PairBias(nn.Module):
         # Eq. (11): B_ij = f(P)[i, d(i, j)]
         bias = torch.einsum("bhk,kij->bhij", of_image, self.one_hot)
         if of_query is not None:
-            bias = bias + torch.einsum("hik,kij->hij", of_query, self.one_hot)
+            bias += torch.einsum("hik,kij->hij", of_query, self.one_hot)
         return bias[..., :self.patches]                                       # (B, H, N, N)
 
 
@@ -366,16 +351,15 @@ class KPRPE(nn.Module):
             if self.variant == "kp-absolute":
                 # Eq. (7): B_ij = f(P)[d(i, j)], f(P) = P W_L, the same for every query
                 return self.by_layer(self.keypoint_linear(P)).transpose(1, 2), [None] * self.depth
-            # Eq. (8), (9): D' = Expand(M) - Expand(P), a row of L offsets for each query (B, N, 2L)
-            # Eq. (10): f(P) = D' W_L, which is Expand(M) W_L - Expand(P) W_L
+            # Eq. (8), (9): D' = Expand(M) - Expand(P), L offsets for each query (B, N, 2L)
+            # Eq. (10): f(P) = D' W_L, which is Expand(M) W_L - Expand(P) W_L, plus the bias
             M = self.grid.repeat(1, self.keypoints)                           # (N, 2L)
             of_query = F.linear(M, W_L)
             of_image = self.keypoint_linear.bias - F.linear(P, W_L)
         return self.by_layer(of_image).transpose(1, 2), self.by_layer(of_query)
 
     def by_layer(self, f: torch.Tensor) -> torch.Tensor:
-        """What W_L puts out, (A, depth * H * K) or one table's (A, K), times scale: (depth, H, A,
-        K)."""
+        """What W_L puts out, (A, depth * H * K) or (A, K), times scale: (depth, H, A, K)."""
         f = (self.scale * f).unflatten(1, (*self.own, -1)).permute(1, 2, 0, 3)
         return f.expand(self.depth, self.heads, -1, -1)
 
@@ -384,13 +368,11 @@ def check_keypoints(points: torch.Tensor, count: int) -> torch.Tensor:
     """Keypoints (B, count, 2) as they are.   Raises: ValueError for another shape, and for values
     outside [-2, 3] or not finite; values on a GPU are not read, as that would wait for it."""
     if points.ndim != 3 or points.shape[1:] != (count, 2):
-        raise ValueError(f"keypoints have the shape {tuple(points.shape)}: expected (B, {count}, "
-                         "2)")
+        raise ValueError(f"keypoints have the shape {tuple(points.shape)}, not (B, {count}, 2)")
     if points.device.type == "cpu" and not torch.compiler.is_compiling():
         if not bool(((points >= -2) & (points <= 3)).all()):
             raise ValueError(f"keypoints from {points.min():g} to {points.max():g}: expected about "
-                             "[0, 1]; divide those in pixels, (x + 0.5) / width and (y + 0.5) / "
-                             "height")
+                             "[0, 1]; divide those in pixels, (x + 0.5) / width")
     return points
 
 
@@ -399,8 +381,8 @@ class ContextualRPE(nn.Module):
 
     Args: dim, of a head; grid.   q, k, v (B, H, N, dim) -> (B, H, N, dim).
     Source: iRPE, contextual mode, product distance. Eq. (4) has a term R^Q R^K too; the code has
-        none, and we follow it. R^Q is a table over d(j, i) as in the code; in the paper over d(i,
-        j), the same but for the order of the buckets.
+        none, and we follow it. R^Q is a table over d(j, i) as in the code; in the paper it is over
+        d(i, j), the same but for the order of the buckets.
     """
 
     def __init__(self, dim: int, grid: tuple[int, int]):
@@ -416,8 +398,7 @@ class ContextualRPE(nn.Module):
         on_keys = (q @ self.k.T).gather(-1, ids)
         on_queries = (k @ self.q.T).gather(-1, ids).mT
         a = ((q @ k.mT + on_keys + on_queries) * q.shape[-1] ** -0.5).softmax(-1)
-        # Eq. (4): Y_i = sum_j a_ij (V_j + R^V[d(i, j)]), the a_ij of one bucket summed before its
-        # R^V
+        # Eq. (4): Y_i = sum_j a_ij (V_j + R^V[d(i, j)]), a_ij summed by bucket before R^V
         by_bucket = a.new_zeros(*a.shape[:-1], len(self.v))                   # (B, H, N, K)
         return a @ v + by_bucket.scatter_add(-1, ids, a) @ self.v
 
@@ -432,8 +413,7 @@ MODELS = ("small", "base", "own", "iresnet50", "iresnet101")
 
 class Attention(nn.Module):
     """Multi-head self-attention: tokens (B, N, dim) -> the same.
-    Args: contextual, a `ContextualRPE` or None. `forward` takes a bias B / sqrt(d), (B, H, N,
-        N)."""
+    Args: contextual, a `ContextualRPE` or None. `forward` takes B / sqrt(d), (B, H, N, N)."""
 
     def __init__(self, dim: int, heads: int, contextual: ContextualRPE | None = None):
         super().__init__()
@@ -506,8 +486,7 @@ class ViT(nn.Module):
         if dim % heads or side[0] % patch or side[1] % patch:
             raise ValueError(f"dim {dim} by {heads} heads, images of {side[0]} x {side[1]} px by "
                              f"patches of {patch}: expected no remainder")
-        # Supp. 2.2 calls "no keypoints" the vanilla ViT, though W_L's bias would remain, an Eq.
-        # (6).
+        # Supp. 2.2 calls "no keypoints" the vanilla ViT, though W_L's bias would remain.
         self.rpe_name = "none" if rpe in KEYPOINT and num_keypoints == 0 else rpe
         self.num_keypoints = num_keypoints
         self.wanted = (channels, *side)
@@ -582,8 +561,7 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 # ---- Losses: supplement, 2.1 ---------------------------------------------------------------------
 
 class Margin(nn.Module):
-    """What the three losses share: forward(cosines, norms, labels) -> logits (B, C), for cross
-    entropy.
+    """What the losses share: forward(cosines, norms, labels) -> logits (B, C), for cross entropy.
 
     Args: cosines (B, C) between embeddings and class centres; norms (B,) of the embeddings, used by
         AdaFace; labels (B,) long, -1 where the class is not among the C, as in another process's
@@ -603,8 +581,7 @@ class Margin(nn.Module):
         raise NotImplementedError
 
     def turned(self, cosine: torch.Tensor, angle) -> torch.Tensor:
-        """cos(theta + angle), the sum kept within 0 and pi, beyond which the cosine would rise
-        again."""
+        """cos(theta + angle), the sum within 0 and pi, beyond which the cosine would rise again."""
         return (cosine.acos() + angle).clamp(self.eps, math.pi - self.eps).cos()
 
     def forward(self, cosines, norms, labels):
@@ -636,9 +613,8 @@ class CosFace(Margin):
 
 
 class AdaFace(Margin):
-    """s (cos(theta - m z) - (m + m z)) for the label, s cos(theta) for the others, with z in [-1,
-    1] the embedding's norm, a sign of image quality, against the running mean and standard
-    deviation of all norms.
+    """s (cos(theta - m z) - (m + m z)) for the label, s cos(theta) for the others: z in [-1, 1] is
+    the embedding's norm, a sign of image quality, against running mean and deviation of all norms.
 
     A training step updates these (buffers) before it uses them: `norms` are those of the batch over
     all processes, as PartialFC gives them. t is 0.01 in all of the code's configurations.
@@ -684,8 +660,7 @@ def all_reduce(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
 
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
-    """The (B, ...) of all processes, one after another in the order of their ranks; all have the
-    same B."""
+    """The (B, ...) of all processes, in the order of their ranks; all have the same B."""
     if not dist.is_initialized():
         return tensor
     gathered = tensor.new_empty(ranks()[1] * len(tensor), *tensor.shape[1:])
@@ -713,15 +688,14 @@ class Gather(torch.autograd.Function):
 
 class ShardedCrossEntropy(torch.autograd.Function):
     """Mean cross entropy, with the classes spread over the processes: logits (B, S) of this
-    shard's, labels (B,) long, -1 where the class is in another shard -> scalar, the same in all
-    processes. Its gradient is written out, as autograd does not reach through the sums over the
-    processes."""
+    shard's, labels (B,) long, -1 where the class is in another shard -> scalar, the same in all.
+    Its gradient is written out: autograd does not reach through the sums over the processes."""
 
     @staticmethod
     def forward(ctx, logits, labels):
         index = labels.clamp(min=0)[:, None]
         own = labels >= 0
-        top = all_reduce(logits.amax(1), dist.ReduceOp.MAX)                                 # (B,)
+        top = all_reduce(logits.amax(1), dist.ReduceOp.MAX)                   # (B,)
         exps = (logits - top[:, None]).exp_()
         target = torch.where(own, logits.gather(1, index)[:, 0] - top, 0)
         total, target = all_reduce(torch.stack([exps.sum(1), target]))
@@ -739,28 +713,22 @@ class ShardedCrossEntropy(torch.autograd.Function):
 
 
 class PartialFC(nn.Module):
-    """The classifier of a large number of identities with its loss: forward(embeddings, labels) ->
-    scalar.
+    """The classifier of many identities with its loss: forward(embeddings, labels) -> scalar.
 
     Each process owns a shard of the class centres and sees the embeddings of all processes; their
     softmaxes meet in sums over the processes: none holds the logits of all classes. With a sample
     rate below 1 a step looks at the labels' own centres and a random choice of the others. In one
     process and at rate 1 the loss is F.cross_entropy(margin(cosines, norms, labels), labels).
-    It is not wrapped in DistributedDataParallel: the gradient of its shard is complete as it
-    stands.
-
-    The gradient of the weights is dense, 0 for classes that were not sampled, as in the code: AdamW
-    moves these on by what is left of their momentum, and decays them, which no cosine sees.
-    Memory: weights, gradient and AdamW's two moments are four times the shard; the copy of
-    normalised weights is one more (a backward pass by hand would save it: 0.4 GB at 206,000 classes
-    in a process).
+    It is not wrapped in DistributedDataParallel: the gradient of its shard is complete as it is,
+    and 0 for classes that were not sampled. AdamW moves these on by what is left of their momentum,
+    as in the code. Beside its weights, gradient and AdamW's moments, four times the shard, a step
+    keeps them once more, normalised: 0.4 GB for 206,000 classes in one process.
 
     Args: features, the length d of embeddings; classes, over all processes; margin, a `Margin`;
         sample_rate, the share of each shard's classes that a step looks at, or as many as the batch
-        has faces if that is more (code: then exactly the labels' own, for whose number the host
-        would wait).
-    Shards differ by one class at most; neither the loss nor the initial weights, N(0, 0.01), depend
-    on the number of processes.
+        has faces if that is more (code: then the labels' own, for whose number a GPU would wait).
+        Shards differ by one class at most (code: rounded up), and neither the loss nor the initial
+        weights, N(0, 0.01), depend on the number of processes.
     Raises: UserError; ValueError.   Source: Partial FC, as insightface's arcface_torch has it.
     """
 
@@ -777,15 +745,11 @@ class PartialFC(nn.Module):
         self.margin = margin
         self.sample_rate = sample_rate
         self.start, stop = self.bounds(self.rank)
-        self.weight = nn.Parameter(torch.empty(stop - self.start, features))
-        rows = 2048
-        for first in range(0, classes, rows):  # every process draws all of them and keeps its own
-            block = 0.01 * torch.randn(min(rows, classes - first), features)
-            low = max(first, self.start)
-            high = min(first + rows, stop)
-            if low < high:
-                mine = slice(low - self.start, high - self.start)
-                self.weight.data[mine] = block[low - first:high - first]
+        shard = []
+        for first in range(0, classes, 2048):  # every process draws all of them and keeps its own
+            block = 0.01 * torch.randn(min(2048, classes - first), features)
+            shard.append(block[max(self.start - first, 0):max(stop - first, 0)].clone())
+        self.weight = nn.Parameter(torch.cat(shard))
 
     def bounds(self, rank: int) -> tuple[int, int]:
         """The first class of a process, and one past its last."""
@@ -803,13 +767,9 @@ class PartialFC(nn.Module):
         return scores[:count].topk(size).indices.sort().values
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean loss over the batches of all processes, which have the same size; the same value in
-        each.
-
-        Args: embeddings (B, features), not normalised; one that is 0 gets cosines and a gradient of
-            0; labels (B,) long in [0, classes), best on the CPU, as the loader gives them: reading
-            them on a GPU waits.
-        """
+        """Mean loss over the batches of all processes, of one size; the same value in each.
+        Args: embeddings (B, features), not normalised; one that is 0 gets a gradient of 0; labels
+            (B,) long in [0, classes), on the CPU, as the loader gives them."""
         low, high = labels.aminmax()
         if low < 0 or high >= self.classes:
             raise ValueError(f"labels from {int(low)} to {int(high)}, expected 0 to "
@@ -842,9 +802,8 @@ class PartialFC(nn.Module):
         return whole
 
     def gather_state(self, optimizer: torch.optim.Optimizer) -> dict:
-        """For a checkpoint: weights (classes, features) and the state of their optimizer, of all
-        shards, and the margin's buffers, on the CPU. All processes call it; rank 0 gets the
-        whole."""
+        """For a checkpoint, on the CPU: weights (classes, features) and their optimizer's state, of
+        all shards, and the margin's buffers. All processes call it; rank 0 gets the whole."""
         moments = {}
         for name, value in optimizer.state[self.weight].items():
             sharded = value.shape == self.weight.shape
@@ -891,8 +850,7 @@ def place(size: int, zoom: float, angle: float, shift: np.ndarray) -> np.ndarray
 def draw_move(rng: np.random.Generator, size: int, shift: float = 0.1, turned: float = 0.2):
     """Draws zoom, turn, shift and mirror of one image, as `datasets.CropDataset` takes them.
 
-    Args: shift, of half the side, beyond what the zoom lets the image move; turned, share of
-        images.
+    Args: shift, of half the side, beyond what the zoom lets it move; turned, a share of images.
     Returns: matrix (2, 3) crop px -> crop px; whether to mirror; {}.
     """
     zoom = rng.uniform(1 - ZOOM, 1 + ZOOM)
@@ -1002,12 +960,10 @@ class Distorted(torch.utils.data.Dataset):
 
 
 def repeated(order: np.ndarray, labels: np.ndarray, p: float, rng: np.random.Generator):
-    """The "repeated augmentation" of Table 6 on an epoch's order (L,) of indices into labels (N,):
-    (L,).
+    """The "repeated augmentation" of Table 6: an epoch's order (L,) of indices into labels (N,).
 
     After each image, with probability p, the next is replaced by a random one of the same identity,
-    but never two in a row: a share p / (1 + p) of all. The paper cites [24], which repeats an
-    image.
+    but never two in a row: a share p / (1 + p) of all. The paper's [24] repeats an image.
     """
     wish = rng.random(len(order)) < p
     wish[:1] = False
@@ -1077,8 +1033,7 @@ def wants_keypoints(args) -> bool:
 
 
 def read_faces(args, split: str) -> list[datasets.Face] | None:
-    """The faces of a split of images in folders, or drawn; None for a test split that is not
-    there."""
+    """The faces of a split, in folders or drawn; None for a test split that is not there."""
     if args.data == "faces":
         return drawn_faces(args, split)
     folder = os.path.join(args.data_root, split)
@@ -1095,37 +1050,30 @@ def read_faces(args, split: str) -> list[datasets.Face] | None:
     return faces
 
 
+def check_keypoints_known(args, split: Split, where: str):
+    """Raises: UserError for images without keypoints where the network needs them."""
+    if split.points is None and wants_keypoints(args) and not args.dfa:
+        raise UserError(f"{where}: the network needs the keypoints of its images, and there are no "
+                        "landmarks: give them (--landmarks; for a set of --test PATH.landmarks.csv "
+                        "beside it) or --dfa, or train with --rpe none")
+
+
 def face_split(args, faces: Sequence[datasets.Face]) -> Split:
-    """Faces with their landmarks as five points, and the boxes of --box.   Raises: UserError where
-    some have no landmarks, or none has and the network needs them."""
+    """Faces with their landmarks, all or none, as five points, and the boxes of --box."""
     images = recognition.FolderImages(faces)
-    if all(face.points is None for face in faces):
-        if wants_keypoints(args) and not args.dfa:
-            raise UserError(f"--data {args.data}: the network needs keypoints, but the images have "
-                            "no landmarks: give --landmarks or --dfa, or train with --rpe none")
-        return Split(images, None)
-    recognition.check_points(faces, "alignment, as other images have them,")
-    boxes = None if args.box == "image" else datasets.face_boxes(faces, args.box)
-    points = np.stack([face.points for face in faces])
-    return Split(images, five_points(points, args.landmarks or f"--data {args.data}"), boxes)
-
-
-def record_split(args) -> Split:
-    """The images of a record set, with the landmarks of --landmarks.   Raises: UserError without
-    any if the network needs them."""
-    images = recognition.Records(args.data_root)
-    if args.landmarks:
-        points = recognition.read_landmarks(images.keys.astype(str), args.landmarks)
-        return Split(images, five_points(points, args.landmarks))
-    if wants_keypoints(args) and not args.dfa:
-        raise UserError(f"--data {args.data}: the network needs the keypoints of its images: give "
-                        "--landmarks, a file like CVLface's, or --dfa, or train with --rpe none")
-    return Split(images, None)
+    split = Split(images, None)
+    if any(face.points is not None for face in faces):
+        recognition.check_points(faces, "alignment, as other images have them,")
+        points = np.stack([face.points for face in faces])
+        boxes = None if args.box == "image" else datasets.face_boxes(faces, args.box)
+        where = args.landmarks or f"--data {args.data}"
+        split = Split(images, five_points(points, where), boxes)
+    check_keypoints_known(args, split, f"--data {args.data}")
+    return split
 
 
 def unaligned(boxes: np.ndarray, size: int, margin: float) -> torch.Tensor:
-    """Crops (N, 2, 3) about boxes, each zoomed, turned and shifted at random, by its index
-    alone."""
+    """Crops (N, 2, 3) about boxes, each zoomed, turned, shifted at random by its index alone."""
     moves = []
     for i in range(len(boxes)):
         rng = np.random.default_rng((0, i))
@@ -1136,13 +1084,12 @@ def unaligned(boxes: np.ndarray, size: int, margin: float) -> torch.Tensor:
 
 
 def make_crops(args, split: Split, t: float, augment: str = "none"):
-    """Crops of --size, one warp of each image: unaligned, t = 0, or aligned, t = 1, or, as of Fig.
-    5, by (1 - t) times one matrix plus t times the other. Images without points are taken as they
-    stand.
-    Args: augment, whose geometry is in the matrix."""
+    """Crops of --size, one warp of each image: unaligned, t = 0, or aligned, t = 1, or between, for
+    Fig. 5: (1 - t) times one matrix plus t times the other. Without points images are taken as they
+    stand.   Args: augment, of --augment, whose geometry is in the matrix."""
     move = MOVES.get(augment)
     flip = datasets.SCHEMES[5].flip
-    if split.points is None or t < 1 and split.boxes is None:
+    if split.points is None or (t < 1 and split.boxes is None):
         align = None if split.points is None else (template(args.size), t)
         return recognition.WholeImages(split.images, args.size, split.points, move, flip, args.seed,
                                        align, reflect=True)
@@ -1185,8 +1132,7 @@ class Digits(torch.utils.data.Dataset):
 
 
 def read_digits(args, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 28, 28) and labels (N,) uint8 of MNIST: its four idx files in --data-root, .gz or
-    not."""
+    """Images (N, 28, 28) and labels (N,) uint8 of MNIST: idx files in --data-root, .gz or not."""
     arrays = []
     for kind in ("images-idx3", "labels-idx1"):
         name = {"train": "train", "test": "t10k"}[split]
@@ -1201,32 +1147,38 @@ def read_digits(args, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def training_set(args, device: torch.device):
-    """Images with .labels and .ids, and their aligned crops, moved as --augment says, as a
-    dataset."""
+    """Images with .labels and .ids, and their crops, aligned, then moved as --augment says."""
     if args.data == "affnist":
         data = Digits(*read_digits(args, "train"), args.size, seed=args.seed)
         return data, data
     if args.data in RECORDS:
-        split = record_split(args)
-        move = MOVES.get(args.augment)
-        crops = recognition.WholeImages(split.images, args.size, split.points, move,
-                                        datasets.SCHEMES[5].flip, args.seed, reflect=True)
+        images = recognition.Records(args.data_root)
+        points = None
+        if args.landmarks:
+            points = recognition.read_landmarks(images.keys.astype(str), args.landmarks)
+            points = five_points(points, args.landmarks)
+        check_keypoints_known(args, Split(images, points), f"--data {args.data}")
+        flip = datasets.SCHEMES[5].flip
+        crops = recognition.WholeImages(images, args.size, points, MOVES.get(args.augment), flip,
+                                        args.seed, reflect=True)
     else:
         split = face_split(args, read_faces(args, "train"))
+        images = split.images
         crops = make_crops(args, split, 1.0, args.augment)
     if args.dfa and wants_keypoints(args):
         crops.points = find_keypoints(args, crops, device)
-    return split.images, crops
+    return images, crops
 
 
 @torch.inference_mode()
 def find_keypoints(args, crops, device: torch.device) -> torch.Tensor:
-    """The keypoints that --dfa finds in crops without augmentation, (N, 5, 2) float64 px of the
-    images. Each process looks at its share."""
+    """Keypoints that --dfa finds in crops without augmentation, (N, 5, 2) float64 px of the images.
+    Each process looks at its share."""
     still = copy.copy(crops)
     still.augment = None
     found = []
-    for batch in crop_loader(args, still, shard_keys(len(crops), 256, *ranks()), device):
+    keys = shard_keys(len(crops), 256, *ranks())
+    for batch in crop_loader(args, still, keys, device, kept=False):
         points, _ = detect(args.dfa, to_device(batch, device)[0])
         to_image = warp.invert(batch["matrix"].double()).to(device)
         found.append(warp.apply_affine(to_image, points.double()))
@@ -1234,8 +1186,8 @@ def find_keypoints(args, crops, device: torch.device) -> torch.Tensor:
 
 
 def crop_loader(args, data, batches, device: torch.device, kept: bool = True):
-    """`run.make_loader` in all processes; --cache is for crops that are `kept`, and not for whole
-    images and digits, which are read anew."""
+    """`run.make_loader` in all processes; --cache is for crops that are `kept`: whole images and
+    digits are read anew."""
     args = copy.copy(args)
     if not kept or getattr(data, "regions", None) is None:
         args.cache = ""
@@ -1243,8 +1195,7 @@ def crop_loader(args, data, batches, device: torch.device, kept: bool = True):
 
 
 def to_device(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a batch: images (B, C, H, W) in 0..255, keypoints (B, P, 2) px; ArcFace's if it has
-    none."""
+    """Of a batch: images (B, C, H, W) in 0..255, keypoints (B, P, 2) px, ArcFace's for none."""
     image = batch["image"].to(device, non_blocking=True)
     if image.dtype == torch.uint8:
         image = image.permute(0, 3, 1, 2).float()
@@ -1270,8 +1221,7 @@ def inputs(image: torch.Tensor, points: torch.Tensor, draw: bool = False):
 
 def parameter_groups(net: nn.Module, weight_decay: float, scale: float = 1.0,
                      free: str = "(?<!patch_)emb|token|bias$") -> list[dict]:
-    """Parameters for AdamW, with and without weight decay; a group's rate is multiplied by its
-    "scale".
+    """Parameters for AdamW, with and without weight decay; "scale" multiplies a group's rate.
 
     Vectors and names that match `free`, by default biases, the position embedding and tokens, do
     not decay; tables and projections of the relative encodings do (source: code). Those encodings
@@ -1288,8 +1238,7 @@ def parameter_groups(net: nn.Module, weight_decay: float, scale: float = 1.0,
 
 
 def learning_rate(step: int, steps: int, warmup_steps: int, base: float) -> float:
-    """From 0 to `base` in a line over the first warmup_steps, then to 0 at `steps` as half a
-    cosine."""
+    """From 0 to `base` in a line over warmup_steps, then to 0 at `steps` as half a cosine."""
     if step < warmup_steps:
         return base * step / warmup_steps
     done = (step - warmup_steps) / max(1, steps - warmup_steps)
@@ -1299,8 +1248,7 @@ def learning_rate(step: int, steps: int, warmup_steps: int, base: float) -> floa
 @torch.no_grad()
 def clip_gradients(net: nn.Module, fc: PartialFC, limit: float):
     """Scales all gradients down to a common norm of `limit`. The network's are the same in all
-    processes; of the class weights each has its own, and the squares are summed over the
-    processes."""
+    processes; of the class weights each has its own, whose squares are summed over them."""
     own = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
     norm = (own**2 + all_reduce(fc.weight.grad.norm()**2)).sqrt()
     nn.utils.clip_grads_with_norm_([*net.parameters(), fc.weight], limit, norm)
@@ -1326,8 +1274,7 @@ def build(args, device: torch.device) -> nn.Module:
 
 
 def train_faces(args) -> dict:
-    """Trains, evaluates or predicts, as the flags say; returns the numbers of the last
-    evaluation."""
+    """Trains, evaluates or predicts, as the flags say; returns the last evaluation's numbers."""
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU; the geometry is done on the CPU
     if args.eval:
         return evaluate_checkpoint(args)
@@ -1350,8 +1297,9 @@ def train_faces(args) -> dict:
     net = build(args, job.device)
     fc = PartialFC(512, classes, MARGINS[args.loss](scale=args.scale), args.sample_rate)
     fc.to(job.device)
-    divisor = net.rpe.scale**-1 if args.rpe in (*STATIC, *KEYPOINT) and net.rpe else 1.0
-    groups = parameter_groups(net, args.weight_decay, args.rpe_lr or divisor)
+    divided = args.rpe in (*STATIC, *KEYPOINT) and net.rpe is not None  # B by sqrt(d)
+    rpe_lr = args.rpe_lr or (1 / net.rpe.scale if divided else 1.0)
+    groups = parameter_groups(net, args.weight_decay, rpe_lr)
     optimizer = torch.optim.AdamW(groups, fused=True)
     class_optimizer = torch.optim.AdamW([fc.weight], weight_decay=args.weight_decay, fused=True)
     job.restore(net, optimizer, [len(images), classes])
@@ -1415,20 +1363,17 @@ def say_what_is_missing(args, job: run.Job, conditions: Sequence):
 
 class TestCondition(NamedTuple):
     """One way of looking at a test set: its data; what is asked of it; what is added to the names
-    of scores; the noise on its keypoints, alpha of Eq. (12); whether it waits for the end of a
-    run."""
+    of scores; noise on its keypoints, alpha of Eq. (12); whether it waits for the run's end."""
     data: object
     loader: object
     protocols: list
     suffix: str = ""
     noise: float = 0.0
     late: bool = False
-    __test__ = False  # no class of tests for pytest
 
 
 def shard_keys(count: int, batch: int, rank: int = 0, world: int = 1) -> list[list[tuple]]:
-    """The keys of a set, in order, that one process looks at: every world-th, as many in each
-    process."""
+    """Batches of a set's keys that one process looks at: every world-th, as many in each."""
     mine = np.arange(rank, rank + -(-count // world) * world, world) % count
     keys = [(0, i) for i in mine.tolist()]
     return [keys[start:start + batch] for start in range(0, len(keys), batch)]
@@ -1464,31 +1409,27 @@ def read_tests(args) -> dict[str, tuple[Split, list]]:
 
 
 def test_split(args, path: str, test) -> Split:
-    """The images of a set of --test at `path`, with its landmarks or those of PATH.landmarks.csv.
-    Raises: UserError for landmarks that the network needs."""
+    """The images of a set of --test, with its landmarks or those of PATH.landmarks.csv."""
     beside = os.path.normpath(path) + ".landmarks.csv"
     if os.path.exists(beside):
         test = recognition.with_landmarks(test, beside)
-    if test.points is None:
-        if wants_keypoints(args) and not args.dfa and not path.endswith(".bin"):
-            raise UserError(f"--test {path}: the network needs the keypoints of its images: no "
-                            f"{beside}, rows image,x0,y0,..., nor --dfa")
-        if ranks()[0] == 0:
-            print(f"--test {path}: no {beside}; its images are taken as aligned")
-        return Split(test.images, None)
-    boxes = None
-    if args.box == "landmarks":
-        corners = [test.points.min(1), test.points.max(1)]
-        boxes = np.concatenate(corners, 1).astype(np.float64)
-    if args.unaligned and ranks()[0] == 0:
-        crop = "whole images"
-        if boxes is not None:
-            crop = f"crops about the box of {test.points.shape[1]} landmarks x {args.margin}"
-        print(f"--test {path}: unaligned are {crop}")
-    return Split(test.images, five_points(test.points, beside), boxes)
-
-
-test_split.__test__ = False
+    note = f"no {beside}: its images are taken as aligned"
+    split = Split(test.images, None)
+    if test.points is not None:
+        note = "unaligned are whole images" if args.unaligned else ""
+        boxes = None
+        if args.box == "landmarks":
+            corners = [test.points.min(1), test.points.max(1)]
+            boxes = np.concatenate(corners, 1).astype(np.float64)
+            if args.unaligned:
+                count = test.points.shape[1]
+                note = f"unaligned are crops about the box of {count} landmarks x {args.margin}"
+        split = Split(test.images, five_points(test.points, beside), boxes)
+    elif not path.endswith(".bin"):  # those are aligned
+        check_keypoints_known(args, split, f"--test {path}")
+    if note and ranks()[0] == 0:
+        print(f"--test {path}: {note}")
+    return split
 
 
 def test_conditions(args, device: torch.device) -> list[TestCondition]:
@@ -1520,12 +1461,8 @@ def test_conditions(args, device: torch.device) -> list[TestCondition]:
     return conditions
 
 
-test_conditions.__test__ = False
-
-
 def add_keypoint_noise(keypoints: torch.Tensor, index: torch.Tensor, alpha: float) -> torch.Tensor:
-    """Keypoints (B, 5, 2) in [0, 1] with noise, the same for an image's index (B,) in every
-    call."""
+    """Keypoints (B, 5, 2) in [0, 1] with noise, always the same for an image's index (B,)."""
     if not alpha:
         return keypoints
     noise = [np.random.default_rng((1, i)).standard_normal((5, 2)) for i in index.tolist()]
@@ -1554,17 +1491,17 @@ def embed(net: nn.Module, condition: TestCondition, args, device: torch.device) 
         if args.dfa:
             points, score = detect(args.dfa, pixels)
             mirrored, _ = detect(args.dfa, pixels.flip(3))
-        views = [(pixels, points)]
-        if args.data != "affnist":
-            views.append((pixels.flip(3), mirrored))
+        views = [(pixels, points), (pixels.flip(3), mirrored)]
+        if args.data == "affnist":
+            views.pop()
         features = 0
-        for pixels, places in views:
-            image, keypoints = inputs(pixels, places, args.draw_keypoints)
-            keypoints = add_keypoint_noise(keypoints, batch["index"], condition.noise)
+        seen = []
+        for pixels, points in views:
+            image, keypoints = inputs(pixels, points, args.draw_keypoints)
+            seen.append(add_keypoint_noise(keypoints, batch["index"], condition.noise))
             with run.precision(args, device):
-                features = features + net(image, keypoints)
-        seen = inputs(pixels, points)[1]
-        rows.append(torch.cat([features, seen.flatten(1), score[:, None]], 1))
+                features = features + net(image, seen[-1])
+        rows.append(torch.cat([features, seen[0].flatten(1), score[:, None]], 1))
     whole = gather_shards(torch.cat(rows), len(condition.data))
     if ranks()[0] == 0:
         whole = whole.cpu()
@@ -1574,8 +1511,7 @@ def embed(net: nn.Module, condition: TestCondition, args, device: torch.device) 
 
 def evaluate(net: nn.Module, centres: torch.Tensor | None, conditions: Sequence[TestCondition],
              args, device: torch.device) -> dict:
-    """Scores by name, as accuracy, rank1, accuracy@unaligned, tar/0.0001@IJB-C, on rank 0, {} on
-    others.
+    """Scores by name, as rank1, accuracy@unaligned, tar/0.0001@IJB-C, on rank 0, {} on others.
     Args: centres (C, D), the class weights, to classify digits by, on rank 0."""
     scores = {}
     for condition in conditions:
@@ -1616,9 +1552,8 @@ def print_table(scores: dict, args):
 
 
 def open_checkpoint(args, path: str) -> tuple[nn.Module, dict, torch.device]:
-    """A checkpoint's network, in evaluation mode, its classifier's state, and the device; `args`
-    takes its flags over.   Raises: UserError for a network of digits where faces are looked at, or
-    reverse."""
+    """A checkpoint's network, for evaluation, its classifier's state, and the device; `args` takes
+    its flags over.   Raises: UserError for a network of digits and images of faces, or reverse."""
     named = args.data if "data" in args.given or args.predict else None
     state, device = run.open_checkpoint(args, path, ("landmarks",))
     own = state["args"]["data"]
@@ -1649,8 +1584,7 @@ def predict(args) -> dict:
     as NAME.npy, and its keypoints, if it has any, as NAME.pts in px of the image.
 
     Keypoints come from --detector, from NAME.pts beside the image, as the landmark scripts write
-    it, or from --dfa. Faces are aligned by them; one without is cropped by --box, or taken as it
-    stands.
+    it, or from --dfa. Faces are aligned by them; one without is cropped by --box, or taken whole.
     Raises: UserError for a face without keypoints if the network needs them.
     """
     net, _, device = open_checkpoint(args, args.weights)
@@ -1680,8 +1614,7 @@ def predict(args) -> dict:
 
 def photo_faces(args, photo, detector, device: torch.device) -> list[tuple]:
     """The faces of an image of --predict: box (4,) px, and keypoints (5, 2) float64 px or None.
-    All that the detector finds; else one, of NAME.pts beside the image, or by --dfa, or in
-    --box."""
+    All that the detector finds; else one, of NAME.pts beside the image, by --dfa, or in --box."""
     if detector is not None:
         found = photos.detect(detector, photo.image)
         return [(None, row[4:14].reshape(5, 2)) for row in found]  # the image-left eye comes first
@@ -1735,9 +1668,8 @@ def draw_offset(values: np.ndarray, query: tuple[int, int], keypoints: np.ndarra
 
 
 def draw_offsets(net: ViT, data, dfa: str = "", side: int = 160) -> np.ndarray:
-    """Fig. 12, then Fig. 13: an image, then maps of head 0. The first rows are one image, a row for
-    each of three queries, a column for layers 0, 1, 3, 5, 7; the others three images, by the first
-    query."""
+    """Fig. 12, then Fig. 13: an image, then maps of head 0. First one image, a row for each of
+    three queries, a column for layers 0, 1, 3, 5, 7; then three images, by the first query."""
     height, width = (n // net.patch_embed.proj.stride[0] for n in net.wanted[1:])
     layers = [layer for layer in (0, 1, 3, 5, 7) if layer < len(net.blocks)]
     chosen = [picture(data, i, side, dfa) for i in photos.spread(len(data), 4)]
