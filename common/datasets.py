@@ -1,9 +1,9 @@
 """Faces on disk as plain records: one reader for each public set; and crops of them in batches.
 
 A reader is `read_<name>(root, split) -> list[Face]`, reached by name through `read`. It opens the
-files of annotations, never pixels, and checks them. Its docstring shows the files that it wants and
-where the set comes from, and is part of its error message. Nothing is downloaded: the sets have
-owners and licences.
+files of annotations, never pixels. Its docstring shows the files that it wants and where the set
+comes from, and is part of its error message. Nothing is downloaded: the sets have owners and
+licences.
 
 Points are (P, 2) float32 x y in pixels of the stored image. Pixel centres are whole numbers from 0,
 so files that count from 1 (`.pts`, MATLAB arrays) lose 1 here, once. "left" is image-left, the
@@ -15,6 +15,7 @@ import glob
 import hashlib
 import math
 import os
+import platform
 import re
 import shutil
 import time
@@ -22,7 +23,7 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Callable, Sequence
+from typing import Callable, Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -31,12 +32,11 @@ from tqdm import tqdm
 
 from common import UserError, warp
 # Some of these names are only passed on: the scripts say datasets.SCHEMES, datasets.read_pts.
-from common.formats import (IMAGE_SUFFIXES, beside, image_paths, load_image, numbers, open_h5,
-                            point_rows, read_mat, read_points_csv, read_pts, text_lines, walk,
-                            write_image, write_pts)
+from common.formats import (IMAGE_SUFFIXES, beside, image_paths, is_jpeg, load_image, numbers,
+                            open_h5, point_rows, read_mat, read_points_csv, read_pts, text_lines,
+                            walk, write_image, write_pts)
 from common.schemes import (ARCFACE_5, SCHEMES, Scheme, flip_residual, group_means, norm_kind,
                             normaliser)
-
 
 # ---- Records -------------------------------------------------------------------------------------
 
@@ -52,42 +52,49 @@ class Face:
     where: str = ""                                       # file:line of the list that names it
 
 
-# What an image file begins with -> what its last bytes hold.
+def subsets(faces: Sequence[Face]) -> dict[str, np.ndarray]:
+    """The whole set under "" and each subset under its tag, in the order of the papers' tables:
+    (M,) bool."""
+    tags = {tag for face in faces for tag in face.tags}
+    order = [tag for tag in (*WFLW_TAGS, "common", "challenging") if tag in tags]
+    chosen = {"": np.ones(len(faces), bool)}
+    for tag in order + sorted(tags - set(order)):
+        chosen[tag] = np.array([tag in face.tags for face in faces])
+    return chosen
+
+
+# The first two bytes of an image file -> what the last bytes of a whole one hold.
 _SIGNATURES = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND", b"BM": b"", b"RI": b"", b"GI": b"",
                b"II": b"", b"MM": b""}
 
 
 def _fault(path: str) -> str:
     """What is wrong with an image file, by its first and last bytes; "" if nothing is."""
-    try:
-        with open(path, "rb") as file:
-            begin = file.read(2)
-            file.seek(max(os.path.getsize(path) - 4096, 0))
-            end = file.read()
-    except FileNotFoundError:
-        return "missing"
+    if not os.path.exists(path):
+        return "does not exist"
+    with open(path, "rb") as file:
+        begin = file.read(2)
+        file.seek(max(os.path.getsize(path) - 4096, 0))
+        end = file.read()
     if begin not in _SIGNATURES:
-        return "undecodable"
-    return "" if _SIGNATURES[begin] in end else "cut short"
+        return "is no image that cv2 can decode"
+    return "" if _SIGNATURES[begin] in end else "seems to be cut short"
 
 
 def check_images(faces: Sequence[Face]) -> None:
     """Before a long run: every path exists and begins like an image; warns of files without end.
-    Raises: FileNotFoundError or else UserError, naming the first bad file and counting all."""
-    paths = {face.image: face.where for face in faces if isinstance(face.image, (str, os.PathLike))}
-    faults = {path: _fault(path) for path in paths}
-    absent, broken, cut = ([path for path in paths if faults[path] == fault]
-                           for fault in ("missing", "undecodable", "cut short"))
-    if absent or broken:
-        bad = (absent or broken)[0]
-        what = "does not exist" if absent else "is no image that cv2 can decode"
-        listed = f" (listed in {paths[bad]})" if paths[bad] else ""
-        error = FileNotFoundError if absent else UserError
-        raise error(f"{bad} {what}{listed}; of {len(paths)} images, missing {len(absent)}, "
-                    f"undecodable {len(broken)}")
-    if cut:
-        warnings.warn(f"{cut[0]} and {len(cut) - 1} other images seem to be cut short",
-                      stacklevel=2)
+    Raises: UserError naming the first bad file and counting those with its fault."""
+    listed = {face.image: face.where for face in faces if isinstance(face.image, str)}
+    faults: dict[str, list[str]] = {}
+    for path, where in listed.items():
+        fault = _fault(path)
+        if fault:
+            faults.setdefault(fault, []).append(f"{path} (listed in {where})" if where else path)
+    for fault, bad in faults.items():
+        message = f"{bad[0]} {fault}; so for {len(bad)} of {len(listed)} images"
+        if not fault.startswith("seems"):
+            raise UserError(message)
+        warnings.warn(message, stacklevel=2)
 
 
 # ---- Readers -------------------------------------------------------------------------------------
@@ -111,40 +118,38 @@ def below(reader: Callable, root: str, *parts: str, flag="--data-root") -> str:
     return path
 
 
-def _counted(reader: Callable, root: str, split: str, faces: list[Face], **official: int):
-    """`faces`, after an error if there are none, a warning if not as many as officially."""
-    if not faces:
-        raise missing(reader, root, f"no face in the {split} split of {root}")
-    if len(faces) != official.get(split, len(faces)):
-        warnings.warn(f"{reader.__name__}: {len(faces)} faces in the {split} split of {root}, "
-                      f"{official[split]} in the official one", stacklevel=3)
-    return faces
+def _rows(table: str, count: int, name=0, separator=",", skip=1) -> Iterator[tuple]:
+    """(file:line, name of the image, (count,) numbers) of each row of a table; `name` is its column
+    and `skip` the rows of the header."""
+    for where, line in text_lines(table)[skip:]:
+        fields = line.split(separator)
+        image = fields.pop(name)
+        yield where, image, numbers(fields, count, where)
 
 
-def _listed(folder: str, name: str, where: str) -> str:
-    """Path of a file that a list names, which must lie in the folder."""
+def _face(folder: str, name: str, where: str, points, box=None, **more) -> Face:
+    """The face of an image that a list names, which must lie in the folder."""
     if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
         raise UserError(f"{where}: {name!r} leads out of {folder}; wanted a path below it")
-    return os.path.join(folder, name)
+    box = None if box is None else tuple(np.asarray(box, float).tolist())
+    points = points.reshape(-1, 2).astype(np.float32)
+    return Face(os.path.join(folder, name), points, box, where=where, **more)
 
 
-def _square(center: np.ndarray, side: float) -> tuple[float, float, float, float]:
-    return (*(center - side / 2).tolist(), *(center + side / 2).tolist())
+def _square(center: np.ndarray, side: float) -> np.ndarray:
+    return np.concatenate([center - side / 2, center + side / 2])
 
 
-# What tables count pixels from, by words in their names or in those of their images: 300-W's have
-# the numbers of its .pts; WFLW's those of its list, and AFLW's those of its .mat, as they are.
-_TABLE_BASES = {r"300w|\b(afw|ibug|lfpw|helen)/|(in|out)door_\d": 1,
-                r"wflw|\d--[A-Z]": 0, "aflw": 0}
-
-
-def _table_base(table: str, image: str) -> int:
-    """0 or 1, what a table of an image counts pixels from; 0, with a warning, if nothing says."""
-    for words, base in _TABLE_BASES.items():
-        if re.search(words, f"{os.path.basename(table)} {image}"):
-            return base
-    warnings.warn(f"nothing says whether {table} counts pixels from 0 or from 1: taken as from 0; "
-                  "else all points are 1 px off", stacklevel=3)
+def _table_base(table: str, image: str = "") -> int:
+    """0 or 1, what a table of an image counts pixels from, by words in their names: 300-W's have
+    the numbers of its .pts; WFLW's those of its list, AFLW's those of its .mat, as they are. 0,
+    with a warning, if nothing says."""
+    names = f"{os.path.basename(table)} {image}"
+    if re.search(r"300w|\b(afw|ibug|lfpw|helen)/|(in|out)door_\d", names):
+        return 1
+    if not re.search(r"wflw|aflw|\d--[A-Z]", names):
+        warnings.warn(f"nothing says whether {table} counts pixels from 0 or from 1: taken as from "
+                      "0; else all points are 1 px off", stacklevel=3)
     return 0
 
 
@@ -153,25 +158,29 @@ WFLW_TAGS = ("pose", "expression", "illumination", "makeup", "occlusion", "blur"
 
 def read_wflw(root: str, split: str) -> list[Face]:
     """WFLW: 98 points, taken as 0-based; box: the face rectangle (not tight); tags: `WFLW_TAGS`. A
-    row is 196 coordinates, x_min y_min x_max y_max, six flags and the image, which may hold several
-    faces.
+    row is 196 coordinates, x_min y_min x_max y_max, six flags, image (of one face or several).
 
     Tree: WFLW_annotations/list_98pt_rect_attr_train_test/list_98pt_rect_attr_{train,test}.txt
           WFLW_images/0--Parade/*.jpg, WFLW_images/1--Handshaking/*.jpg, ...
-    Source: https://wywu.github.io/projects/LAB/WFLW.html, for research.
-    """
-    table = below(read_wflw, root, "WFLW_annotations", "list_98pt_rect_attr_train_test",
-                   f"list_98pt_rect_attr_{split}.txt")
-    images = below(read_wflw, root, "WFLW_images")
+    Source: https://wywu.github.io/projects/LAB/WFLW.html, for research."""
+    table = os.path.join(root, "WFLW_annotations", "list_98pt_rect_attr_train_test",
+                         f"list_98pt_rect_attr_{split}.txt")
+    images = os.path.join(root, "WFLW_images")
     faces = []
-    for where, line in text_lines(table):
-        *fields, name = line.split()
-        values = numbers(fields, 206, where)
-        points = values[:196].reshape(98, 2).astype(np.float32)
+    for where, name, values in _rows(table, 206, name=-1, separator=None, skip=0):
         tags = tuple(tag for tag, flag in zip(WFLW_TAGS, values[200:]) if flag)
-        faces.append(Face(_listed(images, name, where), points, tuple(values[196:200].tolist()),
-                          tags=tags, where=where))
-    return _counted(read_wflw, root, split, faces, train=7500, test=2500)
+        faces.append(_face(images, name, where, values[:196], values[196:200], tags=tags))
+    return faces
+
+
+def _annotated(folder: str, tags=()) -> list[Face]:
+    """Faces of the images of a folder, with a .pts beside each."""
+    faces = []
+    for image, pts in beside(folder):
+        if not image or not pts:
+            raise FileNotFoundError(f"no {'image' if pts else '.pts'} beside {pts or image}")
+        faces.append(Face(image, read_pts(pts), tags=tags, where=pts))
+    return faces
 
 
 def read_300w(root: str, split: str) -> list[Face]:
@@ -181,24 +190,29 @@ def read_300w(root: str, split: str) -> list[Face]:
 
     Tree: afw/  helen/trainset/  helen/testset/  lfpw/trainset/  lfpw/testset/  ibug/
           in each NAME.jpg or NAME.png with NAME.pts
-    Source: https://ibug.doc.ic.ac.uk/resources/300-W, for non-commercial research.
-    """
+    Source: https://ibug.doc.ic.ac.uk/resources/300-W, for non-commercial research."""
     folders = {"afw": (), "lfpw/trainset": (), "helen/trainset": ()}
     if split == "test":
         folders = {"lfpw/testset": ("common",), "helen/testset": ("common",),
                    "ibug": ("challenging",)}
     faces = []
     for name, tags in folders.items():
-        for image, pts in beside(below(read_300w, root, *name.split("/"))):
-            if not pts or "_mirror" in os.path.basename(pts):
-                continue
-            if not image:
-                raise missing(read_300w, root, f"no image beside {pts}")
-            points = read_pts(pts)
-            if len(points) != 68:
-                raise UserError(f"{pts}: found {len(points)} points, wanted 68")
-            faces.append(Face(image, points, tags=tags))
-    return _counted(read_300w, root, split, faces, train=3148, test=689)
+        faces += _annotated(os.path.join(root, name), tags)
+    return [face for face in faces if "_mirror" not in os.path.basename(face.image)]
+
+
+def read_folder(root: str, split: str) -> list[Face]:
+    """A folder of your own: any number of points, the same in all; no box; identity: the folder
+    that holds the image, as a path below the split (None for an image directly in it).
+
+    Tree: train/PERSON/NAME.jpg and train/PERSON/NAME.pts, test/PERSON/...; at any depth
+    Source: you. A .pts counts from 1: lines "version: 1", "n_points: P", "{", P of "x y", "}"."""
+    base = os.path.join(root, split)
+    faces = _annotated(base)
+    for face in faces:
+        person = os.path.relpath(os.path.dirname(face.image), base)
+        face.identity = None if person == "." else person
+    return faces
 
 
 def _cofw_image(path: str, key: str, index: int) -> np.ndarray:
@@ -216,34 +230,29 @@ def read_cofw(root: str, split: str) -> list[Face]:
     Tree: COFW_train_color.mat, COFW_test_color.mat
           or, exported: train.tsv, test.tsv, train/*.jpg, test/*.jpg; a table is a header and rows,
           with tabs: image, 5 points x0,y0,..., 29 points x0,y0,..., scale, center_w, center_h
-    Source: https://data.caltech.edu, Caltech Occluded Faces in the Wild, COFW_color.zip.
-    """
+    Source: https://data.caltech.edu, Caltech Occluded Faces in the Wild, COFW_color.zip."""
+    faces = []
     table = os.path.join(root, f"{split}.tsv")
     if os.path.exists(table):
-        base = _table_base(table, "")
-        faces = []
+        base = _table_base(table)
         for where, line in text_lines(table)[1:]:
-            name, _, points, *place = (line.split("\t") + [""] * 6)[:6]
-            points = numbers(points.split(","), 58, where).reshape(29, 2) - base
-            scale, *center = numbers(place, 3, where)
-            path = _listed(root, name if "/" in name else f"{split}/{name}", where)
-            faces.append(Face(path, points.astype(np.float32),
-                              _square(np.array(center) - base, 200 * scale), where=where))
-        return _counted(read_cofw, root, split, faces, train=1345, test=507)
-    path = below(read_cofw, root, f"COFW_{split}_color.mat")
-    keys = [stem + ("Tr" if split == "train" else "T") for stem in ("phis", "bboxes", "Is")]
-    with open_h5(path) as file:
-        arrays = [file[key][()].T for key in keys if key in file]
-    shapes = [array.shape for array in arrays]
-    if len(shapes) != 3 or shapes[:2] != [(arrays[2].size, 87), (arrays[2].size, 4)]:
-        raise UserError(f"{path}: found arrays {shapes}, wanted {keys} of (N, 87), (N, 4) and N "
-                        "images")
-    phis, boxes, images = arrays  # 29 x, 29 y, 29 flags of occlusion; x y width height
-    points = (np.stack([phis[:, :29], phis[:, 29:58]], -1) - 1).astype(np.float32)
-    boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1) - 1
-    faces = [Face(functools.partial(_cofw_image, path, keys[2], i), points[i],
-                  tuple(boxes[i].tolist())) for i in range(images.size)]
-    return _counted(read_cofw, root, split, faces, train=1345, test=507)
+            name, *fields = re.split(r"[\t,]", line)
+            values = numbers(fields[:71], 71, where)[10:]  # without the 5 points; tags may follow
+            box = _square(values[59:] - base, 200 * values[58])
+            name = name if "/" in name else f"{split}/{name}"
+            faces.append(_face(root, name, where, values[:58] - base, box))
+    else:
+        path = os.path.join(root, f"COFW_{split}_color.mat")
+        end = "Tr" if split == "train" else "T"
+        with open_h5(path) as file:
+            phis = file["phis" + end][()].T      # (N, 87): 29 x, 29 y, 29 flags of occlusion
+            boxes = file["bboxes" + end][()].T   # (N, 4): x y width height
+        points = (np.stack([phis[:, :29], phis[:, 29:58]], -1) - 1).astype(np.float32)
+        boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1) - 1
+        for i, box in enumerate(boxes.tolist()):
+            image = functools.partial(_cofw_image, path, "Is" + end, i)
+            faces.append(Face(image, points[i], tuple(box)))
+    return faces
 
 
 def read_cofw68(root: str, split: str) -> list[Face]:
@@ -253,55 +262,48 @@ def read_cofw68(root: str, split: str) -> list[Face]:
     Tree: cofw68/test_annotations/1_points.mat ... 507_points.mat
           cofw/COFW_test_color.mat, or exported: cofw/test.tsv and cofw/test/*.jpg
           300w/afw/, 300w/helen/trainset/, 300w/lfpw/trainset/ (for train)
-    Source: https://github.com/golnazghiasi/cofw68-benchmark.
-    """
+    Source: https://github.com/golnazghiasi/cofw68-benchmark."""
     if split == "train":
-        return read_300w(below(read_cofw68, root, "300w"), "train")
+        return read_300w(os.path.join(root, "300w"), "train")
     with warnings.catch_warnings():  # of the 29 points, which are not used
         warnings.simplefilter("ignore")
-        faces = read_cofw(below(read_cofw68, root, "cofw"), "test")
+        faces = read_cofw(os.path.join(root, "cofw"), "test")
     for number, face in enumerate(faces, 1):
-        path = below(read_cofw68, root, "cofw68", "test_annotations", f"{number}_points.mat")
-        points = read_mat(path).get("Points")
-        if np.shape(points) != (68, 2) or not np.isfinite(points).all():
-            raise UserError(f"{path}: found Points {np.shape(points)}, wanted finite (68, 2)")
-        face.points = (points - 1).astype(np.float32)  # MATLAB counts from 1
+        path = os.path.join(root, "cofw68", "test_annotations", f"{number}_points.mat")
+        points = read_mat(path, Points=(68, 2))["Points"] - 1  # MATLAB counts from 1
+        face.points = points.astype(np.float32)
         face.box = None
-    return _counted(read_cofw68, root, split, faces, test=507)
+    return faces
 
 
 def read_helen(root: str, split: str) -> list[Face]:
     """HELEN: 194 points, taken as 0-based, no box. The first line of an annotation file names its
-    image. Listed images that are not there are left out, with a warning.
+    image. What is listed and not there is left out, with a warning.
 
     Tree: annotation/1.txt ... 2330.txt, trainnames.txt, testnames.txt
           NAME.jpg in any folders, as train_1/ ... train_4/ and test/
-    Source: http://www.ifp.illinois.edu/~vuongle2/helen.
-    """
-    listing = below(read_helen, root, f"{split}names.txt")
+    Source: http://www.ifp.illinois.edu/~vuongle2/helen."""
     annotations = {}
-    for path in walk(below(read_helen, root, "annotation"), (".txt",)):
+    for path in walk(os.path.join(root, "annotation"), (".txt",)):
         (_, name), *rows = text_lines(path) or [("", "")]
         annotations[name] = (path, rows)
     images: dict[str, list[str]] = {}
     for path in walk(root):
         images.setdefault(os.path.splitext(os.path.basename(path))[0], []).append(path)
     faces, lost = [], []
-    for where, name in text_lines(listing):
+    for where, name in text_lines(os.path.join(root, f"{split}names.txt")):
         if name not in images or name not in annotations:
             lost.append(f"{'annotation' if name in images else 'image'} of {name} ({where})")
-            continue
-        if len(images[name]) > 1:
+        elif len(images[name]) > 1:
             raise UserError(f"{images[name][0]} and {images[name][1]} are both {name}: keep one")
-        path, rows = annotations[name]
-        points = point_rows(path, rows, 194).astype(np.float32)
-        faces.append(Face(images[name][0], points, where=where))
-    if lost and not faces:
-        raise missing(read_helen, root, f"no {lost[0]}")
+        else:
+            path, rows = annotations[name]
+            points = point_rows(path, rows, 194).astype(np.float32)
+            faces.append(Face(images[name][0], points, where=where))
     if lost:
         warnings.warn(f"read_helen: no {lost[0]}, nor of {len(lost) - 1} others: left out",
                       stacklevel=2)
-    return _counted(read_helen, root, split, faces, train=2000, test=330)
+    return faces
 
 
 def read_aflw(root: str, split: str) -> list[Face]:
@@ -311,28 +313,20 @@ def read_aflw(root: str, split: str) -> list[Face]:
 
     Tree: AFLWinfo_release.mat
           flickr/0/*.jpg, flickr/2/*.jpg, flickr/3/*.jpg
-    Source: TU Graz, by agreement; the .mat: Zhu et al., Unconstrained Face Alignment, CVPR 2016.
-    """
-    path = below(read_aflw, root, "AFLWinfo_release.mat")
-    images = below(read_aflw, root, "flickr")
-    variables = read_mat(path)
-    arrays = [variables.get(name) for name in ("nameList", "ra", "data", "bbox", "mask_new")]
-    shapes = [np.shape(array) for array in arrays]
-    count = np.size(arrays[0])
-    if np.size(arrays[1]) != count or shapes[2:] != [(count, 38), (count, 4), (count, 19)]:
-        raise UserError(f"{path}: found nameList, ra, data, bbox, mask_new of {shapes}, wanted N, "
-                        "N, (N, 38), (N, 4), (N, 19)")
-    names, order, data, boxes, seen = arrays
-    names = names.ravel()
-    points = np.stack([data[:, :19], data[:, 19:]], -1).astype(np.float32)  # 19 x, 19 y
-    boxes = boxes[:, [0, 2, 1, 3]]              # stored as xmin xmax ymin ymax
-    order = order.ravel().astype(int) - 1       # from 1; the first 20,000 are for training
+    Source: TU Graz, by agreement; the .mat: Zhu et al., Unconstrained Face Alignment, CVPR 2016."""
+    path = os.path.join(root, "AFLWinfo_release.mat")
+    images = os.path.join(root, "flickr")
+    table = read_mat(path, nameList=(), ra=(), data=(0, 38), bbox=(0, 4), mask_new=(0, 19))
+    names = table["nameList"].ravel()
+    points = np.stack(np.split(table["data"], 2, 1), -1)  # 19 x, 19 y -> (N, 19, 2)
+    boxes = table["bbox"][:, [0, 2, 1, 3]]                # stored as xmin xmax ymin ymax
+    frontal = table["mask_new"].all(1)
+    order = table["ra"].ravel().astype(int) - 1           # from 1; the first 20,000 are to train on
     faces = []
     for i in order[:20000] if split == "train" else order[20000:]:
-        tags = ("frontal",) if split == "test" and seen[i].all() else ()
-        faces.append(Face(_listed(images, names[i], path), points[i], tuple(boxes[i].tolist()),
-                          tags=tags))
-    return _counted(read_aflw, root, split, faces, train=20000, test=4386)
+        tags = ("frontal",) if split == "test" and frontal[i] else ()
+        faces.append(_face(images, names[i], path, points[i], boxes[i], tags=tags))
+    return faces
 
 
 def read_jd106(root: str, split: str) -> list[Face]:
@@ -343,30 +337,27 @@ def read_jd106(root: str, split: str) -> list[Face]:
           or, for JD-landmark, picture/NAME.jpg, landmark/NAME.jpg.txt and maybe
           rect/NAME.jpg.rect, below Train/ or Training_data/{AFW,HELEN,IBUG,LFPW}/, and Test_data1/
           in a .txt the number of points, 106, then rows "x y" from 0; in a .rect "x1 y1 x2 y2"
-    Source: https://github.com/JDAI-CV/lapa-dataset; JD-landmark on application.
-    """
-    bases = ["Test_data1"] if split == "test" else []
-    if split == "train":
-        bases = ["Train", *(f"Training_data/{name}" for name in ("AFW", "HELEN", "IBUG", "LFPW"))]
-    bases = [base for base in bases if os.path.isdir(os.path.join(root, base, "landmark"))]
-    pictures, marks = ("picture", "landmark") if bases else ("images", "landmarks")
+    Source: https://github.com/JDAI-CV/lapa-dataset; JD-landmark on application."""
+    jd = {"train": ["Train", *(f"Training_data/{name}" for name in "AFW HELEN IBUG LFPW".split())],
+          "test": ["Test_data1"]}
+    places = [(base, "picture", "landmark") for base in jd.get(split, [])]
+    places = [place for place in places if os.path.isdir(os.path.join(root, place[0], place[2]))]
     faces = []
-    for base in bases or [split]:
-        for path in walk(below(read_jd106, root, base, marks), (".txt",)):
+    for base, pictures, marks in places or [(split, "images", "landmarks")]:
+        for path in walk(os.path.join(root, base, marks), (".txt",)):
             name = os.path.basename(path)[:-4]
             if not name.lower().endswith(IMAGE_SUFFIXES):
                 name += ".jpg"
             (where, count), *rows = text_lines(path) or [(f"{path}:1", "")]
             if count != "106":
                 raise UserError(f"{where}: found {count!r}, wanted the number of points, 106")
-            points = point_rows(path, rows, 106).astype(np.float32)
             box = None
             rect = os.path.join(root, base, "rect", f"{name}.rect")
             if os.path.exists(rect):
-                fields = " ".join(line for _, line in text_lines(rect)).split()
-                box = tuple(numbers(fields, 4, rect).tolist())
-            faces.append(Face(os.path.join(root, base, pictures, name), points, box))
-    return _counted(read_jd106, root, split, faces)
+                box = numbers(" ".join(line for _, line in text_lines(rect)).split(), 4, rect)
+            folder = os.path.join(root, base, pictures)
+            faces.append(_face(folder, name, path, point_rows(path, rows, 106), box))
+    return faces
 
 
 def read_csv(root: str, split: str) -> list[Face]:
@@ -378,42 +369,37 @@ def read_csv(root: str, split: str) -> list[Face]:
 
     Tree: train.csv, test.csv (or one NAME_train.csv, one NAME_test.csv); images/ (or beside them)
           header: image_name,scale,[box_size,]center_w,center_h,original_0_x,original_0_y,...
-    Source: https://github.com/HRNet/HRNet-Facial-Landmark-Detection, or your own.
-    """
+    Source: https://github.com/HRNet/HRNet-Facial-Landmark-Detection, or your own."""
     patterns = [f"{split}.csv", f"*_{split}.csv"]
     if split == "test":
         patterns.insert(1, "*300w_valid.csv")
     tables = []
     for pattern in patterns:
-        tables = tables or glob.glob(os.path.join(glob.escape(root), pattern))
+        tables = tables or glob.glob(pattern, root_dir=root)
     if len(tables) != 1:
-        raise missing(read_csv, root, f"found {len(tables)} tables {' or '.join(patterns)}, "
-                       "wanted one")
-    if tables[0].endswith("300w_test.csv"):
-        warnings.warn(f"{tables[0]} is the private set of 600 images; the full set of the papers "
-                      "is face_landmarks_300w_valid.csv", stacklevel=2)
+        raise FileNotFoundError(f"{len(tables)} tables {' or '.join(patterns)}, wanted one")
+    table = os.path.join(root, tables[0])
+    if table.endswith("300w_test.csv"):
+        warnings.warn(f"{table} is the private set of 600 images; the full set of the papers is "
+                      "face_landmarks_300w_valid.csv", stacklevel=2)
     images = os.path.join(root, "images") if os.path.isdir(os.path.join(root, "images")) else root
-    (where, header), *rows = text_lines(tables[0]) or [(f"{tables[0]}:1", "")]
+    (where, header), *lines = text_lines(table) or [(f"{table}:1", "")]
     columns = header.replace(" ", "").split(",")
     sized = ["box_size"] if "box_size" in columns else []
     wanted = ["image_name", "scale", *sized, "center_w", "center_h"]
-    start = len(wanted)
-    if columns[:start] != wanted or len(columns) == start or (len(columns) - start) % 2:
+    if columns[:len(wanted)] != wanted or (len(columns) - len(wanted)) % 2:
         raise UserError(f"{where}: found {len(columns)} columns {','.join(columns[:6])}..., wanted "
                         f"{','.join(wanted)} and pairs original_0_x,original_0_y,...")
-    base = _table_base(tables[0], rows[0][1].partition(",")[0] if rows else "")
+    base = _table_base(table, lines[0][1] if lines else "")
     faces = []
-    for where, line in rows:
-        name, *fields = line.split(",")
-        values = numbers(fields, len(columns) - 1, where)
-        center = values[start - 3:start - 1] - base
-        box = _square(center, values[1] if sized else 200 * values[0])
-        points = (values[start - 1:] - base).reshape(-1, 2).astype(np.float32)
+    for where, name, values in _rows(table, len(columns) - 1):
+        scale, *sizes, x, y = values[:len(wanted) - 1]
+        box = _square(np.array([x, y]) - base, sizes[0] if sized else 200 * scale)
         tags = ()
-        if tables[0].endswith("300w_valid.csv"):
+        if table.endswith("300w_valid.csv"):
             tags = ("challenging",) if name.startswith("ibug/") else ("common",)
-        faces.append(Face(_listed(images, name, where), points, box, tags=tags, where=where))
-    return _counted(read_csv, root, split, faces)
+        faces.append(_face(images, name, where, values[len(wanted) - 1:] - base, box, tags=tags))
+    return faces
 
 
 def read_youtube(root: str, split: str) -> list[Face]:
@@ -422,43 +408,17 @@ def read_youtube(root: str, split: str) -> list[Face]:
     name, is test.
 
     Tree: data/training_frames_keypoints.csv, data/training/First_Last_VF.jpg
-    Source: git clone https://github.com/udacity/P1_Facial_Keypoints
-    """
-    table = below(read_youtube, root, "data", "training_frames_keypoints.csv")
-    images = below(read_youtube, root, "data", "training")
+    Source: git clone https://github.com/udacity/P1_Facial_Keypoints"""
+    table = os.path.join(root, "data", "training_frames_keypoints.csv")
+    images = os.path.join(root, "data", "training")
     faces = []
-    for where, line in text_lines(table)[1:]:
-        name, *fields = line.split(",")
-        points = numbers(fields, 136, where).reshape(68, 2).astype(np.float32)
-        faces.append(Face(_listed(images, name, where), points, identity=name.rpartition("_")[0],
-                          where=where))
+    for where, name, points in _rows(table, 136):
+        faces.append(_face(images, name, where, points, identity=name.rpartition("_")[0]))
     people = sorted({face.identity for face in faces},
                     key=lambda name: hashlib.sha256(name.encode()).digest())
     test = set(people[:round(len(people) / 6)])
     faces = [face for face in faces if (face.identity in test) == (split == "test")]
-    return _counted(read_youtube, root, split, faces)
-
-
-def read_folder(root: str, split: str) -> list[Face]:
-    """A folder of your own: any number of points, the same in all; no box; identity: the folder
-    that holds the image, as a path below the split (None for an image directly in it).
-
-    Tree: train/PERSON/NAME.jpg and train/PERSON/NAME.pts, test/PERSON/...; at any depth
-    Source: you. A .pts counts from 1: lines "version: 1", "n_points: P", "{", P of "x y", "}".
-    """
-    base = below(read_folder, root, split)
-    faces = []
-    for image, pts in beside(base):
-        if not image or not pts:
-            kind = "image" if pts else ".pts"
-            raise missing(read_folder, root, f"no {kind} beside {pts or image}")
-        person = os.path.relpath(os.path.dirname(image), base)
-        faces.append(Face(image, read_pts(pts), identity=None if person == "." else person,
-                          where=pts))
-        if len(faces[-1].points) != len(faces[0].points):
-            raise UserError(f"{pts} has {len(faces[-1].points)} points, {faces[0].where} "
-                            f"{len(faces[0].points)}; wanted as many in all")
-    return _counted(read_folder, root, split, faces)
+    return faces
 
 
 def read_widerface(root: str, split: str) -> list[Face]:
@@ -469,40 +429,22 @@ def read_widerface(root: str, split: str) -> list[Face]:
 
     Tree: train/label.txt: lines "# 0--Parade/NAME.jpg", each followed by one row for each face
           train/images/0--Parade/*.jpg, ...
-    Source: http://shuoyang1213.me/WIDERFACE; label.txt: insightface, detection/retinaface.
-    """
-    table = below(read_widerface, root, "train", "label.txt")
-    images = below(read_widerface, root, "train", "images")
+    Source: http://shuoyang1213.me/WIDERFACE; label.txt: insightface, detection/retinaface."""
+    table = os.path.join(root, "train", "label.txt")
+    images = os.path.join(root, "train", "images")
     faces, name = [], ""
     for where, line in text_lines(table):
         if line.startswith("#"):
             name = line[1:].strip()
-            continue
-        if not name:
-            raise UserError(f"{where}: found {line[:40]!r}, wanted a line '# IMAGE' before the "
-                            "first face")
-        if (zlib.crc32(name.encode()) % 10 == 0) != (split == "test"):
-            continue
-        values = numbers(line.split(), 20, where)
-        x, y, w, h = values[:4].tolist()
-        points = values[4:19].reshape(5, 3)
-        if (points[:, 2] < 0).any() or np.ptp(points[:, :2], axis=0).max() == 0:
-            points = np.full((5, 3), np.nan)
-        if w > 0 and h > 0 and not (split == "test" and np.isnan(points).any()):
-            faces.append(Face(_listed(images, name, where), points[:, :2].astype(np.float32),
-                              (x, y, x + w, y + h), where=where))
-    return _counted(read_widerface, root, split, faces)
-
-
-def subsets(faces: Sequence[Face]) -> dict[str, np.ndarray]:
-    """The whole set under "" and each subset under its tag, in the order of the papers' tables:
-    (M,) bool."""
-    tags = {tag for face in faces for tag in face.tags}
-    order = [tag for tag in (*WFLW_TAGS, "common", "challenging") if tag in tags]
-    chosen = {"": np.ones(len(faces), bool)}
-    for tag in order + sorted(tags - set(order)):
-        chosen[tag] = np.array([tag in face.tags for face in faces])
-    return chosen
+        elif (zlib.crc32(name.encode()) % 10 == 0) == (split == "test"):
+            values = numbers(line.split(), 20, where)
+            x, y, w, h = values[:4]
+            points = values[4:19].reshape(5, 3)
+            if (points[:, 2] < 0).any() or np.ptp(points[:, :2], axis=0).max() == 0:
+                points = np.full((5, 3), np.nan)
+            if w > 0 and h > 0 and not (split == "test" and np.isnan(points).any()):
+                faces.append(_face(images, name, where, points[:, :2], (x, y, x + w, y + h)))
+    return faces
 
 
 READERS: dict[str, Callable[[str, str], list[Face]]] = {
@@ -511,25 +453,33 @@ READERS: dict[str, Callable[[str, str], list[Face]]] = {
     "csv": read_csv, "youtube": read_youtube, "widerface": read_widerface, "folder": read_folder}
 
 
-def read(data: str, root: str, split: str, points: int | None = None) -> list[Face]:
-    """Faces of the set `data`, a key of `READERS`, below `root`; split "train" or "test" (LaPa also
-    "val"); points: the number of points wanted, or None for any.
+# How many faces the published splits have: train, test.
+_PUBLISHED = {"wflw": (7500, 2500), "300w": (3148, 689), "cofw": (1345, 507),
+              "cofw68": (3148, 507), "helen": (2000, 330), "aflw": (20000, 4386)}
 
-    Warns if the points cannot be right, as `check_points`.
-    Raises: UserError for an unknown set or split, another number of points, a bad file or points
-    that no image has; FileNotFoundError.
-    """
-    if data not in READERS:
-        raise UserError(f"no set {data!r}, there are {', '.join(READERS)}")
-    if not root or not os.path.isdir(root):
-        raise missing(READERS[data], root, f"no folder {root}")
-    splits = ("train", "test", "val") if READERS[data] is read_jd106 else ("train", "test")
-    if split not in splits:
-        raise UserError(f"--data {data} has no split {split!r}")
-    faces = READERS[data](root, split)
-    found = len(faces[0].points)
-    if points and found != points:
-        raise UserError(f"--data {data} has {found} points in {root}, wanted {points}")
+
+def read(data: str, root: str, split: str) -> list[Face]:
+    """Faces of the set `data`, a key of `READERS`, below `root`; split "train" or "test" (LaPa also
+    "val"). Warns if they are not as many as in the official split.
+    Raises: FileNotFoundError, with the tree that is wanted; UserError for a bad file, a face with
+    another number of points, and as `check_points`."""
+    reader = READERS[data]
+    try:
+        if not os.path.isdir(root):
+            raise FileNotFoundError(f"no folder {root}")
+        faces = reader(root, split)
+        if not faces:
+            raise FileNotFoundError(f"no face in the {split} split")
+    except FileNotFoundError as error:
+        raise missing(reader, root, str(error)) from None
+    if data in _PUBLISHED and len(faces) != _PUBLISHED[data][split == "test"]:
+        warnings.warn(f"--data {data}: {len(faces)} faces in the {split} split of {root}, "
+                      f"{_PUBLISHED[data][split == 'test']} in the official one", stacklevel=2)
+    first = faces[0]
+    for face in faces:
+        if len(face.points) != len(first.points):
+            raise UserError(f"{face.where} has {len(face.points)} points, {first.where} "
+                            f"{len(first.points)}; wanted as many in all")
     check_points(faces, root)
     return faces
 
@@ -563,12 +513,10 @@ def check_points(faces: list[Face], root: str) -> None:
         residual = flip_residual(points, scheme.flip)
         five = group_means(points.mean(0), scheme.five)  # (5, 2): eyes, nose, mouth corners
         if residual > 0.2 or five[0, 0] > five[1, 0] or five[:2, 1].mean() > five[3:, 1].mean():
-            warnings.warn(
-                f"{root}: these {len(scheme.flip)} points are hardly in the order of "
-                f"SCHEMES[{len(scheme.flip)}]. The mirrored mean face is off by {residual:.2f} of "
-                f"its box (wanted below 0.2), with eyes at {np.round(five[:2]).tolist()} and mouth "
-                f"corners at {np.round(five[3:]).tolist()} px (wanted left first, eyes above)",
-                stacklevel=3)
+            warnings.warn(f"{root}: these {scheme.points} points are hardly in the order of "
+                          f"SCHEMES[{scheme.points}]: the mirrored mean face is off by "
+                          f"{residual:.2f} of its box (wanted below 0.2), or the left eye is on "
+                          "the right, or the mouth above the eyes", stacklevel=3)
 
 
 # ---- Crops ---------------------------------------------------------------------------------------
@@ -590,8 +538,8 @@ def face_boxes(faces: list[Face], kind: str) -> np.ndarray:
     bad = np.flatnonzero(~((extent >= 1) & (extent < 20_000)))  # a wild point makes a wild crop
     if bad.size:
         i = bad[0]
-        image = faces[i].image if isinstance(faces[i].image, (str, os.PathLike)) else f"face {i}"
-        raise UserError(f"{image}: --box {kind} finds a box of {extent[i]:g} px there, wanted 1 to "
+        name = faces[i].image if isinstance(faces[i].image, str) else f"face {i}"
+        raise UserError(f"{name}: --box {kind} finds a box of {extent[i]:g} px there, wanted 1 to "
                         "20,000; correct or leave out that face")
     return boxes
 
@@ -601,10 +549,8 @@ def square_crops(boxes: np.ndarray, size: int, margin: float) -> np.ndarray:
     longer side.   Args: boxes (M, 4) x0 y0 x1 y1 px.   Returns: (M, 2, 3) float64."""
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
     side = margin * (boxes[:, 2:] - boxes[:, :2]).max(1)
-    flat = np.flatnonzero(~(side > 0))
-    if flat.size:
-        raise UserError(f"face {flat[0]}: box {boxes[flat[0]].tolist()} has no extent "
-                        f"(one of {flat.size})")
+    if not (side > 0).all():
+        raise UserError(f"face {side.argmin()}: its box {boxes[side.argmin()]} has no extent")
     matrices = np.zeros((len(boxes), 2, 3))
     matrices[:, 0, 0] = matrices[:, 1, 1] = size / side
     matrices[:, :, 2] = (size - 1) / 2 - centre * (size / side)[:, None]
@@ -619,9 +565,9 @@ class Regions:
 
     `crop_matrices` (M, 2, 3) map image px to crop px; an augmentation may look `reach` times as
     wide as the crop and enlarge it `zoom` times. What lies outside the image is grey, or with
-    `reflect` its mirror image, as of cv2.BORDER_REFLECT_101. A region comes from its image every
-    time or, after `keep`, from one memory map or from memory: the same pixels either way, because
-    shrinking (by area, so that nothing aliases) happens here and only the final warp interpolates.
+    `reflect` its mirror image. A region comes from its image every time or, after `keep`, from one
+    memory map or from memory: the same pixels either way, because shrinking (by area, so that
+    nothing aliases) happens here and only the final warp interpolates.
     Indexing gives RGB uint8 (n, n, 3); `.matrix` (M, 2, 3) maps image px to region px, `.side` (M,)
     is n.
     """
@@ -632,10 +578,11 @@ class Regions:
         corners = (corners + (size - 1) / 2).expand(len(maps), 4, 2)
         around = warp.apply_affine(warp.invert(maps), corners).numpy()  # (M, 4, 2) image px
         self.images = [face.image for face in faces]
-        self.reflect = reflect
-        self.first = np.floor(around.min(1)).astype(np.int64) - 1  # (M, 2) px of the top left
-        last = np.ceil(around.max(1)).astype(np.int64) + 2
-        self.extent = (last - self.first).max(1)                   # (M,) image px
+        self.border = cv2.BORDER_REFLECT_101 if reflect else cv2.BORDER_CONSTANT
+        # Even, so that a region is as exact in an image of half the size.
+        self.first = np.floor(around.min(1) / 2).astype(np.int64) * 2 - 2  # (M, 2) px, top left
+        last = np.ceil(around.max(1) / 2).astype(np.int64) * 2 + 2
+        self.extent = (last - self.first).max(1)                           # (M,) image px
         scale = zoom * torch.linalg.det(maps[:, :, :2]).abs().sqrt().numpy()
         self.side = np.ceil(self.extent * np.minimum(scale, 1)).astype(np.int64).clip(2)
         ratio = self.side / self.extent
@@ -645,6 +592,7 @@ class Regions:
         self.matrix[:, :, 2] = (0.5 - self.first) * ratio[:, None] - 0.5
         self.start = np.concatenate([[0], np.cumsum(3 * self.side**2)])
         self.store: np.ndarray | None = None  # (bytes,) uint8 once kept
+        self.path = ""                        # of the file that the store is a map of
 
     def __len__(self):
         return len(self.images)
@@ -653,39 +601,32 @@ class Regions:
         side = int(self.side[i])
         if self.store is not None:
             return self.store[self.start[i]:self.start[i + 1]].reshape(side, side, 3)
-        image = load_image(self.images[i])
-        height, width = image.shape[:2]
-        x, y = self.first[i]
-        n = int(self.extent[i])
-        inside = image[y.clip(0, height):max(y + n, 0), x.clip(0, width):max(x + n, 0)]
-        region = np.full((n, n, 3), BORDER, np.uint8)
-        if self.reflect:
-            rows = _reflect(np.arange(y, y + n), height)
-            region = image[rows[:, None], _reflect(np.arange(x, x + n), width)]
-        elif inside.size:
-            top, left = max(-y, 0), max(-x, 0)
-            region[top:top + inside.shape[0], left:left + inside.shape[1]] = inside
-        if side == n:
-            return region
+        image = self.images[i]
+        # A JPEG is decoded at half its size, in half the time, where the region shrinks so far.
+        half = 2 * side <= self.extent[i] and isinstance(image, str) and is_jpeg(image)
+        n = int(self.extent[i]) // (1 + half)
+        x, y = self.first[i] // (1 + half)
+        image = load_image(image, half=half)
+        region = image[max(y, 0):max(y + n, 0), max(x, 0):max(x + n, 0)]
+        if region.shape[:2] != (n, n):  # it reaches beyond the image
+            region = cv2.warpAffine(image, np.float64([[1, 0, -x], [0, 1, -y]]), (n, n),
+                                    flags=cv2.INTER_NEAREST, borderMode=self.border,
+                                    borderValue=(BORDER,) * 3)
         return cv2.resize(region, (side, side), interpolation=cv2.INTER_AREA)
 
     def keep(self, cache: str, verbose: bool = True) -> None:
         """Decodes every region once: into one file of the folder `cache`, or into memory if it is
         "device". The file's name is a digest of what it holds: other images, boxes or sizes make
-        another file.   Raises: OSError if disk or memory has less room, before anything is
-        written."""
+        another file.   Raises: UserError for a file that is damaged, or too little room."""
         total = int(self.start[-1])
+        path = os.path.join(cache, self._digest() + ".crops")
         if cache == "device":
             path = "memory"
             room = free_memory()
         else:
             os.makedirs(cache, exist_ok=True)
-            path = os.path.join(cache, self._digest() + ".crops")
             if os.path.exists(path):
-                if os.path.getsize(path) != total:
-                    raise UserError(f"--cache: {path} has not {total} bytes, as it should: "
-                                    "delete it")
-                self.store = np.memmap(path, np.uint8, "r", shape=(total,))
+                self._open(path)
                 return
             for part in glob.glob(glob.escape(path) + ".*.part"):
                 if time.time() - os.path.getmtime(part) > 3600:  # of a run that was killed
@@ -695,21 +636,43 @@ class Regions:
         if verbose:
             print(f"cache: {len(self)} faces, {needs}, to {path} of {room / 1e6:,.0f} MB")
         if total > 0.9 * room:
-            raise OSError(f"--cache {cache}: needs {needs}, there are {room / 1e6:,.0f} MB; name a "
-                          "folder with more room, or leave out --cache")
+            raise UserError(f"--cache {cache}: needs {needs}, there are {room / 1e6:,.0f} MB; name "
+                            "a folder with more room, or leave out --cache")
         if cache == "device":
             self.store = self._fill(np.empty(total, np.uint8), verbose)
-        else:  # renamed when whole: a half cache is never opened
-            part = f"{path}.{os.getpid()}.part"
-            self._fill(np.memmap(part, np.uint8, "w+", shape=(total,)), verbose).flush()
-            os.replace(part, path)
-            self.store = np.memmap(path, np.uint8, "r", shape=(total,))
+        else:
+            part = f"{path}.{platform.node()}.{os.getpid()}.part"
+            store = np.memmap(part, np.uint8, "w+", shape=(total + 4,))
+            self._fill(store[:total], verbose)
+            store[total:] = _checksum(store[:total])
+            store.flush()
+            os.replace(part, path)  # when it is whole: a half cache is never opened
+            self._open(path)
+
+    def _open(self, path: str) -> None:
+        """Maps a file that `keep` wrote: the regions, then their checksum."""
+        total = int(self.start[-1])
+        whole = os.path.getsize(path) == total + 4
+        if whole:
+            store = np.memmap(path, np.uint8, "r")
+            whole = (store[total:] == _checksum(store[:total])).all()
+        if not whole:
+            raise UserError(f"--cache: {path} is damaged: delete it")
+        self.path = path
+        self.store = store[:total]
+
+    def __getstate__(self):  # for a worker; a pickled memory map would carry all its bytes
+        return self.__dict__ | ({"store": None} if self.path else {})
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if self.path:
+            self._open(self.path)
 
     def _digest(self) -> str:
         digest = hashlib.sha1(repr([_source(image) for image in self.images]).encode())
-        for array in (self.first, self.extent, self.side):
+        for array in (self.first, self.extent, self.side, np.array(self.border)):
             digest.update(array.tobytes())
-        digest.update(b"reflect" * self.reflect)
         return digest.hexdigest()[:20]
 
     def _fill(self, store: np.ndarray, verbose: bool) -> np.ndarray:
@@ -723,23 +686,22 @@ class Regions:
         return store
 
 
+def _checksum(store: np.ndarray) -> np.ndarray:
+    """(4,) uint8 of some 4,096 bytes spread over all: it shows a file that was not all written."""
+    crc = zlib.crc32(store[::len(store) // 4096 + 1].tobytes())
+    return np.array([crc], "<u4").view(np.uint8)
+
+
 def free_memory() -> float:
     """Bytes of memory that can be had, within a container's limit; inf if nothing says."""
     room = math.inf
-    if os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo") as file:
-            room = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", file.read())[1])
-    if os.path.exists("/sys/fs/cgroup/memory.max"):
-        with open("/sys/fs/cgroup/memory.max") as file:
-            limit = file.read().strip()
-            room = min(room, math.inf if limit == "max" else int(limit))
+    for path, number, unit in (("/proc/meminfo", r"MemAvailable:\s*(\d+)", 1024),
+                               ("/sys/fs/cgroup/memory.max", r"(\d+)", 1)):  # or "max"
+        if os.path.exists(path):
+            with open(path) as file:
+                found = re.search(number, file.read())
+            room = min(room, unit * int(found[1])) if found else room
     return room
-
-
-def _reflect(places: np.ndarray, count: int) -> np.ndarray:
-    """Places of pixels beyond a row of `count` as those within it, mirrored at the outer ones."""
-    places = places % max(2 * count - 2, 1)
-    return np.minimum(places, 2 * count - 2 - places)
 
 
 def _source(image) -> tuple:
@@ -796,9 +758,7 @@ class CropDataset(torch.utils.data.Dataset):
         self.augment = augment
         self.seed = seed
         self.regions = Regions(faces, crop_matrices, size, reach, zoom, reflect)
-        if rows is None:
-            rows = [(i, 0) for i in range(len(faces))]
-        self.rows = np.array(rows)
+        self.rows = np.array([(i, 0) for i in range(len(faces))] if rows is None else rows)
         self.flip = None if flip is None else torch.tensor(flip)
         to_image = warp.invert(torch.from_numpy(self.regions.matrix))
         self.from_region = warp.compose(self.crop_matrices, to_image)
@@ -858,7 +818,7 @@ class EpochBatches:
     repeated to fill it.   Raises: UserError if it does not divide by the number of processes."""
 
     def __init__(self, count: int, batch: int, seed: int = 0, rank: int = 0, world: int = 1):
-        if batch < 1 or batch % world:
+        if batch % world:
             raise UserError(f"--batch-size {batch} does not divide over {world} processes; "
                             "take a multiple")
         self.count = count
@@ -879,6 +839,12 @@ class EpochBatches:
         order = np.resize(self.order(), len(self) * self.batch)
         for mine in order.reshape(len(self), self.world, -1)[:, self.rank]:
             yield [(self.epoch, i) for i in mine.tolist()]
+
+
+def in_order(count: int, batch: int) -> list[list[tuple[int, int]]]:
+    """The keys of a whole set once, in order, for evaluation."""
+    keys = [(0, i) for i in range(count)]
+    return [keys[start:start + batch] for start in range(0, count, batch)]
 
 
 class DeviceLoader:
@@ -928,9 +894,3 @@ def make_loader(dataset: CropDataset, batches, workers: int, device, on_device: 
                                        collate_fn=dict, persistent_workers=workers > 0,
                                        pin_memory=device.type == "cuda",
                                        generator=torch.Generator())
-
-
-def in_order(count: int, batch: int) -> list[list[tuple[int, int]]]:
-    """The keys of a whole set once, in order, for evaluation."""
-    starts = range(0, count, batch)
-    return [[(0, i) for i in range(start, min(start + batch, count))] for start in starts]

@@ -18,20 +18,28 @@ from common import UserError
 # ---- Images --------------------------------------------------------------------------------------
 
 
-def load_image(image: str | np.ndarray | Callable[[], np.ndarray], upright=False) -> np.ndarray:
+def is_jpeg(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"\xff\xd8"
+
+
+def load_image(image: str | np.ndarray | Callable[[], np.ndarray], upright=False,
+               half=False) -> np.ndarray:
     """Pixels of a path, an array, or a function making one: RGB uint8 (H, W, 3), C-contiguous.
 
-    The orientation tag of a photograph is obeyed only if `upright`: the points of every public set
-    were marked on the pixels as they are stored.
+    Args: upright, to obey the orientation tag of a photograph (the points of every public set were
+        marked on the pixels as they are stored); half, to decode a JPEG at half its size, rounded
+        up: pixel i is then the mean of pixels 2i and 2i + 1.
     Raises: FileNotFoundError; UserError naming the file if it is empty, damaged or no image;
     ValueError for an array that is no image."""
     if isinstance(image, (str, os.PathLike)):
-        flags = cv2.IMREAD_COLOR if upright else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-        try:  # not imread, to which some names of files are fatal
-            with open(image, "rb") as file:
-                pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), flags)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"no image file {image}") from None
+        flags = cv2.IMREAD_REDUCED_COLOR_2 if half else cv2.IMREAD_COLOR
+        if not upright:
+            flags |= cv2.IMREAD_IGNORE_ORIENTATION
+        with open(image, "rb") as file:  # not imread, to which some names of files are fatal
+            data = np.frombuffer(file.read(), np.uint8)
+        try:
+            pixels = cv2.imdecode(data, flags)
         except cv2.error:  # no bytes at all, or more pixels than cv2 allows
             pixels = None
         if pixels is None:
@@ -66,20 +74,17 @@ def walk(root: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
     """Sorted paths of all files below root whose names end in one of the suffixes, in either case.
 
     Links are followed. Hidden files and folders (.ipynb_checkpoints, ._x.jpg, __MACOSX) are passed
-    over.   Raises: UserError naming a folder that cannot be read, or a link to a folder above."""
+    over.   Raises: UserError naming a link to a folder above; OSError for one that is not
+    readable."""
     found = []
 
     def enter(folder: str, above: frozenset) -> None:
-        try:
-            status = os.stat(folder)
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            raise UserError(f"{folder} cannot be read: {error.strerror}") from None
+        status = os.stat(folder)
         here = (status.st_dev, status.st_ino)
         if here in above:
             raise UserError(f"{folder} is a link to a folder that holds it, so that its files "
                             "would never end: remove the link")
-        for entry in entries:
+        for entry in os.scandir(folder):
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
             if entry.is_dir():
@@ -216,67 +221,75 @@ def read_points_csv(path: str) -> dict[str, np.ndarray]:
 
 # ---- MATLAB --------------------------------------------------------------------------------------
 
-_MAT_NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8",
-                13: "u8", 16: "u1", 17: "u2"}
-_MAT_MATRIX, _MAT_COMPRESSED = 14, 15
+_MAT_NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8",
+                12: "i8", 13: "u8", 16: "u1", 17: "u2"}
+_MAT_MATRIX = 14
+_MAT_COMPRESSED = 15
 
 
-def _mat_elements(data: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
+def _mat_elements(data: memoryview) -> Iterator[tuple[int, memoryview]]:
     """(type, bytes) of the data elements that follow one another, compressed ones unpacked."""
     at = 0
     while at + 8 <= len(data):
-        kind, size = struct.unpack_from(order + "II", data, at)
+        kind, size = struct.unpack_from("<II", data, at)
+        at += 8
         if kind >> 16:  # small: type and size share a word, 4 bytes of data
-            start, kind, size, step = at + 4, kind & 0xFFFF, kind >> 16, 8
-        else:           # only compressed elements are not padded to 8 bytes
-            start, step = at + 8, 8 + size + (0 if kind == _MAT_COMPRESSED else -size % 8)
-        if start + size > len(data):
+            yield kind & 0xFFFF, data[at - 4:at - 4 + (kind >> 16)]
+            continue
+        content = data[at:at + size]
+        if len(content) < size:
             raise ValueError("the file ends inside an element")
-        content = data[start:start + size]
-        at += step
+        at += size
         if kind == _MAT_COMPRESSED:
-            yield from _mat_elements(memoryview(zlib.decompress(content)), order)
+            yield from _mat_elements(memoryview(zlib.decompress(content)))
         else:
+            at += -size % 8  # of padding
             yield kind, content
 
 
-def _mat_array(data: memoryview, order: str) -> tuple[str, np.ndarray | str | None]:
+def _mat_array(data: memoryview) -> tuple[str, np.ndarray | str | None]:
     """Name and value of a matrix element: float64 array, str, object array (cell), None of other
     classes."""
     if not len(data):
         return "", None
-    (_, flags), (_, shape), (_, name), *rest = _mat_elements(data, order)
-    kind = struct.unpack_from(order + "I", flags)[0] & 0xFF
+    (_, flags), (_, shape), (_, name), *rest = _mat_elements(data)
+    kind = flags[0]
     value = None
     if kind == 1:                        # cell
         value = np.empty(len(rest), object)
-        value[:] = [_mat_array(content, order)[1] for _, content in rest]
+        value[:] = [_mat_array(content)[1] for _, content in rest]
     elif kind == 4 or 6 <= kind <= 15:   # char, double ... uint64, stored in any type that fits
-        value = np.frombuffer(rest[0][1], order + _MAT_NUMBERS[rest[0][0]])
+        value = np.frombuffer(rest[0][1], _MAT_NUMBERS[rest[0][0]])
         value = "".join(map(chr, value)) if kind == 4 else value.astype(np.float64)
     if isinstance(value, np.ndarray):
-        value = value.reshape(np.frombuffer(shape, order + "i4"), order="F")
+        value = value.reshape(np.frombuffer(shape, "i4"), order="F")
     return bytes(name).decode("ascii"), value
 
 
-def read_mat(path: str) -> dict[str, np.ndarray | str]:
+def read_mat(path: str, **wanted: tuple[int, ...]) -> dict[str, np.ndarray | str]:
     """Variables of a MATLAB 5 to 7 `.mat` file: float64 arrays, strings, cells as object arrays; no
-    structs.   Raises: UserError if it is damaged or of another kind (7.3 files are HDF5)."""
+    structs.   Args: wanted, name=shape of the variables that must be there, 0 for any length, ()
+    for any shape.   Raises: UserError if one is not, or the file is damaged or of another kind."""
     with open(path, "rb") as file:
         data = file.read()
-    order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
-    if order is None or data.startswith(b"MATLAB 7.3"):
+    if data[126:128] != b"IM" or data.startswith(b"MATLAB 7.3"):  # 7.3 files are HDF5
         raise UserError(f"{path} begins {data[:10]!r}, wanted a MATLAB 5 to 7 file (save -v7)")
     try:
-        elements = _mat_elements(memoryview(data)[128:], order)
-        variables = dict(_mat_array(data, order) for kind, data in elements if kind == _MAT_MATRIX)
+        elements = _mat_elements(memoryview(data)[128:])
+        variables = dict(_mat_array(data) for kind, data in elements if kind == _MAT_MATRIX)
     except (ValueError, KeyError, IndexError, struct.error, zlib.error) as error:
         raise UserError(f"{path} is a damaged MATLAB file: {error!r}") from error
+    for name, shape in wanted.items():
+        found = np.shape(variables.get(name))
+        fits = len(found) == len(shape) and all(n in (0, m) for n, m in zip(shape, found))
+        if variables.get(name) is None or shape and not fits:
+            raise UserError(f"{path}: found {name} of shape {found}, wanted {shape} (0: any)")
     return {name: value for name, value in variables.items() if value is not None}
 
 
 def open_h5(path: str):
     """A MATLAB 7.3 file opened by h5py, which only COFW needs and which is not required."""
+    os.stat(path)  # a file that is not there needs no package
     try:
         import h5py
     except ImportError as error:

@@ -12,14 +12,12 @@ import torch
 from common import UserError
 
 
-
 @dataclass(frozen=True, eq=False)
 class Scheme:
     """What the P points of a scheme mean: indices, image-left first. A group is for its mean."""
     points: int
     flip: np.ndarray                   # (P,) after x -> W-1-x, points[flip] is in order again
     eyes: tuple[int, int]              # outer eye corners; of 5 points, the eye centres
-    eyes_published: tuple[int, int] | None  # 194: LDDMM-Face's, beside the corners (1.5 % shorter)
     pupils: tuple[tuple[int, ...], ...]     # two groups: pupils, or eye centres without any
     five: tuple[tuple[int, ...], ...]       # groups: eye, eye, nose tip, mouth corner, corner
     curves: dict[str, list[int]]       # open curves, in LDDMM-Face's order for 68, 98, 194
@@ -129,18 +127,16 @@ def _scheme(points: int) -> Scheme:
         else:
             anchors[name] = tuple(ids)
     pupils = (anchors["pupil_left"], anchors["pupil_right"])
-    eyes = tuple(anchors.get(f"eye_outer_{side}", pupil)[0]
-                 for side, pupil in zip(("left", "right"), pupils))
+    corners = (anchors.get("eye_outer_left", pupils[0]), anchors.get("eye_outer_right", pupils[1]))
+    eyes = (corners[0][0], corners[1][0])
     # HELEN's nose is a U without a tip: the middle between the wings is nearest to it.
     nose = anchors.get("nose_tip", (45, 53))
     five = (*pupils, nose, anchors["mouth_left"], anchors["mouth_right"])
     curves = dict(sorted(_column(_CURVES, points).items(), key=lambda curve: min(curve[1])))
     parts = {}
     for part, starts in _PARTS.items():
-        own = [ids for name, ids in curves.items() if name.startswith(starts)]
-        parts[part] = sorted(sum(own, []))
-    published = (145, 125) if points == 194 else None
-    return Scheme(points, flip, eyes, published, pupils, five, curves, parts, anchors)
+        parts[part] = sorted(i for name in curves if name.startswith(starts) for i in curves[name])
+    return Scheme(points, flip, eyes, pupils, five, curves, parts, anchors)
 
 
 SCHEMES: dict[int, Scheme] = {points: _scheme(points) for points in _FLIPS}
@@ -174,10 +170,10 @@ def flip_residual(points: np.ndarray, flip: np.ndarray) -> float:
 def normaliser(points: torch.Tensor, kind: str, boxes: torch.Tensor | None = None) -> torch.Tensor:
     """The length that the error of each face is divided by: (M, P, 2) ground truth px -> (M,) px.
 
-    kind: "io" inter-ocular, of `Scheme.eyes`; "io-published" of `Scheme.eyes_published`; "ip"
-        inter-pupil, of `Scheme.pupils`; "box" sqrt(w h) of the box of the points; "face" sqrt(w h)
-        of `boxes`, the set's own (M, 4) x0 y0 x1 y1 px. io is about 1.4 times ip: errors under
-        different kinds must not be compared.
+    kind: "io" inter-ocular, of `Scheme.eyes`; "io-published" LDDMM-Face's for 194
+        points, beside the corners, 1.5 % shorter; "ip" inter-pupil, of `Scheme.pupils`; "box"
+        sqrt(w h) of the box of the points; "face" sqrt(w h) of `boxes`, the set's own (M, 4) x0 y0
+        x1 y1 px. io is about 1.4 times ip: errors under different kinds must not be compared.
     Raises: UserError if the scheme has no such length (5 points have no "io"), or one is not > 0.
     """
     points = torch.as_tensor(points)
@@ -187,8 +183,8 @@ def normaliser(points: torch.Tensor, kind: str, boxes: torch.Tensor | None = Non
         pairs["ip"] = scheme.pupils
         if "eye_outer_left" in scheme.anchors:
             pairs["io"] = [[index] for index in scheme.eyes]
-        if scheme.eyes_published:
-            pairs["io-published"] = [[index] for index in scheme.eyes_published]
+        if scheme.points == 194:
+            pairs["io-published"] = [[145], [125]]
     if kind in pairs:
         ends = group_means(points, pairs[kind])  # (M, 2, 2)
         length = (ends[:, 0] - ends[:, 1]).norm(dim=-1)

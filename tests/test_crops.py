@@ -1,7 +1,9 @@
 """Crops of common/datasets.py: one warp, points that follow, the same pixels from any cache."""
 import os
+import pickle
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -14,10 +16,10 @@ FLIP = [1, 0, 2, 3, 5, 4]  # of the six dots
 def dotted_face(size=300, seed=0):
     """An image with a soft white dot at each of six points, and the points."""
     rng = np.random.default_rng(seed)
-    points = (np.mgrid[100:201:100, 100:201:50].reshape(2, 6).T
-              + rng.uniform(-8, 8, (6, 2))).astype(np.float32)
+    points = np.mgrid[100:201:100, 100:201:50].reshape(2, 6).T + rng.uniform(-8, 8, (6, 2))
+    points = (points * size / 300).astype(np.float32)
     y, x = np.mgrid[:size, :size]
-    dots = sum(np.exp(-((x - px) ** 2 + (y - py) ** 2) / 18) for px, py in points)
+    dots = sum(np.exp(-((x - px) ** 2 + (y - py) ** 2) / (2e-4 * size**2)) for px, py in points)
     pixels = (255 * np.clip(dots, 0, 1)).astype(np.uint8)
     return datasets.Face(np.repeat(pixels[..., None], 3, 2), points)
 
@@ -42,16 +44,28 @@ def turn(rng, size):
 
 def crops(count=4, size=96, augment=None, **options):
     faces = [dotted_face(seed=seed) for seed in range(count)]
-    frames = datasets.square_crops(datasets.face_boxes(faces, "landmarks"), size, 1.5)
-    return datasets.CropDataset(faces, frames, size, augment, reach=1.8, zoom=1.1,
-                                flip=FLIP, **options)
+    matrices = datasets.square_crops(datasets.face_boxes(faces, "landmarks"), size, 1.5)
+    return datasets.CropDataset(faces, matrices, size, augment, reach=1.8, zoom=1.1, flip=FLIP,
+                                **options)
+
+
+MIRRORED_COPIES = [(i % 4, i // 4) for i in range(8)]  # the set and then its mirror image
+
+
+def keep(cache, **options):
+    data = crops(**options)
+    data.regions.keep(str(cache), verbose=False)
+    return data
+
+
+# ---- Geometry ------------------------------------------------------------------------------------
 
 
 def test_square_crops_put_the_box_in_the_middle():
-    frame = datasets.square_crops(np.array([[10.0, 20, 50, 100]]), 64, 1.25)[0]
-    np.testing.assert_allclose(frame @ [30, 60, 1], [31.5, 31.5])  # the centres
-    np.testing.assert_allclose(frame @ [30, 60 - 50, 1], [31.5, -0.5])  # to the edge
-    with pytest.raises(UserError, match="face 1: box .* has no extent"):
+    matrix = datasets.square_crops(np.array([[10.0, 20, 50, 100]]), 64, 1.25)[0]
+    np.testing.assert_allclose(matrix @ [30, 60, 1], [31.5, 31.5])  # the centres
+    np.testing.assert_allclose(matrix @ [30, 60 - 50, 1], [31.5, -0.5])  # to the edge
+    with pytest.raises(UserError, match="face 1: its box .* has no extent"):
         datasets.square_crops(np.array([[0, 0, 1, 1], [5.0, 5, 5, 5]]), 64, 1.25)
 
 
@@ -62,9 +76,8 @@ def test_face_boxes():
     with pytest.raises(UserError, match="face 0: --box face finds a box of 0 px there"):
         datasets.face_boxes([face], "face")
     for points in (np.ones((5, 2)), np.linspace(0, 0.9, 10).reshape(5, 2)):
-        flat = datasets.Face("a.jpg", points.astype(np.float32))
         with pytest.raises(UserError, match="a.jpg: --box landmarks finds a box of 0.* wanted 1"):
-            datasets.face_boxes([face, flat], "landmarks")
+            datasets.face_boxes([face, datasets.Face("a.jpg", points)], "landmarks")
     face.box = (1, 2, 3, 4)
     assert datasets.face_boxes([face], "face").tolist() == [[1, 2, 3, 4]]
     with pytest.raises(UserError, match="--box head"):
@@ -73,22 +86,23 @@ def test_face_boxes():
 
 @pytest.mark.parametrize("size", [48, 96, 256])  # shrunk, about as it is, enlarged
 def test_points_follow_the_image(size):
-    data = crops(size=size, augment=turn)
-    batch = data.__getitems__([(3, i) for i in range(4)])
-    mirrored = 0
-    for b in range(4):
+    data = crops(size=size, augment=turn, rows=MIRRORED_COPIES)
+    keys = [(epoch, i) for epoch in range(2) for i in range(8)]
+    batch = data.__getitems__(keys)
+    for b, key in enumerate(keys):
         image, points = batch["image"][b].numpy(), batch["points"][b].numpy()
-        mirror = float(torch.linalg.det(batch["matrix"][b, :, :2])) < 0
-        mirrored += mirror
-        placed = warp.apply_affine(batch["matrix"][b], torch.from_numpy(data.faces[b].points))
+        determinant = float(torch.linalg.det(batch["matrix"][b, :, :2]))
+        drawn = turn(np.random.default_rng((0, *key)), size)[1]
+        mirror = drawn != (key[1] >= 4)  # a mirrored copy drawn mirrored is as it was
+        assert (determinant < 0) == mirror
+        face = data.faces[key[1] % 4]
+        placed = warp.apply_affine(batch["matrix"][b], torch.from_numpy(face.points))
         np.testing.assert_allclose(points, placed[FLIP] if mirror else placed, atol=1e-3)
-        scale = np.abs(np.linalg.det(batch["matrix"][b, :, :2])) ** 0.5
-        radius = int(np.ceil(11 * scale))  # the dots have sigma 3
+        radius = int(np.ceil(13 * abs(determinant) ** 0.5))  # the dots have sigma 3
         inside = points[((points > radius) & (points < size - 1 - radius)).all(1)]
         assert len(inside) >= 2
         for point in inside:
             assert np.abs(dot_at(image, point, radius) - point).max() < 0.06
-    assert 0 < mirrored < 4
 
 
 def test_a_crop_is_a_function_of_seed_epoch_and_index():
@@ -100,117 +114,51 @@ def test_a_crop_is_a_function_of_seed_epoch_and_index():
         assert not torch.equal(one[key][2], other[key][0])
     reseeded = crops(augment=turn, seed=1).__getitems__([(0, 1)])
     assert not torch.equal(reseeded["points"][0], one["points"][1])
-
-
-def test_copies_are_drawn_apart():
-    batch = crops(augment=turn, rows=[(2, 0), (2, 0)]).__getitems__([(0, 0), (0, 1)])
-    assert batch["index"].tolist() == [2, 2]
-    assert not torch.equal(batch["points"][0], batch["points"][1])
-
-
-def with_mirrored_copies(augment=None):
-    """The set and then its mirror image."""
-    return crops(augment=augment, rows=[(i % 4, i // 4) for i in range(8)])
+    copies = crops(augment=turn, rows=[(2, 0), (2, 0)]).__getitems__([(0, 0), (0, 1)])
+    assert copies["index"].tolist() == [2, 2]
+    assert not torch.equal(copies["points"][0], copies["points"][1])
 
 
 def test_mirrored_copies_are_the_crop_seen_in_a_mirror():
-    batch = with_mirrored_copies().__getitems__([(0, i) for i in range(8)])
+    batch = crops(rows=MIRRORED_COPIES).__getitems__([(0, i) for i in range(8)])
     assert batch["index"].tolist() == [0, 1, 2, 3] * 2
     points, mirrored = batch["points"].chunk(2)
     mirror = points[:, FLIP] * torch.tensor([-1.0, 1]) + torch.tensor([95.0, 0])
     torch.testing.assert_close(mirrored, mirror, atol=1e-4, rtol=0)
     image, copy = batch["image"].float().chunk(2)
     assert (image.flip(2) - copy).abs().mean() < 0.5 and (image - copy).abs().mean() > 4
-    plain = crops().__getitems__([(0, i) for i in range(4)])
-    assert torch.equal(batch["image"][:4], plain["image"])
-    determinant = torch.linalg.det(batch["matrix"][:, :, :2])
-    torch.testing.assert_close(determinant[4:], -determinant[:4])
 
 
-def test_points_follow_the_image_of_a_mirrored_copy_that_is_turned():
-    data, keys = with_mirrored_copies(turn), [(epoch, i) for epoch in range(3) for i in range(8)]
-    batch = data.__getitems__(keys)
-    drawn = [turn(np.random.default_rng((0, *key)), 96)[1] for key in keys]
-    for b, (_, i) in enumerate(keys):
-        mirror = float(torch.linalg.det(batch["matrix"][b, :, :2])) < 0
-        assert mirror == (drawn[b] != (i >= 4))  # a mirrored copy drawn mirrored is as it was
-        placed = warp.apply_affine(batch["matrix"][b], torch.from_numpy(data.faces[i % 4].points))
-        wanted = placed[FLIP] if mirror else placed
-        torch.testing.assert_close(batch["points"][b], wanted, atol=1e-3, rtol=0)
-        image, points, radius = batch["image"][b].numpy(), batch["points"][b].numpy(), 11
-        for point in points[((points > radius + 1) & (points < 94 - radius)).all(1)]:
-            assert np.abs(dot_at(image, point, radius) - point).max() < 0.1
-    loaded = list(datasets.DeviceLoader(data, [keys[2:7]], torch.device("cpu")))[0]
-    assert torch.equal(loaded["points"], batch["points"][2:7])
+def test_divisors():
+    face = datasets.Face("a.jpg", np.mgrid[:19, :2][0].T.reshape(19, 2), (0, 0, 20, 5))
+    matrix = np.eye(2, 3)[None]
+    assert datasets.CropDataset([face], matrix, 8).divisors("auto").tolist() == [10]  # of AFLW
+    face.box = None
+    box = np.ptp(face.points, axis=0).prod() ** 0.5
+    assert datasets.CropDataset([face], matrix, 8).divisors("auto").tolist() == [box]
 
 
-@pytest.mark.parametrize("size", [48, 256])
-def test_kept_regions_give_the_same_crops(tmp_path, size):
-    keys = [(1, i) for i in range(4)]
-    plain, on_disk, in_memory = (crops(size=size, augment=turn) for _ in range(3))
-    on_disk.regions.keep(str(tmp_path), verbose=False)
-    in_memory.regions.keep("device", verbose=False)
-    for data in (on_disk, in_memory):
-        assert torch.equal(data.__getitems__(keys)["image"], plain.__getitems__(keys)["image"])
-    side = plain.regions.side
-    assert (side <= np.ceil(1.8 * 1.1 * size) + 4).all()  # no larger than the augmentation can use
-    assert (side <= plain.regions.extent).all()  # nor than the source
-    [file] = tmp_path.iterdir()  # and no half-written one
-    assert file.stat().st_size == 3 * (side**2).sum()
+# ---- Pixels --------------------------------------------------------------------------------------
 
 
-def test_what_a_killed_run_left_in_the_cache_is_removed(tmp_path):
-    crops().regions.keep(str(tmp_path), verbose=False)
-    [file] = tmp_path.iterdir()
-    file.unlink()
-    old, new = tmp_path / f"{file.name}.1.part", tmp_path / f"{file.name}.2.part"
-    for part in (old, new):
-        part.touch()
-    os.utime(old, (0, 0))
-    crops().regions.keep(str(tmp_path), verbose=False)
-    assert set(tmp_path.iterdir()) == {file, new}  # the new one may be another run's, at work
-
-
-def test_a_cache_of_the_wrong_length_is_named(tmp_path):
-    crops().regions.keep(str(tmp_path), verbose=False)
-    [file] = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UserError, match=f"{file.name} has not .* bytes, as it should: delete it"):
-        crops().regions.keep(str(tmp_path), verbose=False)
-
-
-def test_a_second_run_opens_the_cache_and_another_set_does_not(tmp_path, monkeypatch):
-    crops().regions.keep(str(tmp_path), verbose=False)
-    monkeypatch.setattr(datasets.Regions, "_fill", lambda *_: pytest.fail("decoded again"))
-    crops().regions.keep(str(tmp_path), verbose=False)
-    with pytest.raises(pytest.fail.Exception):
-        crops(count=3).regions.keep(str(tmp_path), verbose=False)
-
-
-def test_a_cache_that_does_not_fit_is_refused_with_its_size(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(OSError, match=r"--cache .* needs 1 MB, there are 0 MB; name a folder"):
-        crops(count=8).regions.keep(str(tmp_path))
-    assert "cache: 8 faces, 1 MB" in capsys.readouterr().out and not list(tmp_path.iterdir())
-    monkeypatch.setattr(datasets, "free_memory", lambda: 1000)
-    with pytest.raises(OSError, match=r"--cache device: needs 1 MB, there are 0 MB"):
-        crops(count=8).regions.keep("device", verbose=False)
-
-
-def crop(pixels, box, size):
+def crop(pixels, box, size, **options):
     """The crop of a face that has no points."""
     matrices = datasets.square_crops(np.array([box], float), size, 1.0)
-    data = datasets.CropDataset([datasets.Face(pixels)], matrices, size)
+    data = datasets.CropDataset([datasets.Face(pixels)], matrices, size, **options)
     batch = data.__getitems__([(0, 0)])
     assert "points" not in batch
     return batch["image"][0]
 
 
-def test_outside_the_image_is_grey():
+def test_outside_the_image_is_grey_or_its_reflection():
     white = np.full((20, 30, 3), 255, np.uint8)
-    assert (crop(white, [-60, -60, -30, -30], 32) == datasets.BORDER).all()
+    for box in ([-60, -60, -30, -30], [60, 60, 90, 90], [-35, 0, -5, 30]):
+        assert (crop(white, box, 32) == datasets.BORDER).all()
     image = crop(white, [-15, -15, 15, 15], 60)
     assert (image[:26, :26] == datasets.BORDER).all() and (image[34:, 34:] == 255).all()
+    ramp = np.repeat(np.arange(0, 240, 8, dtype=np.uint8)[None, :, None], 20, 0).repeat(3, 2)
+    image = crop(ramp, [-10.5, -10.5, 9.5, 9.5], 20, reflect=True)  # its px 10 is px 0
+    assert image[0, :, 0].tolist() == [8 * abs(x) for x in range(-10, 10)]
 
 
 def test_shrinking_does_not_alias():
@@ -218,6 +166,84 @@ def test_shrinking_does_not_alias():
     stripes = np.repeat((255 * ((x // 2 + y // 2) % 2)).astype(np.uint8)[..., None], 3, 2)
     image = crop(stripes, [96, 96, 416, 416], 37).float()
     assert (image - 127.5).abs().max() < 40  # a bilinear look at single pixels would give 0 to 255
+
+
+@pytest.mark.parametrize("size", [601, 602])
+def test_points_follow_a_jpeg_that_is_decoded_at_half_its_size(size, tmp_path, monkeypatch):
+    face = dotted_face(size)
+    path = str(tmp_path / "a.jpg")
+    cv2.imwrite(path, face.image)
+    halves = []
+    load = datasets.load_image
+    monkeypatch.setattr(datasets, "load_image",
+                        lambda image, half: halves.append(half) or load(image, half=half))
+    matrix = datasets.square_crops(datasets.face_boxes([face], "landmarks"), 96, 1.5)
+    for image, half in ((path, True), (face.image, False)):
+        face.image = image
+        batch = datasets.CropDataset([face], matrix, 96).__getitems__([(0, 0)])
+        for point in batch["points"][0].numpy():
+            found = dot_at(batch["image"][0].numpy(), point, 10)
+            assert np.abs(found - point).max() < 0.05
+        assert halves.pop() == half
+
+
+# ---- Kept crops ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [48, 256])
+def test_kept_regions_give_the_same_crops(tmp_path, size):
+    keys = [(1, i) for i in range(4)]
+    wanted = crops(size=size, augment=turn)
+    on_disk = keep(tmp_path, size=size, augment=turn)
+    assert on_disk.regions.__getstate__()["store"] is None  # a worker opens the file by its path
+    on_disk.regions = pickle.loads(pickle.dumps(on_disk.regions))
+    for data in (on_disk, keep("device", size=size, augment=turn)):
+        assert data.regions.store is not None
+        assert torch.equal(data.__getitems__(keys)["image"], wanted.__getitems__(keys)["image"])
+    side = wanted.regions.side
+    assert (side <= np.ceil(1.8 * 1.1 * size) + 8).all()  # no larger than the augmentation can use
+    assert (side <= wanted.regions.extent).all()  # nor than the source
+    assert len(list(tmp_path.iterdir())) == 1  # and no half-written one
+
+
+def test_a_second_run_opens_the_cache_and_another_set_does_not(tmp_path, monkeypatch):
+    keep(tmp_path)
+    monkeypatch.setattr(datasets.Regions, "_fill", lambda *_: pytest.fail("decoded again"))
+    keep(tmp_path)
+    for options in ({"count": 3}, {"reflect": True}, {"size": 95}):
+        with pytest.raises(pytest.fail.Exception):
+            keep(tmp_path, **options)
+
+
+def test_a_damaged_cache_is_named_and_what_a_killed_run_left_is_removed(tmp_path):
+    keep(tmp_path)
+    file, = tmp_path.iterdir()
+    data = file.read_bytes()
+    half = len(data) // 2
+    for damaged in (data[:-1], data + b"0", data[:half] + bytes(len(data) - half), b""):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{file.name} is damaged: delete it"):
+            keep(tmp_path)
+    file.unlink()
+    old, new = tmp_path / f"{file.name}.host.1.part", tmp_path / f"{file.name}.host.2.part"
+    for part in (old, new):
+        part.touch()
+    os.utime(old, (0, 0))
+    keep(tmp_path)
+    assert set(tmp_path.iterdir()) == {file, new}  # the new one may be another run's, at work
+
+
+def test_a_cache_that_does_not_fit_is_refused_with_its_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"--cache .* needs 1 MB, there are 0 MB; name a folder"):
+        crops(count=8).regions.keep(str(tmp_path))
+    assert "cache: 8 faces, 1 MB" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    monkeypatch.setattr(datasets, "free_memory", lambda: 1000)
+    with pytest.raises(UserError, match=r"--cache device: needs 1 MB, there are 0 MB"):
+        keep("device", count=8)
+
+
+# ---- Batches -------------------------------------------------------------------------------------
 
 
 def test_batches_are_a_permutation_cut_over_the_ranks():
@@ -246,19 +272,10 @@ def test_the_loader_gives_every_face_once_in_order(workers):
 
 
 def test_the_device_loader_gives_the_same_crops():
-    data = crops(augment=turn)
-    loaded = list(datasets.DeviceLoader(data, [[(2, 3), (2, 0)]], torch.device("cpu")))[0]
-    made = data.__getitems__([(2, 3), (2, 0)])
+    data, keys = crops(augment=turn, rows=MIRRORED_COPIES), [(2, 3), (2, 0), (2, 6)]
+    loaded = list(datasets.DeviceLoader(data, [keys], torch.device("cpu")))[0]
+    made = data.__getitems__(keys)
     assert torch.equal(loaded["points"], made["points"])
     difference = loaded["image"].permute(0, 2, 3, 1) - made["image"].float()
     # cv2 rounds to 1/32 px and to whole grey levels
     assert difference.abs().mean() < 0.5 and difference.abs().max() < 12
-
-
-def test_divisors():
-    face = datasets.Face("a.jpg", np.mgrid[:19, :2][0].T.reshape(19, 2), (0, 0, 20, 5))
-    matrix = np.eye(2, 3)[None]
-    assert datasets.CropDataset([face], matrix, 8).divisors("auto").tolist() == [10]  # of AFLW
-    face.box = None
-    box = np.ptp(face.points, axis=0).prod() ** 0.5
-    assert datasets.CropDataset([face], matrix, 8).divisors("auto").tolist() == [box]

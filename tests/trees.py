@@ -40,36 +40,34 @@ def joined(points, separator):
 class Mat:
     """MATLAB 5 bytes by hand: tags, padding to 8, small elements for up to 4 bytes."""
 
-    def __init__(self, order="<", small=True):
-        self.order = order
+    def __init__(self, small=True):
         self.small = small
 
     def element(self, kind, data):
         if self.small and 0 < len(data) <= 4:
-            return struct.pack(self.order + "I", len(data) << 16 | kind) + data.ljust(4, b"\0")
-        return struct.pack(self.order + "II", kind, len(data)) + data + b"\0" * (-len(data) % 8)
+            return struct.pack("<I", len(data) << 16 | kind) + data.ljust(4, b"\0")
+        return struct.pack("<II", kind, len(data)) + data + b"\0" * (-len(data) % 8)
 
     def matrix(self, name, shape, array_class, *content):
-        flags = self.element(6, struct.pack(self.order + "II", array_class, 0))
-        dims = self.element(5, struct.pack(f"{self.order}{len(shape)}i", *shape))
+        flags = self.element(6, struct.pack("<II", array_class, 0))
+        dims = self.element(5, struct.pack(f"<{len(shape)}i", *shape))
         return self.element(14, flags + dims + self.element(1, name.encode()) + b"".join(content))
 
     def numbers(self, name, array, kind=9, array_class=6):
-        data = np.asarray(array).astype(self.order + formats._MAT_NUMBERS[kind]).tobytes("F")
+        data = np.asarray(array).astype(formats._MAT_NUMBERS[kind]).tobytes("F")
         return self.matrix(name, np.shape(array), array_class, self.element(kind, data))
 
     def text(self, name, text, kind=4):
-        wide = {"<": "utf-16-le", ">": "utf-16-be"}[self.order]
-        data = text.encode(wide if kind in (4, 17) else "utf-8")
+        data = text.encode("utf-16-le" if kind in (4, 17) else "utf-8")
         return self.matrix(name, (1, len(text)), 4, self.element(kind, data))
 
     def file(self, path, *variables, compressed=False):
         if compressed:
             packed = [zlib.compress(variable) for variable in variables]
-            variables = [struct.pack(self.order + "II", 15, len(data)) + data for data in packed]
+            variables = [struct.pack("<II", 15, len(data)) + data for data in packed]
         path.parent.mkdir(parents=True, exist_ok=True)
-        header = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack(self.order + "H", 0x0100)
-        path.write_bytes(header + {"<": b"IM", ">": b"MI"}[self.order] + b"".join(variables))
+        header = b"MATLAB 5.0 MAT-file".ljust(124) + b"\0\1IM"
+        path.write_bytes(header + b"".join(variables))
 
 
 MAGIC = struct.pack("<I", 0xced7230a)
