@@ -557,9 +557,6 @@ def square_crops(boxes: np.ndarray, size: int, margin: float) -> np.ndarray:
     return matrices
 
 
-square_frames = square_crops
-
-
 class Regions:
     """The part of each image that its crops can need, at the resolution that they can use.
 
@@ -765,10 +762,6 @@ class CropDataset(torch.utils.data.Dataset):
         self.points = None
         if all(face.points is not None for face in faces):
             self.points = torch.from_numpy(np.stack([face.points for face in faces])).double()
-
-    @property
-    def frames(self):
-        return self.crop_matrices
 
     def __len__(self):
         return len(self.rows)

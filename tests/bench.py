@@ -57,7 +57,7 @@ def bench_loader():
             cv2.imwrite(f"{folder}/{i}.jpg", image)
             faces.append(datasets.Face(f"{folder}/{i}.jpg",
                                        rng.uniform(350, 650, (98, 2)).astype(np.float32)))
-        frames = datasets.square_frames(datasets.face_boxes(faces, "landmarks"), 256, 1.25)
+        frames = datasets.square_crops(datasets.face_boxes(faces, "landmarks"), 256, 1.25)
         make = lambda: datasets.CropDataset(faces, frames, 256, sdfl.augment, sdfl.REACH, 1 + sdfl.ZOOM,
                                             datasets.SCHEMES[98].flip)
         plain, kept = make(), make()

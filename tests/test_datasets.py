@@ -361,7 +361,7 @@ def test_csv_of_aflw_has_box_sizes(tmp_path):
     with pytest.raises(FileNotFoundError, match="2 tables"):
         read("csv", str(tmp_path), "train")
     for text, message in ((HEADER + "b.jpg,1,2,3,4\n", "2: found 4 numbers, wanted 7"),
-                          ("name,scale,center_w,center_h,x,y\n", "1: found 6 columns .* wanted im")):
+                          ("name,scale,center_w,center_h,x,y\n", "1: found 6 columns .* wanted")):
         put_text(tmp_path / "test.csv", text)
         with pytest.raises(UserError, match=f"test.csv:{message}"):
             read("csv", str(tmp_path), "test")

@@ -311,7 +311,7 @@ def test_whole_images_follow_the_augmentation_as_crops_do():
                   (-0.5, -0.5, 31.5, 31.5))
              for _ in range(3)]
     flip, keys = datasets.SCHEMES[5].flip, [(epoch, i) for epoch in range(3) for i in range(3)]
-    frames = datasets.square_frames(datasets.face_boxes(faces, "face"), 32, 1.0)
+    frames = datasets.square_crops(datasets.face_boxes(faces, "face"), 32, 1.0)
     crops = datasets.CropDataset(faces, frames, 32, turn, reach=1.0, flip=flip,
                                  seed=4).__getitems__(keys)
     points = np.stack([face.points for face in faces])
