@@ -1104,52 +1104,11 @@ def make_crops(args, split: Split, t: float, augment: str = "none"):
                                 reflect=True)
 
 
-class Digits(torch.utils.data.Dataset):
-    """Digits as batches, as `datasets.CropDataset` has them, but gray: image (B, size, size, 1).
-    Args: images (N, 28, 28) uint8, moved by up to 6 px anew in each epoch; or canvases (N, size,
-    size) with their points (N, 5, 2), which stay."""
-
-    def __init__(self, images, labels, size: int, points=None, seed: int = 0):
-        self.images = images
-        self.labels = labels.astype(np.int64)
-        self.ids = np.arange(10)
-        self.size = size
-        self.points = points
-        self.seed = seed
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitems__(self, keys) -> dict:
-        index = np.array([i for _, i in keys])
-        image = self.images[index]
-        if self.points is None:
-            image, points = digits.mnist_canvas(image, (self.seed, *keys[0]), canvas=self.size)
-        else:
-            points = self.points[index]
-        return {"image": torch.from_numpy(image)[..., None], "points": torch.from_numpy(points),
-                "index": torch.from_numpy(index)}
-
-
-def read_digits(args, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 28, 28) and labels (N,) uint8 of MNIST: idx files in --data-root, .gz or not."""
-    arrays = []
-    for kind in ("images-idx3", "labels-idx1"):
-        name = {"train": "train", "test": "t10k"}[split]
-        path = os.path.join(args.data_root, f"{name}-{kind}-ubyte")
-        array = digits.read_idx(path if os.path.isfile(path) else path + ".gz")
-        arrays.append(array[:args.limit or None])
-    images, labels = arrays
-    if len(images) != len(labels) or images.ndim != 3 or labels.max() > 9:
-        raise UserError(f"{args.data_root}: {split} has images {images.shape} and labels "
-                        f"{labels.shape}, expected as many of both, and labels from 0 to 9")
-    return images, labels
-
-
 def training_set(args, device: torch.device):
     """Images with .labels and .ids, and their crops, aligned, then moved as --augment says."""
     if args.data == "affnist":
-        data = Digits(*read_digits(args, "train"), args.size, seed=args.seed)
+        images, labels = digits.read_mnist(args.data_root, "train", args.limit)
+        data = digits.Digits(images, labels, args.size, seed=args.seed)
         return data, data
     if args.data in RECORDS:
         images = recognition.Records(args.data_root)
@@ -1448,11 +1407,11 @@ def test_conditions(args, device: torch.device) -> list[TestCondition]:
                                             alpha, late=True))
 
     if args.data == "affnist":
-        images, labels = read_digits(args, "test")
+        images, labels = digits.read_mnist(args.data_root, "test", args.limit)
         image, points = digits.mnist_canvas(images, 0, canvas=args.size)
-        add(Digits(image, labels, args.size, points), [labels], "")
+        add(digits.Digits(image, labels, args.size, points), [labels], "")
         image, points, _ = digits.affnist(images, 0, canvas=args.size)
-        add(Digits(image, labels, args.size, points), [labels], "@affine")
+        add(digits.Digits(image, labels, args.size, points), [labels], "@affine")
         return conditions
     for name, (split, protocols) in read_tests(args).items():
         add(make_crops(args, split, 1.0), protocols, name)

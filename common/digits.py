@@ -10,6 +10,7 @@ import zlib
 
 import cv2
 import numpy as np
+import torch
 
 from common import UserError
 
@@ -34,6 +35,22 @@ def read_idx(path: str) -> np.ndarray:
         raise UserError(f"{path}: found {head!r}, shape {shape}, then {len(data)} bytes or more; "
                         "wanted an idx file")
     return np.frombuffer(data, np.uint8).reshape(shape).copy()
+
+
+def read_mnist(root: str, split: str, limit: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 28, 28) and labels (N,) uint8 of MNIST's "train" or "test": idx files, .gz or not.
+    Args: limit, at most so many; 0: all.   Raises: UserError where they do not belong together."""
+    arrays = []
+    for kind in ("images-idx3", "labels-idx1"):
+        name = {"train": "train", "test": "t10k"}[split]
+        path = os.path.join(root, f"{name}-{kind}-ubyte")
+        array = read_idx(path if os.path.isfile(path) else path + ".gz")
+        arrays.append(array[:limit or None])
+    images, labels = arrays
+    if len(images) != len(labels) or images.ndim != 3 or labels.max() > 9:
+        raise UserError(f"{root}: {split} has images {images.shape} and labels {labels.shape}, "
+                        "expected as many of both, and labels from 0 to 9")
+    return images, labels
 
 
 def digit_points(images: np.ndarray) -> np.ndarray:
@@ -112,3 +129,31 @@ def mnist_canvas(images: np.ndarray, seed, shift: int = 6, canvas: int = 40):
     y, x = (corner[:, axis, None] + np.arange(side) for axis, side in enumerate((height, width)))
     out[np.arange(count)[:, None, None], y[:, :, None], x[:, None]] = images
     return out, digit_points(out)
+
+
+class Digits(torch.utils.data.Dataset):
+    """Digits in batches, as `datasets.CropDataset` has faces, but gray: image (B, size, size, 1).
+    Args: images (N, 28, 28) uint8, put on a canvas anew in each epoch, a function of (seed, epoch,
+        index); or canvases (N, size, size) with their points (N, 5, 2), which stay; labels (N,)."""
+
+    def __init__(self, images, labels, size: int, points=None, seed: int = 0):
+        self.images = images
+        self.labels = labels.astype(np.int64)
+        self.ids = np.arange(10)
+        self.size = size
+        self.points = points
+        self.seed = seed
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitems__(self, keys) -> dict:
+        index = np.array([i for _, i in keys])
+        if self.points is not None:
+            image, points = self.images[index], self.points[index]
+        else:
+            drawn = [mnist_canvas(self.images[i:i + 1], (self.seed, epoch, i), canvas=self.size)
+                     for epoch, i in keys]
+            image, points = (np.concatenate(arrays) for arrays in zip(*drawn))
+        return {"image": torch.from_numpy(image)[..., None], "points": torch.from_numpy(points),
+                "index": torch.from_numpy(index)}

@@ -5,7 +5,8 @@ import struct
 import numpy as np
 import pytest
 
-from common import digits
+from common import UserError, digits
+from tests.trees import put_mnist
 
 
 def drawn(count=6):
@@ -73,3 +74,24 @@ def test_affnist_on_what_does_not_work():
         digits.affnist(blank, 0)
     with pytest.raises(ValueError, match="image 0 does not fit a canvas of 16 px"):
         digits.affnist(drawn(1), 0, canvas=16)
+
+
+def test_batches_of_mnist(tmp_path):
+    put_mnist(tmp_path)
+    images, labels = digits.read_mnist(str(tmp_path), "train")
+    assert len(digits.read_mnist(str(tmp_path), "train", 5)[0]) == 5
+    data = digits.Digits(images, labels, 40, seed=3)
+    first, again, later = (data.__getitems__([(epoch, i) for i in range(12)])
+                           for epoch in (0, 0, 1))
+    assert first["image"].shape == (12, 40, 40, 1) and data.labels.tolist() == [*range(10), 0, 1]
+    assert np.array_equal(first["image"], again["image"])
+    assert not np.array_equal(first["image"], later["image"])
+    one = data.__getitems__([(0, 7)])  # whatever else is in the batch
+    assert np.array_equal(one["image"][0], first["image"][7])
+    for image, (left, top) in zip(first["image"][..., 0], first["points"][:, 0].round().int()):
+        assert image[top, left] > 30 and image[:top].max() == 0 and image[:, :left].max() == 0
+    still = digits.Digits(first["image"].numpy()[..., 0], labels, 40, first["points"].numpy())
+    assert np.array_equal(still.__getitems__([(5, 2)])["image"][0], first["image"][2])
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 2, 1, 1]))
+    with pytest.raises(UserError, match=r"images \(12, 28, 28\) and labels \(2,\)"):
+        digits.read_mnist(str(tmp_path), "test")

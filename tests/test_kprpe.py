@@ -990,22 +990,6 @@ def test_keypoints_are_drawn_where_they_are():
     assert torch.equal(kprpe.inputs(image, points)[0], image - 1)
 
 
-def test_digits_move_anew_in_each_epoch(tmp_path):
-    args = arguments("--data", "affnist", "--size", "40", root=put_mnist(tmp_path))
-    images, data = kprpe.training_set(args, CPU)
-    first, again, later = (data.__getitems__([(epoch, i) for i in range(12)])
-                           for epoch in (0, 0, 1))
-    assert first["image"].shape == (12, 40, 40, 1) and images.labels.tolist() == [*range(10), 0, 1]
-    assert torch.equal(first["image"], again["image"])
-    assert not torch.equal(first["image"], later["image"])
-    image, points = kprpe.to_device(first, CPU)
-    for own, (left, top) in zip(image[:, 0], points[:, 0].round().int().tolist()):
-        assert own[top, left] > 30 and own[:top].max() == 0 and own[:, :left].max() == 0
-    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 2, 1, 1]))
-    with pytest.raises(UserError, match=r"images \(12, 28, 28\) and labels \(2,\)"):
-        kprpe.read_digits(args, "test")
-
-
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 def test_shards_cover_a_set_once_and_are_as_long_in_each_process():
