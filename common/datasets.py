@@ -110,14 +110,6 @@ def missing(reader: Callable, root: str, what: str, flag="--data-root", drawn="f
         f"--data {drawn} needs no download.")
 
 
-def below(reader: Callable, root: str, *parts: str, flag="--data-root") -> str:
-    """Path of a file or folder below root, which must exist."""
-    path = os.path.join(root, *parts)
-    if not os.path.exists(path):
-        raise missing(reader, root, f"no {path}", flag)
-    return path
-
-
 def _rows(table: str, count: int, name=0, separator=",", skip=1) -> Iterator[tuple]:
     """(file:line, name of the image, (count,) numbers) of each row of a table; `name` is its column
     and `skip` the rows of the header."""
@@ -270,7 +262,7 @@ def read_cofw68(root: str, split: str) -> list[Face]:
         faces = read_cofw(os.path.join(root, "cofw"), "test")
     for number, face in enumerate(faces, 1):
         path = os.path.join(root, "cofw68", "test_annotations", f"{number}_points.mat")
-        points = read_mat(path, Points=(68, 2))["Points"] - 1  # MATLAB counts from 1
+        points = read_mat(path)["Points"] - 1  # MATLAB counts from 1
         face.points = points.astype(np.float32)
         face.box = None
     return faces
@@ -316,7 +308,7 @@ def read_aflw(root: str, split: str) -> list[Face]:
     Source: TU Graz, by agreement; the .mat: Zhu et al., Unconstrained Face Alignment, CVPR 2016."""
     path = os.path.join(root, "AFLWinfo_release.mat")
     images = os.path.join(root, "flickr")
-    table = read_mat(path, nameList=(), ra=(), data=(0, 38), bbox=(0, 4), mask_new=(0, 19))
+    table = read_mat(path)
     names = table["nameList"].ravel()
     points = np.stack(np.split(table["data"], 2, 1), -1)  # 19 x, 19 y -> (N, 19, 2)
     boxes = table["bbox"][:, [0, 2, 1, 3]]                # stored as xmin xmax ymin ymax
@@ -382,7 +374,8 @@ def read_csv(root: str, split: str) -> list[Face]:
     if table.endswith("300w_test.csv"):
         warnings.warn(f"{table} is the private set of 600 images; the full set of the papers is "
                       "face_landmarks_300w_valid.csv", stacklevel=2)
-    images = os.path.join(root, "images") if os.path.isdir(os.path.join(root, "images")) else root
+    images = os.path.join(root, "images")
+    images = images if os.path.isdir(images) else root
     (where, header), *lines = text_lines(table) or [(f"{table}:1", "")]
     columns = header.replace(" ", "").split(",")
     sized = ["box_size"] if "box_size" in columns else []

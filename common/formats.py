@@ -266,10 +266,9 @@ def _mat_array(data: memoryview) -> tuple[str, np.ndarray | str | None]:
     return bytes(name).decode("ascii"), value
 
 
-def read_mat(path: str, **wanted: tuple[int, ...]) -> dict[str, np.ndarray | str]:
+def read_mat(path: str) -> dict[str, np.ndarray | str]:
     """Variables of a MATLAB 5 to 7 `.mat` file: float64 arrays, strings, cells as object arrays; no
-    structs.   Args: wanted, name=shape of the variables that must be there, 0 for any length, ()
-    for any shape.   Raises: UserError if one is not, or the file is damaged or of another kind."""
+    structs.   Raises: UserError if it is damaged or of another kind."""
     with open(path, "rb") as file:
         data = file.read()
     if data[126:128] != b"IM" or data.startswith(b"MATLAB 7.3"):  # 7.3 files are HDF5
@@ -279,11 +278,6 @@ def read_mat(path: str, **wanted: tuple[int, ...]) -> dict[str, np.ndarray | str
         variables = dict(_mat_array(data) for kind, data in elements if kind == _MAT_MATRIX)
     except (ValueError, KeyError, IndexError, struct.error, zlib.error) as error:
         raise UserError(f"{path} is a damaged MATLAB file: {error!r}") from error
-    for name, shape in wanted.items():
-        found = np.shape(variables.get(name))
-        fits = len(found) == len(shape) and all(n in (0, m) for n, m in zip(shape, found))
-        if variables.get(name) is None or shape and not fits:
-            raise UserError(f"{path}: found {name} of shape {found}, wanted {shape} (0: any)")
     return {name: value for name, value in variables.items() if value is not None}
 
 

@@ -513,7 +513,10 @@ def with_landmarks(test, path: str, size: int = 112):
 
 
 def _need(reader: Callable, root: str, *parts: str) -> str:
-    return datasets.below(reader, root, *parts, flag="--test")
+    path = os.path.join(root, *parts)
+    if not os.path.exists(path):
+        raise datasets.missing(reader, root, f"no {path}", "--test")
+    return path
 
 
 def _listing(folder: str) -> list[str]:

@@ -33,13 +33,13 @@ def same(found, wanted):
 
 
 @pytest.mark.parametrize("data, count", [
-    ("wflw", 98), ("300w", 68), ("cofw", 29), ("cofw68", 68), ("helen", 194), ("aflw", 19),
-    ("jd106", 106), ("lapa", 106), ("csv", 68), ("folder", 68), ("widerface", 5)])
+    ("wflw", 98), ("300w", 68), ("cofw", 29), ("cofw68", 68), ("helen", 194), ("jd106", 106),
+    ("lapa", 106), ("csv", 68), ("folder", 68), ("widerface", 5)])
 def test_a_reader_finds_the_faces_that_were_written(data, count, tmp_path):
     root = trees.make(data, tmp_path / data)
     for split in ("train", "test"):
         drawn = trees.drawn(split, count)
-        faces = read(data, root, split)[:len(drawn)]  # AFLW's have more rows than images
+        faces = read(data, root, split)
         assert len(faces) == len(drawn)
         datasets.check_images(faces)
         left = list(range(len(drawn)))
@@ -246,11 +246,7 @@ def test_cofw68(tmp_path):
         warnings.simplefilter("always")
         read("cofw68", root, "test")
     assert ["--data cofw68: 8 faces" in str(w.message) for w in caught] == [True]
-    path, mat = tmp_path / "cofw68" / "cofw68" / "test_annotations" / "2_points.mat", Mat()
-    mat.file(path, mat.numbers("Points", np.ones((29, 2))))
-    with pytest.raises(UserError, match=r"2_points.mat: found Points of shape \(29, 2\), wanted"):
-        read("cofw68", root, "test")
-    path.unlink()
+    (tmp_path / "cofw68" / "cofw68" / "test_annotations" / "2_points.mat").unlink()
     with pytest.raises(FileNotFoundError, match="2_points.mat"):
         read("cofw68", root, "test")
 
@@ -286,10 +282,9 @@ def test_aflw(tmp_path):
     seen = np.ones((count, 19))
     seen[order[-2] - 1, 3] = 0
     names = [mat.text("", f"{index % 4}/image{index:05d}.jpg") for index in range(count)]
-    variables = [mat.matrix("nameList", (count, 1), 1, *names), mat.numbers("ra", order[None], 5),
-                 mat.numbers("bbox", boxes), mat.numbers("data", data),
-                 mat.numbers("mask_new", seen, 2)]
-    mat.file(tmp_path / "AFLWinfo_release.mat", *variables, compressed=True)
+    mat.file(tmp_path / "AFLWinfo_release.mat", mat.matrix("nameList", (count, 1), 1, *names),
+             mat.numbers("ra", order[None], 5), mat.numbers("bbox", boxes),
+             mat.numbers("data", data), mat.numbers("mask_new", seen, 2), compressed=True)
     train = datasets.read_aflw(str(tmp_path), "train")
     test = read("aflw", str(tmp_path), "test")
     assert len(train) == 20000 and len(test) == 2
@@ -299,9 +294,6 @@ def test_aflw(tmp_path):
     assert test[1].points.tolist() == [[x - 5, x + 14] for x in range(19)]
     assert test[1].box == (10, 20, 90, 60) and test[1].tags == ("frontal",)
     assert test[0].tags == () and not any(face.tags for face in train)
-    mat.file(tmp_path / "AFLWinfo_release.mat", *variables[:4])
-    with pytest.raises(UserError, match=r"AFLWinfo_release.mat: found mask_new of shape \(\)"):
-        read("aflw", str(tmp_path), "test")
 
 
 def test_lapa_and_jd_landmark(tmp_path):
