@@ -482,12 +482,11 @@ def read_records(args) -> Split:
 def read_set(args, split: str) -> Split | None:
     """A split of args.data, None for a test split that is not there. What can be wrong with it is
     found here.   Raises: UserError, also for landmarks that the flags need and images lack."""
-    folder = os.path.join(args.data_root, split)
-    optional = split == "test" and args.data not in ("faces", "youtube")
-    if optional and not os.path.isdir(folder):
-        return None
     if args.data == "ms1m":
-        return read_records(args)
+        return read_records(args) if split == "train" else None
+    folder = os.path.join(args.data_root, split)
+    if split == "test" and args.data not in ("faces", "youtube") and not os.path.isdir(folder):
+        return None
     if args.data == "faces":  # the same for every --seed
         count = min(args.limit or DRAWN["train"], DRAWN[split])
         faces = synthetic.read_faces(split, count, args.size, args.points)
