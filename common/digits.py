@@ -25,11 +25,10 @@ def read_idx(path: str) -> np.ndarray:
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             head = file.read(4)
-            axes = head[3] if head[:3] == b"\0\0\x08" else 0
+            axes = head[-1] if head.startswith(b"\0\0\x08") else 0
             shape = struct.unpack(f">{axes}I", file.read(4 * axes))
             data = file.read(math.prod(shape) + 1)              # one byte too many would show
-    except (OSError, EOFError, MemoryError, OverflowError, zlib.error, struct.error,
-            IndexError) as error:
+    except (OSError, EOFError, MemoryError, OverflowError, zlib.error, struct.error) as error:
         raise UserError(f"{path} is a damaged idx file: {error}") from None
     if not axes or len(data) != math.prod(shape):
         raise UserError(f"{path}: found {head!r}, shape {shape}, then {len(data)} bytes or more; "
@@ -63,11 +62,12 @@ def digit_points(images: np.ndarray) -> np.ndarray:
     if dark.size:
         raise UserError(f"image {dark[0]} has no pixel above 30, nor have {dark.size - 1} others: "
                          "no digits")
-    ends = []
-    for axis in (1, 2):                                                                  # x, then y
-        seen = (images > 30).any(axis)
-        ends.append((seen.argmax(1), seen.shape[1] - 1 - seen[:, ::-1].argmax(1)))
-    (left, right), (top, bottom) = ends
+    columns = (images > 30).any(1)                                                      # (N, W)
+    rows = (images > 30).any(2)                                                         # (N, H)
+    left = columns.argmax(1)
+    right = columns.shape[1] - 1 - columns[:, ::-1].argmax(1)
+    top = rows.argmax(1)
+    bottom = rows.shape[1] - 1 - rows[:, ::-1].argmax(1)
     x = np.stack([left, right, left, right, (left + right) / 2], 1)
     y = np.stack([top, top, bottom, bottom, (top + bottom) / 2], 1)
     return np.stack([x, y], -1).astype(np.float32)
@@ -81,6 +81,7 @@ def affnist(images: np.ndarray, seed, count_per_image: int = 1, canvas: int = 40
     Returns: (M, canvas, canvas) uint8; points (M, 5, 2) px as `digit_points`; (M,) int64, the image
         of each.
     Raises: UserError for a blank image, or one that does not fit."""
+    digit_points(images)                                                             # none is blank
     source = np.repeat(np.arange(len(images)), count_per_image)
     rng = np.random.default_rng(seed)
     turn = np.deg2rad(rng.uniform(-20, 20, len(source)))
@@ -91,26 +92,18 @@ def affnist(images: np.ndarray, seed, count_per_image: int = 1, canvas: int = 40
     # rotation, then of what is right of it, shear: [[c, -s], [s, c]] [[1, k], [0, 1]] diag(scale)
     linear = np.stack([cos, cos * shear - sin, sin, sin * shear + cos], -1)
     linear = linear.reshape(-1, 2, 2) * scale
-    matrix = np.concatenate([linear, np.zeros((len(source), 2, 1))], 2)
     out = np.empty((len(source), canvas, canvas), np.uint8)
-    seen = images > 0
-    digit_points(images)                                                             # none is blank
-    # The hull of a digit lies between the ends of its rows: 2 H points instead of H W.
-    right = seen.shape[2] - 1 - seen[:, :, ::-1].argmax(2)
-    ends = np.stack([seen.argmax(2), right], 2).astype(np.float64)
-    ends[~seen.any(2)] = np.nan
-    rows = np.broadcast_to(np.arange(seen.shape[1])[None, :, None], ends.shape)
-    hull = np.stack([ends, rows], -1).reshape(len(images), -1, 2)                      # (N, 2 H, 2)
-    for some in np.array_split(np.arange(len(source)), -(-len(source) // 4096)):
-        moved = hull[source[some]] @ linear[some].transpose(0, 2, 1)
-        reach = np.abs(linear[some]).sum(2)           # interpolation spreads a pixel so far at most
-        low, high = reach - 1 - np.nanmin(moved, 1), canvas - reach - np.nanmax(moved, 1)
+    for n, i in enumerate(source):
+        y, x = images[i].nonzero()
+        moved = linear[n] @ np.stack([x, y])                                                # (2, K)
+        reach = np.abs(linear[n]).sum(1)              # interpolation spreads a pixel so far at most
+        low = reach - 1 - moved.min(1)
+        high = canvas - reach - moved.max(1)
         if (low > high).any():
-            raise UserError(f"image {source[some[(low > high).any(1)][0]]} does not fit a canvas "
-                             f"of {canvas} px under every map; give a larger one")
-        matrix[some, :, 2] = low + place[some] * (high - low)
-    for canvas_px, i, m in zip(out, source, matrix):
-        cv2.warpAffine(images[i], m, (canvas, canvas), dst=canvas_px, flags=cv2.INTER_LINEAR)
+            raise UserError(f"image {i} does not fit a canvas of {canvas} px under every map; give "
+                            "a larger one")
+        matrix = np.column_stack([linear[n], low + place[n] * (high - low)])
+        cv2.warpAffine(images[i], matrix, (canvas, canvas), dst=out[n], flags=cv2.INTER_LINEAR)
     return out, digit_points(out), source
 
 
