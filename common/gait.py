@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import torch
 
-from common import UserError, datasets, metrics, recognition
+from common import UserError, datasets, identities, metrics, recognition
 
 JOINTS = 17
 """COCO's order: nose, then left and right (of the person) of eye, ear, shoulder, elbow, wrist, hip,
@@ -156,7 +156,7 @@ def _load(silhouettes: str, poses: str, pick: Callable) -> tuple[np.ndarray, np.
     if "" in image and "" in text:
         rows = make()
     else:
-        rows = recognition._cached(make, image.get("", silhouettes), text.get("", poses))
+        rows = identities.cached(make, image.get("", silhouettes), text.get("", poses))
     rows = rows[pick(len(rows))]
     cut = SIDES[0] * SIDES[1]
     joints = rows[:, cut:].copy().view("<f4").reshape(-1, JOINTS, 2)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import UserError, datasets, metrics, recognition, synthetic, warp
+from common import UserError, datasets, identities, metrics, recognition, synthetic, warp
 from common.datasets import Face, load_image, write_pts
 from common.recognition import read_test
 from tests.trees import MAGIC, payload, put_records, record
@@ -38,340 +38,6 @@ def put_text(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return str(path)
-
-
-# ---- Identity folders and landmarks --------------------------------------------------------------
-
-def people(root, points=5):
-    """Persons n10 and n2 with images 2 and 10, 10 in a folder of its own; a .pts beside each."""
-    for person in ("n10", "n2"):
-        for name in ("10/10.jpg", "2.jpg"):
-            path = put(root / person / name)
-            write_pts(path.removesuffix(".jpg") + ".pts", RNG.uniform(0, 20, (points, 2)))
-    return root
-
-
-def test_identities_are_the_first_folders_in_natural_order(tmp_path):
-    names = ["10", "2", "a", "a1", "a02", "a2", "1b", "b", ""]
-    ordered = ["", "1b", "2", "10", "a", "a1", "a02", "a2", "b"]
-    assert sorted(names, key=recognition.natural) == ordered
-    faces = recognition.read_identities(str(people(tmp_path)))
-    assert [face.identity for face in faces] == ["n2", "n2", "n10", "n10"]
-    found = [os.path.relpath(face.image, tmp_path) for face in faces[:2]]
-    assert found == ["n2/2.jpg", "n2/10/10.jpg"]
-    images = recognition.FolderImages(faces)
-    assert images.labels.tolist() == [0, 0, 1, 1] and images.ids.tolist() == ["n2", "n10"]
-    np.testing.assert_array_equal(images[3], load_image(faces[3].image))
-    recognition.check_points(faces, "TPS")
-    (tmp_path / "n2" / "2.pts").unlink()
-    faces = recognition.read_identities(str(tmp_path))
-    words = "n2/2.jpg has no landmarks, which TPS needs; so for 1 of 4.*--land"
-    with pytest.raises(UserError, match=words):
-        recognition.check_points(faces, "TPS")
-    write_pts(tmp_path / "n2" / "2.pts", np.ones((6, 2)))
-    with pytest.raises(UserError, match="has [56] points, .*.pts [56]; wanted as many in all"):
-        recognition.read_identities(str(tmp_path))
-
-
-def test_identities_that_are_none(tmp_path):
-    read = recognition.read_identities
-    with pytest.raises(FileNotFoundError, match="no folder .*\n(.*\n)*Tree: PERSON/NAME.jpg"):
-        read(str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="no image"):
-        read(str(tmp_path))
-    put(tmp_path / "Ann" / "1.jpg")
-    with pytest.raises(UserError, match="all 1 images are of one identity, Ann; wanted two"):
-        read(str(tmp_path))
-    stray = put(tmp_path / "stray.png")
-    with pytest.raises(UserError, match="stray.png lies in no person's folder"):
-        read(str(tmp_path))
-    with pytest.raises(UserError, match="stray.png has no identity, nor have 0 other"):
-        recognition.FolderImages([Face(stray)])
-
-
-def test_identities_follow_links_and_pass_over_hidden_files(tmp_path):
-    people(tmp_path / "a")
-    (tmp_path / "b").mkdir()
-    for person in ("n2", "n10"):
-        (tmp_path / "b" / person).symlink_to(tmp_path / "a" / person)
-    put(tmp_path / "a" / "n2" / ".ipynb_checkpoints" / "2.jpg")
-    put(tmp_path / "a" / "n2" / "._2.jpg")
-    put(tmp_path / "b" / "__MACOSX" / "2.jpg")
-    faces = recognition.read_identities(str(tmp_path / "b"))
-    assert [face.identity for face in faces] == ["n2", "n2", "n10", "n10"]
-    put(tmp_path / "a" / "n2" / "2.png")
-    with pytest.raises(UserError, match="n2/2.jpg and .*n2/2.png differ only in their endings"):
-        recognition.read_identities(str(tmp_path / "b"))
-    (tmp_path / "a" / "n10" / "up").symlink_to(tmp_path / "a")
-    with pytest.raises(UserError, match="n10/up.* is a link to a folder that holds it"):
-        recognition.read_identities(str(tmp_path / "a"))
-
-
-def test_points_of_a_folder_that_mirrors_the_images(tmp_path):
-    faces = recognition.read_identities(str(people(tmp_path / "a")))
-    bare, root = [Face(face.image) for face in faces], str(tmp_path / "a")
-    found = recognition.attach_points(bare, root, root)
-    np.testing.assert_array_equal([face.points for face in found], [face.points for face in faces])
-    (tmp_path / "a" / "n2" / "2.pts").unlink()
-    found = recognition.attach_points(bare, root, root)
-    assert [face.points is None for face in found] == [True, False, False, False]
-    found = recognition.attach_points(faces, root, root)                        # keeps what it has
-    np.testing.assert_array_equal(found[0].points, faces[0].points)
-    write_pts(tmp_path / "a" / "n2" / "2.pts", np.ones((6, 2)))
-    with pytest.raises(UserError, match="5 points for n2/10/10.jpg, 6 for n2/2.jpg"):
-        recognition.attach_points(bare, root, root)
-    (tmp_path / "b").mkdir()
-    write_pts(tmp_path / "b" / "x.pts", np.ones((5, 2)))
-    with pytest.raises(UserError,
-                       match="covers other images: it has .*x.pts, of 4 wanted images the .* n2"):
-        recognition.attach_points(bare, str(tmp_path / "b"), root)
-
-
-def test_points_of_a_table_in_pixels(tmp_path):
-    names, path = ["n2/1.jpg", "n2/2.jpg", "7"], tmp_path / "points.csv"
-    put_text(path, "image,x0,y0,x1,y1\nn2/2.jpg,1,2,30,4\n7,5,6,7,8\n")
-    np.testing.assert_array_equal(recognition.read_landmarks(names, str(path)),
-                                  [[[np.nan] * 2] * 2, [[1, 2], [30, 4]], [[5, 6], [7, 8]]])
-    for text, message in {"n2/2,1,2,3,4\nn2/2.jpg,1,2,3,4\n": "several rows of image n2/2",
-                          "n2/2,1,2,3,4\nn2/2,1,2,3,4\n": "several rows of image n2/2",
-                          "x.jpg,1,2,3,4\n": "it has x.jpg, of 3 wanted images the first is "
-                                             "n2/1.jpg",
-                          "n2/2,.1,.2,1.1,.4\n": "found .* for n2/2.jpg and nothing"}.items():
-        with pytest.raises(UserError, match=message):
-            recognition.read_landmarks(names, put_text(path, text))
-    with pytest.raises(FileNotFoundError, match="--landmarks .*none.csv: no such"):
-        recognition.read_landmarks(names, str(tmp_path / "none.csv"))
-
-
-def test_points_of_another_number_than_the_images_have(tmp_path):
-    faces = recognition.read_identities(str(people(tmp_path)))
-    with pytest.raises(UserError, match="has 2 points, the .pts of .*n2/2.jpg 5; wanted as many"):
-        recognition.attach_points(faces, put_text(tmp_path / "p.csv", "n2/2.jpg,1,2,3,4\n"),
-                                  str(tmp_path))
-
-
-def test_points_of_cvlface(tmp_path):
-    head = "idx," + ",".join(f"ldmk_{i}" for i in range(10)) + "\n"
-    values, path = RNG.uniform(-0.1, 1.1, (2, 10)), tmp_path / "ldmk_5points.csv"
-    put_text(path, head
-             + "".join(f"{i}," + ",".join(map(str, row)) + "\n" for i, row in zip((2, 0), values)))
-    found = recognition.read_landmarks("abc", str(path))
-    np.testing.assert_allclose(found[[2, 0]], values.reshape(2, 5, 2) * 112 - 0.5, atol=1e-4)
-    assert np.isnan(found[1]).all()
-    for text, message in {f"5,{'0.5,' * 9}1\n": "it has image 5, of 3 wanted images the first is a",
-                          f"1,{'0.5,' * 9}1\n" * 2: "2 rows of 1 images, wanted one each",
-                          f"1,{'50,' * 9}1\n": "found 50 and the like, wanted fractions",
-                          f"1,{'0.5,' * 9}x\n": "ldmk_5points.csv: could not convert",
-                          "1,2\n": "wanted rows of 11", "": "wanted rows of 11"}.items():
-        with pytest.raises(UserError, match=message):
-            recognition.read_landmarks("abc", put_text(path, head + text))
-
-
-# ---- Records -------------------------------------------------------------------------------------
-
-def test_records_with_a_header(tmp_path):
-    """As insightface writes them: a header, images, then a record for each identity."""
-    images = [picture() for _ in range(4)]
-    contents = [payload(label, encoded(image)) for label, image in zip((90, 90, 5, 90), images)]
-    contents = [payload((5, 7)), *contents, payload((1, 3)), payload((3, 5))]
-    records = recognition.Records(put_records(tmp_path, contents))
-    assert len(records) == 4 and records.keys.tolist() == [1, 2, 3, 4]
-    assert records.labels.tolist() == [1, 1, 0, 1] and records.ids.tolist() == [5, 90]
-    copy = pickle.loads(pickle.dumps(records))
-    for found in (records, recognition.Records(str(tmp_path / "train.rec")), copy):
-        for i, image in enumerate(images):
-            np.testing.assert_array_equal(found[i], image)
-    assert not list(tmp_path.glob("*.part")) and (tmp_path / "train.rec.npy").exists()
-    assert records._file is not None and pickle.loads(pickle.dumps(records))._file is None
-    batch = recognition.WholeImages(records, 20).__getitems__([(0, 2), (0, 0)])
-    np.testing.assert_array_equal(batch["image"][1, :, 2:18], images[0])
-    with pytest.raises(IndexError):
-        records[4]
-
-
-def test_records_without_a_header(tmp_path):
-    """As CVLface writes them: key 0 is an image. Of a label array the first counts."""
-    contents = [payload(3, encoded(picture())), payload((2, 9), encoded(picture()))]
-    records = recognition.Records(put_records(tmp_path, contents))
-    assert records.labels.tolist() == [1, 0] and records.keys.tolist() == [0, 1]
-
-
-def test_a_record_that_was_cut_at_the_magic_number(tmp_path):
-    jpeg = encoded(picture(), ".jpg")
-    comment = b"\xff\xfe" + struct.pack(">H", 2 + 42) + b"xx" + MAGIC * 2 + b"y" * 28 + MAGIC
-    jpeg = jpeg[:2] + comment + jpeg[2:]
-    contents = [payload(0, jpeg), payload(1, encoded(picture()))]
-    assert record(contents[0]).count(MAGIC) == 4                           # itself, and three parts
-    records = recognition.Records(put_records(tmp_path, contents))
-    np.testing.assert_array_equal(records[0], recognition.decode(jpeg, ""))
-    assert records._payload(0, int(records._lengths[0])) == contents[0]
-    header = struct.pack("<IfQQ", 0, 1.0, 0xced7230a, 0)              # the image's id is the number
-    records = recognition.Records(put_records(tmp_path, [header + jpeg, contents[0]]))
-    assert records.labels.tolist() == [1, 0]
-    np.testing.assert_array_equal(records[0], recognition.decode(jpeg, ""))
-
-
-def test_records_that_are_damaged(tmp_path):
-    root = put_records(tmp_path, [payload(label, encoded(picture())) for label in (0, 1, 2)])
-    rec, idx = tmp_path / "train.rec", tmp_path / "train.idx"
-    data, lines = rec.read_bytes(), idx.read_text()
-    cut = r"train.rec \({} bytes\) is cut short, or .*train.idx \(3 records\) belongs to another: "
-    for content, text, words in (
-            (data[:-20], lines, cut.format(len(data) - 20) + "no whole record 2 at byte"),
-            (data[:-1200], lines, cut.format(len(data) - 1200) + "record 2 would be at byte"),
-            (data, lines.replace("\t0", "\t4"), "to another: no whole record 0 at byte 4"),
-            (data, lines + "3\t99999999\n", "record 3 would be at byte 99999999"),
-            (data, "one two\n", "train.idx: could not convert")):
-        rec.write_bytes(content)
-        idx.write_text(text)
-        with pytest.raises(UserError, match=words):
-            recognition.Records(root)
-    idx.write_text(lines)
-    records = recognition.Records(root)
-    rec.write_bytes(b"\0" * len(data))
-    with pytest.raises(UserError, match="no whole record at byte 0: it is cut short, or was chang"):
-        records[0]
-    idx.unlink()
-    with pytest.raises(FileNotFoundError, match="no .*train.idx; wanted a folder with train.rec"):
-        recognition.Records(root)
-
-
-def test_records_of_the_wrong_content(tmp_path):
-    for contents, words in (
-            ([payload((9, 12)), payload(0, b"x"), payload(1, b"x")],
-             "its header counts 8 images, the index finds 2"),
-            ([payload(4, encoded(picture()))] * 2, "2 images of 1 identities, wanted two")):
-        with pytest.raises(UserError, match=words):
-            recognition.Records(put_records(tmp_path, contents))
-    records = recognition.Records(put_records(tmp_path, [payload(i, b"no image") for i in (0, 1)]))
-    with pytest.raises(UserError, match="train.rec, record 1: 8 bytes that cannot be decoded"):
-        records[1]
-    huge = cv2.imencode(".png", np.zeros((1, 1), np.uint8))[1].tobytes()
-    huge = huge[:16] + struct.pack(">II", 60000, 60000) + huge[24:]             # width and height
-    with pytest.raises(UserError, match="^x: .* bytes that cannot be decoded"):
-        recognition.decode(huge, "x")
-
-
-@pytest.mark.parametrize("label, shown",
-                         [(np.nan, "nan"), (1e30, "1e.30"), (-7, "-7"), (2.5, "2.5")])
-def test_records_whose_label_is_no_identity(tmp_path, label, shown):
-    contents = [payload(value, encoded(picture())) for value in (0, 1, label, 2)]
-    with pytest.raises(UserError,
-                       match=f"train.rec, record 2: found the label {shown}, wanted the number"):
-        recognition.Records(put_records(tmp_path, contents))
-
-
-def test_what_is_kept_is_used_while_the_sources_stay_and_never_if_damaged(tmp_path):
-    calls, source = [], tmp_path / "a.txt"
-
-    def make():
-        calls.append(1)
-        return np.arange(len(calls))
-
-    source.write_text("x")
-    assert [len(recognition._cached(make, str(source))) for _ in range(2)] == [1, 1]
-    os.utime(source, ns=(1, 1))                                        # another file, even if older
-    assert len(recognition._cached(make, str(source))) == 2
-    (tmp_path / "a.txt.npy").write_bytes(b"\x93NUM")
-    os.utime(tmp_path / "a.txt.npy", ns=(1, 1))
-    assert len(recognition._cached(make, str(source))) == 3
-    (tmp_path / "a.txt.npy").unlink()
-    (tmp_path / "a.txt.npy").mkdir()                                            # cannot be written
-    assert len(recognition._cached(make, str(source))) == 4 and not list(tmp_path.glob("*.part"))
-
-
-# ---- Whole images --------------------------------------------------------------------------------
-
-def test_whole_images_of_the_size_are_copied_and_others_fitted():
-    images = [picture((24, 24)), np.full((10, 5, 3), 200, np.uint8),
-              np.full((60, 120, 3), 50, np.uint8)]
-    points = np.array([[[3.0, 4]], [[4.5, 9.5]], [[-0.5, -0.5]]])
-    batch = recognition.WholeImages(images, 24, points).__getitems__([(0, 0), (0, 1), (0, 2)])
-    np.testing.assert_array_equal(batch["image"][0], images[0])
-    np.testing.assert_allclose(batch["points"][:, 0], [[3, 4], [17.5, 23.5], [-0.5, 5.5]],
-                               atol=1e-5)
-    np.testing.assert_allclose(batch["matrix"][1], [[2.4, 0, 6.7], [0, 2.4, 0.7]], atol=1e-5)
-    assert (batch["image"][1, 2:-2, 7:17] == 200).all() and (batch["image"][1, :, :5] == 127).all()
-    assert (batch["image"][2, 6:18] == 50).all() and (batch["image"][2, :6] == 127).all()
-    assert batch["image"].dtype == torch.uint8 and batch["index"].tolist() == [0, 1, 2]
-    # shrinking does not alias
-    stripes = np.tile(np.array([0, 255], np.uint8)[:, None, None], (60, 120, 3))
-    shrunk = recognition.WholeImages([stripes], 30).__getitems__([(0, 0)])["image"]
-    assert np.ptp(shrunk.numpy().astype(int)) <= 2 and abs(float(shrunk.float().mean()) - 127.5) < 1
-
-
-def turn(rng, size):
-    matrix = np.array([[0.9, 0.1, rng.uniform(-2, 2)], [-0.1, 0.9, 3]])
-    return matrix, rng.random() < 0.5, {"extra": rng.random(2)}
-
-
-def test_whole_images_follow_the_augmentation_as_crops_do():
-    """The same crops as CropDataset's, for images that both need not resize."""
-    faces = [Face(picture((32, 32)), RNG.uniform(0, 31, (5, 2)).astype(np.float32),
-                  (-0.5, -0.5, 31.5, 31.5))
-             for _ in range(3)]
-    flip, keys = datasets.SCHEMES[5].flip, [(epoch, i) for epoch in range(3) for i in range(3)]
-    frames = datasets.square_crops(datasets.face_boxes(faces, "face"), 32, 1.0)
-    crops = datasets.CropDataset(faces, frames, 32, turn, reach=1.0, flip=flip,
-                                 seed=4).__getitems__(keys)
-    points = np.stack([face.points for face in faces])
-    whole = recognition.WholeImages([face.image for face in faces], 32, points, turn, flip, 4)
-    whole = whole.__getitems__(keys)
-    assert whole.keys() == crops.keys()
-    for name in crops:
-        if name != "image":
-            np.testing.assert_allclose(whole[name], crops[name], atol=1e-4)
-    assert (whole["image"].int() - crops["image"].int()).abs().float().mean() < 0.5
-    assert len(np.unique(whole["extra"][:, 0])) == 9
-
-
-def test_whole_images_mirror_without_points_and_by_a_flip_only():
-    images, still = [picture((16, 16))], np.eye(2, 3)
-    plain = recognition.WholeImages(images, 16, augment=lambda rng, size: (still, True, {}))
-    np.testing.assert_array_equal(plain.__getitems__([(0, 0)])["image"][0], images[0][:, ::-1])
-    kept = recognition.WholeImages(images, 16, np.zeros((1, 3, 2)),
-                                   lambda rng, size: (still, True, {}))
-    np.testing.assert_array_equal(kept.__getitems__([(0, 0)])["image"][0], images[0])
-    with pytest.raises(UserError,
-                       match="image 0 has no landmarks, which this run needs; so for 1 of 1"):
-        recognition.WholeImages(images, 16, np.full((1, 3, 2), np.nan))
-    with pytest.raises(ValueError, match=r"points \(2, 3, 2\) for 1 images"):
-        recognition.WholeImages(images, 16, np.zeros((2, 3, 2)))
-
-
-def test_whole_images_between_whole_and_aligned():
-    """Points come to the template at t = 1; the matrix is a mean of the two on the way."""
-    template = torch.tensor([[8.0, 10], [22, 10], [15, 24]])
-    turned = torch.tensor([[[10.0, 30], [30, 40], [12, 52]]] * 2)
-    images = [picture((60, 80)), picture((64, 64))]
-    matrices = []
-    for t in (0.0, 0.5, 1.0):
-        data = recognition.WholeImages(images, 32, turned, align=(template, t))
-        batch = data.__getitems__([(0, 0), (0, 1)])
-        matrices.append(batch["matrix"])
-        moved = warp.apply_affine(batch["matrix"], turned)
-        torch.testing.assert_close(batch["points"], moved, atol=1e-3, rtol=0)
-    whole = recognition.WholeImages(images, 32).__getitems__([(0, 0), (0, 1)])
-    assert torch.equal(matrices[0], whole["matrix"])
-    torch.testing.assert_close(matrices[2],
-                               warp.fit_similarity(turned, template.expand(2, -1, -1)).float())
-    torch.testing.assert_close(matrices[1], (matrices[0] + matrices[2]) / 2, atol=1e-5, rtol=0)
-
-
-def test_whole_images_in_a_loader(tmp_path):
-    faces = synthetic.read_faces("train", 6, 32, 5)
-    points, flip = np.stack([f.points for f in faces]), datasets.SCHEMES[5].flip
-    data = recognition.WholeImages(recognition.FolderImages(faces), 32, points, turn, flip)
-    batches = datasets.EpochBatches(6, 3)
-    alone, shared = (list(torch.utils.data.DataLoader(data, batch_sampler=batches,
-                                                      num_workers=workers,
-                                                      collate_fn=dict)) for workers in (0, 1))
-    assert len(alone) == 2
-    assert all(torch.equal(a[name], b[name]) for a, b in zip(alone, shared) for name in a)
-    (tmp_path / "broken.png").write_text("<html>")
-    with pytest.raises(UserError, match="broken.png cannot be decoded"):
-        recognition.WholeImages(recognition.Images([str(tmp_path / "broken.png")]),
-                                32).__getitems__([(0, 0)])
 
 
 # ---- Verification --------------------------------------------------------------------------------
@@ -408,7 +74,7 @@ def test_bin_of_every_make(tmp_path, content):
     assert test.names.tolist() == [str(i) for i in range(8)]
     assert test.template.tolist() == [*range(8)]
     for i, image in enumerate(BIN):
-        np.testing.assert_array_equal(test.images[i], recognition.decode(image, ""))
+        np.testing.assert_array_equal(test.images[i], identities.decode(image, ""))
 
 
 class Bomb:
@@ -570,8 +236,6 @@ def test_ytf(tmp_path, header, pair):
     assert pairs == ["A/0 A/1", "A/1 B/0", "A/0 B/0", "A/1 A/0"]
     assert test.template.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert test.names[:4].tolist() == ["A/0/0.1.jpg", "A/0/0.2.jpg", "A/0/0.3.jpg", "A/0/0.10.jpg"]
-    few = recognition.read_ytf(str(tmp_path), 2).names
-    assert few[:2].tolist() == ["A/0/0.1.jpg", "A/0/0.10.jpg"]
     features = recognition.template_features(torch.eye(12), test.template, np.arange(12))
     np.testing.assert_allclose(features[0], [0.5] * 4 + [0] * 8)
 
@@ -608,7 +272,7 @@ def test_cfp(tmp_path):
     assert test.images[3].shape == (20, 16, 3)
     assert len(recognition.read_cfp(str(tmp_path), "FF").images) == 2
     put_text(tmp_path / "Protocol/Split/FP/03/diff.txt", "2,3\n")
-    with pytest.raises(UserError, match="FP/03/diff.txt:1: found '2,3'"):
+    with pytest.raises(UserError, match="FP/03/diff.txt: found '2,3', wanted numbers of Pair"):
         read_test(tmp_path)
 
 
