@@ -2180,7 +2180,7 @@ SWIN = ("none", "swin", *KEYPOINT)  # --rpe
 TOKENS = (15, 10)  # height and width of a frame in tokens,
 WINDOW = (3, 5)  # and of a window
 STAGES = (4, 2)  # blocks; the second stage has twice the width and the heads of the first
-SEQUENCES = 4  # of each person in a batch
+SEQUENCES = 4  # walks of each person in a batch
 DRAWN_WALKERS = {"train": dict(people=100, frames=18),
                  "test": dict(people=60, sequences=4, frames=16)}
 SPOIL = dict(shift=6.0, zoom=0.2)  # of silhouettes of 64 x 44 px, for --unaligned
@@ -2296,10 +2296,11 @@ class SwinGait(nn.Module):
             *(BasicBlock(high, high) for _ in range(3)))
         self.patch_embed = nn.Conv2d(high, dim, 2, 2)
         self.patch_norm = nn.LayerNorm(dim)
-        wide = [1] * STAGES[0] + [2] * STAGES[1]
-        self.blocks = nn.ModuleList(
-            SwinBlock(dim * n, heads * n, drop_path * i / 5, rpe == "swin", i % 2 == 1)
-            for i, n in enumerate(wide))
+        self.blocks = nn.ModuleList()
+        for i in range(sum(STAGES)):
+            wide = 1 if i < STAGES[0] else 2
+            drop = drop_path * i / (sum(STAGES) - 1)
+            self.blocks.append(SwinBlock(wide * dim, wide * heads, drop, rpe == "swin", i % 2 == 1))
         self.widen = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim, bias=False))
         self.norm = nn.LayerNorm(2 * dim)
         self.project = nn.Parameter(torch.empty(TOKENS[0], 2 * dim, dim))
@@ -2337,7 +2338,7 @@ class SwinGait(nn.Module):
             x = block(x, bias)
         x = self.norm(x).unflatten(0, image.shape[:2]).amax(1)  # over the frames: (B, 150, 2 dim)
         x = x.unflatten(1, TOKENS)
-        x = x.mean(2) + x.amax(2)  # (B, 15, 2 dim)
+        x = x.mean(2) + x.amax(2)  # a row of tokens is a strip: (B, 15, 2 dim)
         return at_least_float32(torch.einsum("bpc,pcd->bpd", x, self.project))
 
 
@@ -2436,6 +2437,8 @@ def gait_groups(args, net: SwinGait, head: GaitLoss) -> list[dict]:
 def train_gait(args) -> dict:
     """--task gait: trains or evaluates, as the flags say; returns the scores."""
     args.cache = ""  # crops are what it keeps
+    if args.predict:
+        raise UserError("--predict: --task gait recognises walks, not images; see --eval")
     if args.eval:
         return evaluate_gait_checkpoint(args)
     job = run.Job(args)
