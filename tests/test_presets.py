@@ -41,7 +41,8 @@ def presets_of(kind):
     script, _, task = kind.partition("-")
     module = importlib.import_module(script)
     presets = module.TASKS[task or "face"] if script == "kprpe" else module.PRESETS
-    return {data: getattr(module, "PAPER", {}) | preset for data, preset in presets.items()}
+    paper = getattr(module, f"{task.upper()}_PAPER" if task else "PAPER", {})
+    return {data: paper | preset for data, preset in presets.items()}
 
 
 CASES = [(kind, data) for kind in TINY for data in presets_of(kind)]
