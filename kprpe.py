@@ -1032,7 +1032,7 @@ def wants_keypoints(args) -> bool:
     return args.draw_keypoints or bool(args.num_keypoints and args.rpe in KEYPOINT)
 
 
-def read_faces(args, split: str) -> list[datasets.Face] | None:
+def identity_faces(args, split: str) -> list[datasets.Face] | None:
     """The faces of a split, in folders or drawn; None for a test split that is not there."""
     if args.data == "faces":
         return drawn_faces(args, split)
@@ -1121,7 +1121,7 @@ def training_set(args, device: torch.device):
         crops = recognition.WholeImages(images, args.size, points, MOVES.get(args.augment), flip,
                                         args.seed, reflect=True)
     else:
-        split = face_split(args, read_faces(args, "train"))
+        split = face_split(args, identity_faces(args, "train"))
         images = split.images
         crops = make_crops(args, split, 1.0, args.augment)
     if args.dfa and wants_keypoints(args):
@@ -1232,7 +1232,7 @@ def build(args, device: torch.device) -> nn.Module:
     return ViT(size, args.rpe, args.num_keypoints, channels, drop_path=args.drop_path).to(device)
 
 
-def train_faces(args) -> dict:
+def train(args) -> dict:
     """Trains, evaluates or predicts, as the flags say; returns the last evaluation's numbers."""
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU; the geometry is done on the CPU
     if args.eval:
@@ -1349,7 +1349,7 @@ def read_tests(args) -> dict[str, tuple[Split, list]]:
     their scores: images, and what is asked of them.
     Raises: UserError for two sets of one name, and for --fusion without a test split."""
     found = {}
-    faces = None if args.data in RECORDS else read_faces(args, "test")
+    faces = None if args.data in RECORDS else identity_faces(args, "test")
     if faces is not None:
         protocols = [recognition.own_pairs(faces), recognition.own_identification(faces)]
         if args.fusion:
@@ -2749,7 +2749,7 @@ TASKS = {"face": PRESETS, "dfa": DFA_PRESETS, "gait": GAIT_PRESETS}  # and the p
 
 def main(args) -> dict:
     """Trains, evaluates or predicts in the task of the flags; returns the last numbers."""
-    return {"face": train_faces, "dfa": train_dfa, "gait": train_gait}[args.task](args)
+    return {"face": train, "dfa": train_dfa, "gait": train_gait}[args.task](args)
 
 
 if __name__ == "__main__":

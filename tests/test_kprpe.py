@@ -668,7 +668,7 @@ def test_moves_keep_their_bounds(kind, turned):
 def test_a_training_crop_is_one_warp_of_its_image():
     """The composed matrix on the source, with reflected borders, as cv2 does it in one call."""
     args = arguments("--augment", "wide")
-    split = kprpe.face_split(args, kprpe.read_faces(args, "train"))
+    split = kprpe.face_split(args, kprpe.identity_faces(args, "train"))
     data = kprpe.make_crops(args, split, 1.0, "wide")
     found = data.__getitems__([(3, i) for i in range(8)])
     for i, (image, matrix) in enumerate(zip(found["image"].numpy(), found["matrix"].numpy())):
@@ -890,7 +890,7 @@ def write_probes(path, points=None):
 
 def test_aligned_crops_bring_the_keypoints_to_the_template():
     args = arguments()
-    data = kprpe.make_crops(args, kprpe.face_split(args, kprpe.read_faces(args, "test")), 1.0)
+    data = kprpe.make_crops(args, kprpe.face_split(args, kprpe.identity_faces(args, "test")), 1.0)
     points = data.__getitems__([(0, i) for i in range(8)])["points"]
     fitted = warp.fit_similarity(points.double(), kprpe.template(32))
     same(fitted, torch.eye(2, 3).double().expand(8, 2, 3), 1e-4)  # what no similarity can better
@@ -901,7 +901,7 @@ def test_aligned_crops_bring_the_keypoints_to_the_template():
 
 def test_unaligned_crops_differ_by_image_and_stay():
     args = arguments()
-    split = kprpe.face_split(args, kprpe.read_faces(args, "test"))
+    split = kprpe.face_split(args, kprpe.identity_faces(args, "test"))
     loose, half, aligned = (kprpe.make_crops(args, split, t).crop_matrices for t in (0.0, 0.5, 1.0))
     same(half, (loose + aligned) / 2)
     same(loose, kprpe.unaligned(split.boxes, 32, args.margin))
@@ -918,7 +918,7 @@ def test_unaligned_crops_differ_by_image_and_stay():
 def test_whole_images_are_aligned_the_same_way(tmp_path):
     root = write_people(tmp_path / "test").parent
     args = arguments("--data", "folder", "--box", "image", root=root)
-    split = kprpe.face_split(args, kprpe.read_faces(args, "test"))
+    split = kprpe.face_split(args, kprpe.identity_faces(args, "test"))
     assert split.boxes is None and split.points.shape == (12, 5, 2)
     keys = [(0, i) for i in range(12)]
     whole, half, aligned = (kprpe.make_crops(args, split, t).__getitems__(keys)
@@ -1023,7 +1023,7 @@ class Corner(nn.Module):
 
 def test_embeddings_are_sums_over_the_image_and_its_mirror():
     args = arguments()
-    data = kprpe.make_crops(args, kprpe.face_split(args, kprpe.read_faces(args, "test")), 0.0)
+    data = kprpe.make_crops(args, kprpe.face_split(args, kprpe.identity_faces(args, "test")), 0.0)
     keys = [[(0, 0), (0, 1)], [(0, 2)]]
     condition = kprpe.TestCondition(range(3), [data.__getitems__(k) for k in keys], [])
     found = kprpe.embed(Corner(), condition, args, CPU)
@@ -1203,7 +1203,7 @@ def test_a_folder_is_trained_on_evaluated_on_other_sets_and_used(tmp_path, capsy
     np.testing.assert_allclose(datasets.read_pts(tmp_path / "out" / "1.pts"), points, atol=1e-3)
     # The same face as the evaluation sees it: aligned by its keypoints.
     args = arguments(*flags, root=root)
-    split = kprpe.face_split(args, kprpe.read_faces(args, "test"))
+    split = kprpe.face_split(args, kprpe.identity_faces(args, "test"))
     seen = kprpe.make_crops(args, split, 1.0).__getitems__([(0, 1)])["image"][0]
     assert np.array_equal(seen, crop)
     cv2.imwrite(str(tmp_path / "alone.png"), crop)
