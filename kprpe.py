@@ -1898,7 +1898,7 @@ def dfa_dataset(faces: Sequence[datasets.Face], size: int = 160, box: str = "fac
         nine.append(replace(face, points=points))
     crops = datasets.square_crops(boxes, size, DFA_MARGIN)
     return datasets.CropDataset(nine, crops, size, augment, reach_of(DFA_SHIFT), 1 + ZOOM, FLIP_9,
-                                seed)
+                                seed, reflect=True)
 
 
 def targets(points: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -2059,7 +2059,7 @@ def find_face(net: DFA, image: np.ndarray, box: np.ndarray | None) -> np.ndarray
         margins = [1.0, DFA_MARGIN]
     for margin in margins:
         matrix = torch.from_numpy(datasets.square_crops(box[None], net.size, margin))
-        data = datasets.CropDataset([datasets.Face(image)], matrix, net.size)
+        data = datasets.CropDataset([datasets.Face(image)], matrix, net.size, reflect=True)
         crop, _ = to_device(data.__getitems__([(0, 0)]), net.priors.device)
         found = net(crop / 127.5 - 1)
         corners = found.fused[:, :4].unflatten(1, (2, 2))
@@ -2167,8 +2167,7 @@ def identify_templates(pooled: torch.Tensor, templates: Templates, ks=(1, 5)) ->
 # SwinGait-2D: each silhouette passes convolutions and a Swin transformer by itself, whose windows
 # have Swin's table of relative positions, or KP-RPE by the 17 joints of the frame.
 
-# Sec. 5: 32 people x 4 walks, 60,000 steps (93 an epoch). The rest is OpenGait's. To evaluate takes
-# long, and is left to the end.
+# Sec. 5: 32 people x 4 walks, 60,000 steps (93 an epoch). The rest is OpenGait's; tested at the end.
 GAIT_PAPER = dict(rpe="kp-multihead", dim=256, heads=16, epochs=645, batch_size=128, frames=30,
                   lr=3e-4, weight_decay=0.02, warmup=0.0, clip=0.0, eval_every=1000)
 GAIT_PRESETS = {
@@ -2177,8 +2176,8 @@ GAIT_PRESETS = {
                     unaligned=True),
 }
 SWIN = ("none", "swin", *KEYPOINT)  # --rpe
-TOKENS = (15, 10)  # height and width of a frame in tokens,
-WINDOW = (3, 5)  # and of a window
+TOKENS = (15, 10)  # height and width of a frame, in tokens
+WINDOW = (3, 5)  # of a window
 STAGES = (4, 2)  # blocks; the second stage has twice the width and the heads of the first
 SEQUENCES = 4  # walks of each person in a batch
 DRAWN_WALKERS = {"train": dict(people=100, frames=18),
@@ -2212,11 +2211,10 @@ def window_order(shift: tuple[int, int]) -> torch.Tensor:
 class WindowAttention(nn.Module):
     """Attention within the windows of each frame: tokens (F, 150, dim) -> the same.
 
-    Args: table, whether it has Swin's: a number for each head and each of the 5 x 9 offsets in a
-        window, not divided by sqrt(d); shifted, whether windows lie half a window further down and
-        right. Tokens from two sides of the frame, which then meet in one, do not see each other.
-    `forward`: bias (F, H, N, N) of KP-RPE, the same in all windows of a frame, or None.
-    Source: Liu et al., "Swin Transformer", ICCV 2021.
+    Args: table, whether it has Swin's (Liu et al., ICCV 2021): a number for each head and each of
+        the 5 x 9 offsets in a window, not divided by sqrt(d); shifted, whether windows lie half a
+        window further down and right. Tokens from two sides of the frame, which then meet in one,
+        do not see each other. `forward`: bias (F, H, N, N) of the windows of each frame, or None.
     """
 
     def __init__(self, dim: int, heads: int, table: bool, shifted: bool):

@@ -380,15 +380,6 @@ def test_train_resume_and_evaluate(walk, tmp_path, monkeypatch, capsys):
         walk(*SHORT, "--batch-size", "6")
 
 
-def test_a_run_of_two_processes(walk):
-    flags = ["--task", "gait", "--device", "cpu", *SHORT, "--epochs", "1", "--gpus", "2"]
-    flags += ["--limit", "2", "--no-unaligned", "--output", "a"]
-    kprpe.run.launch(kprpe.main, kprpe.parse_args(flags))
-    row = json.loads(open("a/log.jsonl").read())
-    state = torch.load("a/last.pt", weights_only=True)
-    assert state["world"] == 2 and row.keys() >= {"rank1", "map", "minp"}
-
-
 def gait3d(root):
     """A tree of Gait3D: three walks of each of four people, one packed, two of single images."""
     people = ["0000", "0001", "0002", "0003"]
