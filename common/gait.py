@@ -45,8 +45,11 @@ def normalise(image: np.ndarray):
     the crop = scale * x y of the image + offset. None for a pixel sum of 10000 or less."""
     if cv2.sumElems(image)[0] <= 10000:
         return None
-    (height, width), rows = SIDES, np.flatnonzero(image.any(1))
-    top, tall, wide = rows[0], rows[-1] + 1 - rows[0], image.shape[1]
+    height, width = SIDES
+    rows = np.flatnonzero(image.any(1))
+    top = rows[0]
+    tall = rows[-1] + 1 - top
+    wide = image.shape[1]
     columns = max(int(height * wide / tall), 1)
     image = cv2.resize(image[top:top + tall], (columns, height), interpolation=cv2.INTER_CUBIC)
     mass = image.sum(0, dtype=np.int64).cumsum()
@@ -78,7 +81,8 @@ def fit_joints(joints: np.ndarray) -> np.ndarray:
 def fill_missing(joints: np.ndarray) -> np.ndarray:
     """Joints (T, 17, 3) px of the crop -> (T, 17, 2) float32. A joint of score 0 stands where it
     was seen last, before that where it is first seen; one that is never seen, at the middle."""
-    seen, time = joints[..., 2] > 0, np.arange(len(joints))[:, None]
+    seen = joints[..., 2] > 0
+    time = np.arange(len(joints))[:, None]
     last = np.maximum.accumulate(np.where(seen, time, -1))                                 # (T, 17)
     last = np.where(last < 0, seen.argmax(0), last)
     filled = np.take_along_axis(joints[..., :2], last[..., None], 0)
@@ -104,59 +108,74 @@ def _packed(path: str, kinds: tuple, *shapes: tuple) -> np.ndarray:
     return array
 
 
-def _pose(path: str) -> np.ndarray:
-    """(17, 3) x y score of a frame's text."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        fields = file.read().split(",")
-    values = datasets.numbers(fields[2:], 3 * JOINTS, f"{path}, after the first two")
-    return values.reshape(JOINTS, 3)
+def _texts(marks: dict[str, str]) -> dict[str, np.ndarray]:
+    """Name -> (17, 3) x y score of the frames' texts."""
+    joints = {}
+    for name, path in marks.items():
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            fields = file.read().split(",")
+        values = datasets.numbers(fields[2:], 3 * JOINTS, f"{path}, after the first two")
+        joints[name] = values.reshape(JOINTS, 3)
+    return joints
 
 
 def _frames(silhouettes: str, poses: str) -> np.ndarray:
     """One sequence of Gait3D: (T, 64 * 44 + 17 * 2 * 4) uint8, silhouettes and joints (float32)."""
     images = _files(silhouettes, ".png")
     marks = _files(poses, ".txt")
-    joints = _packed(marks[""], ("f8", "f4"), (JOINTS, 3)) if "" in marks else \
-        np.stack([_pose(path) for path in marks.values()])
-    crops = _packed(images[""], ("u1",), (64, 64), SIDES) if "" in images else \
-        [datasets.load_image(path)[..., 0] for path in images.values()]
-    if set(images) & set(marks) - {""}:                # by name; a frame without text has no joints
-        joints = dict(zip(marks, joints))
-        joints = np.stack([joints.get(name, np.zeros((JOINTS, 3))) for name in images])
-    if len(joints) != len(crops) or not np.isfinite(joints).all():
-        bad = int((~np.isfinite(joints)).any((1, 2)).sum())
+    if "" in images:
+        crops = _packed(images[""], ("u1",), (64, 64), SIDES)
+    else:
+        crops = [datasets.load_image(path)[..., 0] for path in images.values()]
+    if "" in marks:
+        joints = _packed(marks[""], ("f8", "f4"), (JOINTS, 3))
+    else:
+        texts = _texts(marks)
+        if set(images) & set(texts):                    # a frame without text has no joints
+            joints = np.stack([texts.get(name, np.zeros((JOINTS, 3))) for name in images])
+        else:
+            joints = np.stack(list(texts.values()))
+    bad = int((~np.isfinite(joints)).any((1, 2)).sum())
+    if len(joints) != len(crops) or bad:
         raise UserError(f"{silhouettes} has {len(crops)} frames, {poses} {len(joints)}, {bad} of "
-                         "them with nan or inf; wanted as many of both. Packing drops frames: .png "
-                         "and .txt have all")
+                        "them with nan or inf; wanted as many of both. Packing drops frames: .png "
+                        "and .txt have all")
     if "" in images:
         cut = (crops.shape[2] - SIDES[1]) // 2
-        crops, joints = crops[:, :, cut:cut + SIDES[1]], fit_joints(joints)
+        crops = crops[:, :, cut:cut + SIDES[1]]
+        joints = fit_joints(joints)
     else:
-        size, seen = np.array([crop.shape[1::-1] for crop in crops])[:, None], joints[..., 2] > 0
-        inside = ((joints[..., :2] >= 0) & (joints[..., :2] < size)).all(-1)[seen]
-        done = [normalise(crop) for crop in crops]
-        kept = [i for i, crop in enumerate(done) if crop is not None]
-        if not kept:
-            raise UserError(f"{silhouettes}: all {len(crops)} silhouettes are empty")
-        crops, maps = (np.stack(part) for part in zip(*(done[i] for i in kept)))
-        joints = joints[kept]
-        if 2 * inside.sum() < inside.size:                      # px of another, larger image
-            joints = fit_joints(joints)
-        else:
-            joints[..., :2] = joints[..., :2] * maps[:, :1] + maps[:, 1:]
+        crops, joints = _normalised(crops, joints, silhouettes)
     joints = fill_missing(joints).reshape(len(crops), -1).astype("<f4").view(np.uint8)
     return np.concatenate([crops.reshape(len(crops), -1), joints], 1)
+
+
+def _normalised(images: list[np.ndarray], joints: np.ndarray, where: str):
+    """Single images as `normalise` crops them, less the empty ones, and their joints, likewise px
+    of the crop; joints that mostly lie outside the images are px of the video's frame."""
+    size = np.array([image.shape[1::-1] for image in images])[:, None]
+    seen = joints[..., 2] > 0
+    inside = ((joints[..., :2] >= 0) & (joints[..., :2] < size)).all(-1)[seen]
+    done = [normalise(image) for image in images]
+    kept = [i for i, crop in enumerate(done) if crop is not None]
+    if not kept:
+        raise UserError(f"{where}: all {len(images)} silhouettes are empty")
+    crops = np.stack([done[i][0] for i in kept])
+    maps = np.stack([done[i][1] for i in kept])                                          # (n, 2, 2)
+    joints = joints[kept]
+    if 2 * inside.sum() < inside.size:
+        return crops, fit_joints(joints)
+    joints[..., :2] = joints[..., :2] * maps[:, :1] + maps[:, 1:]
+    return crops, joints
 
 
 def _load(silhouettes: str, poses: str, pick: Callable) -> tuple[np.ndarray, np.ndarray]:
     """`Sequence.load` of Gait3D. What is made of many files is kept beside the silhouettes."""
     make = functools.partial(_frames, silhouettes, poses)
-    image = _files(silhouettes, ".png")
-    text = _files(poses, ".txt")
-    if "" in image and "" in text:
-        rows = make()
-    else:
-        rows = identities.cached(make, image.get("", silhouettes), text.get("", poses))
+    image = _files(silhouettes, ".png").get("", silhouettes)
+    text = _files(poses, ".txt").get("", poses)
+    both_packed = os.path.isfile(image) and os.path.isfile(text)
+    rows = make() if both_packed else identities.cached(make, image, text)
     rows = rows[pick(len(rows))]
     cut = SIDES[0] * SIDES[1]
     joints = rows[:, cut:].copy().view("<f4").reshape(-1, JOINTS, 2)
@@ -167,23 +186,19 @@ def read_gait3d(root: str, split: str) -> list[Sequence]:
     """The sequences of "train" or "test". Of "test", those of PROBE_SET are probes, the others the
     gallery.
 
-    The joints of single images go through the same map as their silhouette: they are px of that
-    image, or, if most lie outside it, of the video's frame; then, and with packed silhouettes,
-    `fit_joints` places them. Single images and texts are read once, and kept as
-    2D_Silhouettes/.../SEQ.npy, of packed silhouettes and texts SEQ/SEQ.pkl.npy, where the folder
-    can be written.
+    The joints of single images are px of their image and go through the same map as it; if most
+    lie outside it they are px of the video's frame, and then, as with packed silhouettes,
+    `fit_joints` places them. What is made of many files is kept as 2D_Silhouettes/.../SEQ.npy or
+    SEQ/SEQ.pkl.npy, where the folder can be written.
 
     Tree: Gait3D.json, OpenGait's split: TRAIN_SET, TEST_SET: people; PROBE_SET: ID-CAM_VIDEO-SEQ
           2D_Silhouettes/0000/camid0_videoid2/seq0/*.png; or in it seq0.pkl, as OpenGait packs
               them, pickled uint8 (T, 64, 64)
           2D_Poses/0000/camid0_videoid2/seq0/*.txt of the names of the images (of packed
               silhouettes: as many, in their order): a line of two values, not used, then 17 times
-              x, y, score, separated by commas; or in it seq0.pkl, pickled float (T, 17, 3); not
-              the folder of SMPLs
-    Source: Gait3D, gait3d.github.io, by a signed agreement; Gait3D.json from OpenGait's
-        datasets/Gait3D.
-    Raises: FileNotFoundError; UserError. When loaded: ValueError for what is not as above, refused
-        pickles.
+              x, y, score, separated by commas; or in it seq0.pkl, pickled float (T, 17, 3)
+    Source: Gait3D, gait3d.github.io, by a signed agreement; Gait3D.json from OpenGait.
+    Raises: FileNotFoundError; UserError, also when a sequence is loaded.
     """
     need = functools.partial(datasets.missing, read_gait3d, root, drawn="walkers")
     listed = os.path.join(root, "Gait3D.json")
@@ -197,14 +212,13 @@ def read_gait3d(root: str, split: str) -> list[Sequence]:
         people = set(map(str, sets[f"{split}_SET".upper()]))
         probes = set(map(str, sets["PROBE_SET"]))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{listed}: {error!r}; wanted lists TRAIN_SET, TEST_SET and PROBE_SET"
-                         "") from None
-    places = []
-    for person in people:
-        found = glob.glob(os.path.join(bases[0], glob.escape(person), "*", "*", ""))
-        places += [os.path.relpath(folder, bases[0]) for folder in found]
+        raise UserError(f"{listed}: {error!r}; wanted lists TRAIN_SET, TEST_SET and "
+                        "PROBE_SET") from None
+    places = glob.glob(os.path.join("*", "*", "*", ""), root_dir=bases[0])
     sequences = []
-    for place in sorted(places):
+    for place in sorted(os.path.normpath(place) for place in places):
+        if place.split(os.sep)[0] not in people:
+            continue
         folders = [os.path.join(base, place) for base in bases]
         for folder, suffix in zip(folders, (".png", ".txt")):
             if not _files(folder, suffix):
@@ -212,8 +226,9 @@ def read_gait3d(root: str, split: str) -> list[Sequence]:
         name = place.replace(os.sep, "-")
         load = functools.partial(_load, *folders)
         sequences.append(Sequence(place.split(os.sep)[0], name, load, name in probes))
-    lost = people - {s.identity for s in sequences} or \
-        (probes - {s.name for s in sequences} if split == "test" else set())
+    lost = people - {sequence.identity for sequence in sequences}
+    if split == "test" and not lost:
+        lost = probes - {sequence.name for sequence in sequences}
     if lost or not sequences:
         raise need(f"no sequence of {min(lost, default=split)}, the first of {len(lost)} that "
                    f"{listed} names")
@@ -222,8 +237,7 @@ def read_gait3d(root: str, split: str) -> list[Sequence]:
 
 # ---- Drawn walkers -------------------------------------------------------------------------------
 
-# Body height 1, angles in radians. Identity: mean and standard deviation of each number, cut at
-# two.
+# Body height 1, angles in radians. Identity: mean and deviation of each number, cut at two.
 PERSON = {
     "leg": (.52, .02), "thigh": (.52, .015), "torso": (.3, .015), "neck": (.115, .01),
     "head": (.066, .005), "shoulder": (.115, .012), "hip": (.07, .008), "arm": (.33, .015),
@@ -298,8 +312,8 @@ def _walk(split: str, seed: int, person: int, number: int, frames: int, pick: Ca
     p = {name: mean + spread * x for (name, (mean, spread)), x in zip(PERSON.items(), normal)}
     rng = np.random.default_rng((*key, number + 1))
     time = pick(frames)
-    low, high = (0, -0.6, 0, 0.85, 10), (2 * np.pi, 0.6, 0.3, 1.25, 50)
-    phase, yaw, pitch, cloth, rough = rng.uniform(low, high)
+    phase, yaw, pitch, cloth, rough = rng.uniform((0, -0.6, 0, 0.85, 10),
+                                                  (2 * np.pi, 0.6, 0.3, 1.25, 50))
     pace, turn = rng.normal((1, 0), 0.05).clip((0.9, -0.1), (1.1, 0.1))
     p["step"] *= pace
     yaw = yaw + turn * np.linspace(-1, 1, frames)[time]         # the walk bends a little
@@ -309,7 +323,8 @@ def _walk(split: str, seed: int, person: int, number: int, frames: int, pick: Ca
     up = up * np.cos(pitch) - near * np.sin(pitch)             # a camera that looks down by `pitch`
     points = np.stack([CANVAS / 2 + TALL * right, 0.9 * CANVAS - TALL * up], -1).transpose(1, 0, 2)
     noise = rough * rng.standard_normal((frames, 12, 12), np.float32).clip(-2, 2)[time]
-    crops, maps = [], []
+    crops = []
+    maps = []
     for place, edge in zip(points, noise):
         soft = cv2.GaussianBlur(_draw(place, p, cloth), (5, 5), 0).astype(np.float32)
         mask = soft + cv2.resize(edge, (CANVAS, CANVAS), interpolation=cv2.INTER_CUBIC) > 127
@@ -380,14 +395,12 @@ def ordered(total: int, frames: int, rng: np.random.Generator) -> np.ndarray:
 
 class GaitDataset(torch.utils.data.Dataset):
     """Clips as batches, for `datasets.make_loader`: keys (epoch, i); a clip is a pure function of
-    (seed, epoch, i).
+    (seed, epoch, i). .labels (S,) int64, 0..C-1 in the order of .ids (C,); .probe (S,) bool.
 
     Args: sequences; frames of a clip, or None: the whole sequence, 720 frames at most, one in a
-        batch;
-        augment: half of the clips are mirrored, with left and right joints swapped. A batch: image
-    (B, T, 64, 44) uint8; points (B, T, 17, 2) float32, (x + 0.5) / 44 and (y + 0.5) / 64, so that
-    [0, 1] is the crop, outside it at most two of its sides away, in [-2, 3]; index (B,). .labels
-    (S,) int64, 0..C-1 in the order of .ids (C,); .probe (S,) bool."""
+        batch; augment: half of the clips are mirrored, with left and right joints swapped.
+    A batch: image (B, T, 64, 44) uint8; points (B, T, 17, 2) float32, (x + 0.5) / 44 and
+    (y + 0.5) / 64, so that [0, 1] is the crop, cut at [-2, 3]; index (B,)."""
 
     def __init__(self, sequences: list[Sequence], frames: int | None, seed: int = 0,
                  augment: bool = False):
@@ -434,7 +447,8 @@ class PeopleBatches(datasets.EpochBatches):
     def __init__(self, labels: np.ndarray, people: int, each: int, seed: int = 0, rank: int = 0,
                  world: int = 1):
         super().__init__(int(labels.max()) + 1, people, seed, rank, world)
-        self.labels, self.each = labels, each
+        self.labels = labels
+        self.each = each
 
     def __iter__(self):
         rng = np.random.default_rng((self.seed, self.epoch, 1))
