@@ -3,12 +3,11 @@ import json
 import os
 import pickle
 
-import cv2
 import numpy as np
 import pytest
 import torch
 
-from common import gait
+from common import UserError, gait
 from common.datasets import in_order, make_loader
 from tests import trees
 
@@ -27,25 +26,30 @@ def tree(tmp_path):
 
 def pack(root, parts, images, joints):
     """Puts the packed files of OpenGait in the place of single ones."""
-    for kind, suffix, array in (("2D_Silhouettes", "png", images), ("2D_Poses", "txt", joints)):
-        folder = root.joinpath(kind, *parts)
-        for path in folder.glob(f"*.{suffix}"):
-            path.unlink()
-        (folder / "seq0.pkl").write_bytes(array
-                                          if isinstance(array, bytes) else pickle.dumps(array))
+    for kind, array in (("2D_Silhouettes", images), ("2D_Poses", joints)):
+        if array is not None:
+            folder = root.joinpath(kind, *parts)
+            for path in folder.iterdir():
+                path.unlink()
+            data = array if isinstance(array, bytes) else pickle.dumps(array)
+            (folder / "seq0.pkl").write_bytes(data)
 
 
 def everything(total):
     return np.arange(total)
 
 
+def first(root):
+    """The frames of the sequence NAMES[0], which stands second: camid10 comes before camid3."""
+    return gait.read_gait3d(str(root), "train")[1].load(everything)
+
+
 def test_gait3d_single_images(tree):
     root, made = tree
     train, test = (gait.read_gait3d(str(root), split) for split in ("train", "test"))
     assert [s.name for s in train] == ["0001-camid10_videoid2-seq0", "0001-camid3_videoid1-seq0"]
-    assert [(s.identity, s.probe) for s in test] == [("0002", False), ("0002", True),
-                                                     ("0007", True),
-                                                     ("0007", False)]
+    assert [s.identity for s in test] == ["0002", "0002", "0007", "0007"]
+    assert [s.probe for s in test] == [False, True, True, False]
     for sequence in train + test:
         crops, joints = sequence.load(everything)
         assert crops.shape == (4, 64, 44) and crops.dtype == np.uint8
@@ -107,62 +111,54 @@ def test_gait3d_packed(tree, width):
 
 def test_texts_of_packed_silhouettes_are_read_once(tree):
     root, _ = tree
-    sequence = gait.read_gait3d(str(root), "train")[1]
-    crops, _ = sequence.load(everything)
+    pack(root, NAMES[0], np.pad(first(root)[0], ((0, 0), (0, 0), (10, 10))), None)
+    found = first(root)
     folder, poses = (root.joinpath(kind, *NAMES[0]) for kind in ("2D_Silhouettes", "2D_Poses"))
-    for path in folder.glob("*.png"):
-        path.unlink()
-    (folder / "seq0.pkl").write_bytes(pickle.dumps(np.pad(crops, ((0, 0), (0, 0), (10, 10)))))
-    first = sequence.load(everything)
     assert len(np.load(folder / "seq0.pkl.npy")) == 4
-    for a, b in zip(first, sequence.load(everything)):
+    for a, b in zip(found, first(root)):
         np.testing.assert_array_equal(a, b)
     (poses / "human_crop_f171.txt").unlink()                # the folder is newer than what was kept
     os.utime(poses)
-    with pytest.raises(ValueError, match="has 4 frames, .* 3, 0 of them"):
-        sequence.load(everything)
+    with pytest.raises(UserError, match="has 4 frames, .* 3, 0 of them"):
+        first(root)
 
 
 def test_gait3d_joints_of_the_video_are_fitted_and_missing_texts_filled(tree):
     root, made = tree
     poses, images = (root.joinpath(kind, *NAMES[0]) for kind in ("2D_Poses", "2D_Silhouettes"))
-    right = gait.read_gait3d(str(root), "train")[1].load(everything)
+    right = first(root)
     (poses / "human_crop_f171.txt").unlink()
-    # empty: left out
-    cv2.imwrite(str(images / "human_crop_f173.png"), np.zeros((50, 40), np.uint8))
+    empty = np.zeros((50, 40), np.uint8)                                            # is left out
+    trees.put_image(images / "human_crop_f173.png", empty)
     os.utime(images)
-    crops, joints = gait.read_gait3d(str(root), "train")[1].load(everything)
+    crops, joints = first(root)
     np.testing.assert_array_equal(crops, right[0][:3])
     np.testing.assert_array_equal(joints, right[1][[0, 0, 2]])
     for t, path in enumerate(sorted(poses.iterdir())):
         raw = made["-".join(NAMES[0])][t][1] + [900, 0, 0]
         path.write_text(",".join(map(str, [1, 2, *raw.ravel()])))
     os.utime(poses)
-    joints = gait.read_gait3d(str(root), "train")[1].load(everything)[1]
+    joints = first(root)[1]
     assert joints[..., 1].min() == pytest.approx(4)
     assert 0 < joints[..., 0].min() < joints[..., 0].max() < 44
 
 
 def test_gait3d_files_that_are_missing(tree):
     root, _ = tree
-    with pytest.raises(FileNotFoundError,
-                       match="(?s)no .*nowhere/Gait3D.json.*Tree.*--data walkers nee"):
-        gait.read_gait3d(str(root / "nowhere"), "train")
-    (root / "2D_Poses" / "0001" / "camid3_videoid1" / "seq0").rename(root / "elsewhere")
-    with pytest.raises(FileNotFoundError,
-                       match=r"no \*.txt and no seq0.pkl in .*2D_Poses/0001/camid3_video"):
-        gait.read_gait3d(str(root), "train")
-    (root / "2D_Silhouettes" / "0007" / "camid10_videoid2").rename(root / "elsewhere2")
-    with pytest.raises(FileNotFoundError,
-                       match="no sequence of 0007-camid10_videoid2-seq0, the first of 1"):
-        gait.read_gait3d(str(root), "test")
-    (root / "2D_Silhouettes" / "0002").rename(root / "elsewhere3")
-    with pytest.raises(FileNotFoundError, match="no sequence of 0002, the first of 1"):
-        gait.read_gait3d(str(root), "test")
+    def read(words, split="train", root=root, error=FileNotFoundError):
+        with pytest.raises(error, match=words):
+            gait.read_gait3d(str(root), split)
+
+    read("(?s)no .*nowhere/Gait3D.json.*Tree.*--data walkers nee", root=root / "nowhere")
+    (root / "2D_Poses/0001/camid3_videoid1/seq0").rename(root / "elsewhere")
+    read(r"no \*.txt and no seq0.pkl in .*2D_Poses/0001/camid3_video")
+    (root / "2D_Silhouettes/0007/camid10_videoid2").rename(root / "elsewhere2")
+    read("no sequence of 0007-camid10_videoid2-seq0, the first of 1", "test")
+    (root / "2D_Silhouettes/0002").rename(root / "elsewhere3")
+    read("no sequence of 0002, the first of 1", "test")
     for text in ("{", "[]", '{"TRAIN_SET": ["0001"]}', '{"TRAIN_SET": 5, "PROBE_SET": []}'):
         (root / "Gait3D.json").write_text(text)
-        with pytest.raises(ValueError, match="Gait3D.json: .*; wanted lists TRAIN_SET, TEST_SET"):
-            gait.read_gait3d(str(root), "train")
+        read("Gait3D.json: .*; wanted lists TRAIN_SET, TEST_SET", error=UserError)
 
 
 class Bomb:
@@ -170,26 +166,26 @@ class Bomb:
         return os.system, ("touch trace",)
 
 
+CROPS = np.ones((4, 64, 64), np.uint8)
+MARKS = np.ones((4, 17, 3))
+
+
 @pytest.mark.parametrize("images, joints, message", [
-    (pickle.dumps(Bomb()), np.ones((4, 17, 3)),
-     "seq0.pkl is no packed sequence: it asks for posix.system.*"),
-    (np.ones((4, 64, 64), np.uint8), pickle.dumps(Bomb()), "2D_Poses.*posix.system.*refused"),
-    (np.ones((4, 64, 64)), np.ones((4, 17, 3)), "holds an array of 'f8', wanted u1"),
-    (np.ones((4, 32, 32), np.uint8), np.ones((4, 17, 3)),
-     r"found \(4, 32, 32\), wanted frames of \(64, "),
-    (np.ones((4, 64, 64), np.uint8), np.ones((4, 18, 3)),
-     r"found \(4, 18, 3\), wanted frames of \(17, "),
-    (np.ones((0, 64, 64), np.uint8), np.ones((4, 17, 3)), r"found \(0, 64, 64\), wanted"),
-    ([1, 2], np.ones((4, 17, 3)), "found list, wanted"),
-    (b"<html>", np.ones((4, 17, 3)), "seq0.pkl is no packed sequence"),
-    (np.ones((4, 64, 64), np.uint8), np.ones((5, 17, 3)), "has 4 frames, .* 5, 0 of them with nan"),
-    (np.ones((4, 64, 64), np.uint8), np.full((4, 17, 3), np.nan), "4 of them with nan")])
+    (pickle.dumps(Bomb()), MARKS, "seq0.pkl is no packed sequence: it asks for posix.system.*"),
+    (CROPS, pickle.dumps(Bomb()), "2D_Poses.*posix.system.*refused"),
+    (1.0 * CROPS, MARKS, "holds an array of 'f8', wanted u1"),
+    (CROPS[:, :32, :32], MARKS, r"found \(4, 32, 32\), wanted frames of \(64, "),
+    (CROPS, np.ones((4, 18, 3)), r"found \(4, 18, 3\), wanted frames of \(17, "),
+    (CROPS[:0], MARKS, r"found \(0, 64, 64\), wanted"), ([1, 2], MARKS, "found list, wanted"),
+    (b"<html>", MARKS, "seq0.pkl is no packed sequence"),
+    (CROPS, np.ones((5, 17, 3)), "has 4 frames, .* 5, 0 of them with nan"),
+    (CROPS, np.nan * MARKS, "4 of them with nan")])
 def test_gait3d_packed_files_that_are_bad(tree, monkeypatch, images, joints, message):
     root, _ = tree
     monkeypatch.chdir(root)
     pack(root, NAMES[0], images, joints)
-    with pytest.raises(ValueError, match=message):
-        gait.read_gait3d(str(root), "train")[1].load(everything)
+    with pytest.raises(UserError, match=message):
+        first(root)
     assert not (root / "trace").exists()
 
 
@@ -197,18 +193,17 @@ def test_gait3d_single_files_that_are_bad(tree):
     root, _ = tree
     text = root.joinpath("2D_Poses", *NAMES[0], "human_crop_f170.txt")
     text.write_text("1,2,3")
-    with pytest.raises(ValueError,
-                       match="f170.txt, after the first two: found 1 numbers, wanted 51"):
-        gait.read_gait3d(str(root), "train")[1].load(everything)
+    with pytest.raises(UserError, match="f170.txt, after the first two: found 1 numbers, wanted"):
+        first(root)
     text.unlink()
     folder = root.joinpath("2D_Silhouettes", *NAMES[0])
     (folder / "human_crop_f170.png").write_text("<html>")
-    with pytest.raises(ValueError, match="f170.png cannot be decoded as an image"):
-        gait.read_gait3d(str(root), "train")[1].load(everything)
+    with pytest.raises(UserError, match="f170.png cannot be decoded as an image"):
+        first(root)
     for path in folder.iterdir():
-        cv2.imwrite(str(path), np.zeros((40, 30), np.uint8))
-    with pytest.raises(ValueError, match="all 4 silhouettes are empty"):
-        gait.read_gait3d(str(root), "train")[1].load(everything)
+        trees.put_image(path, np.zeros((40, 30), np.uint8))
+    with pytest.raises(UserError, match="all 4 silhouettes are empty"):
+        first(root)
 
 
 def test_missing_joints_stand_where_they_were_seen():
@@ -291,11 +286,10 @@ def test_spoiled_walkers_move_with_their_joints():
     for a, b in zip(clean, bad):
         (crops, joints), (moved, places) = a.load(everything), b.load(everything)
         scale = np.ptp(places[0, :, 1]) / np.ptp(joints[0, :, 1])
-        shift = (places - 21.5 * np.eye(2)[0] - 31.5 * np.eye(2)[1]).mean((0, 1)) - scale * (
-            joints - [21.5, 31.5]).mean((0, 1))
+        middle = np.array([21.5, 31.5])
+        shift = (places - middle - scale * (joints - middle)).mean((0, 1))
         seen.append([scale, *shift])
-        np.testing.assert_allclose(places, scale * (joints - [21.5, 31.5]) + [21.5, 31.5] + shift,
-                                   atol=1e-3)
+        np.testing.assert_allclose(places, scale * (joints - middle) + middle + shift, atol=1e-3)
         x, y = places.round().astype(int)[:, 5:].transpose(2, 0, 1)
         inside = (x >= 0) & (x < 44) & (y >= 0) & (y < 64)
         lit = moved[np.arange(6)[:, None], y.clip(0, 63), x.clip(0, 43)][inside] > 127
@@ -379,8 +373,7 @@ def test_mirrored_clips_have_their_joints_mirrored_and_renamed():
 
 
 def test_batches_of_people():
-    labels = np.repeat(np.arange(7),
-                       [5, 1, 4, 3, 6, 4, 2])[np.random.default_rng(0).permutation(25)]
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(7), [5, 1, 4, 3, 6, 4, 2]))
     whole = gait.PeopleBatches(labels, 2, 4, seed=1)
     shares = [gait.PeopleBatches(labels, 2, 4, seed=1, rank=rank, world=2) for rank in (0, 1)]
     assert len(whole) == 3
@@ -413,8 +406,8 @@ def test_scores_by_hand():
     scores = gait.identify(distance, labels, probe)
     # Probe 0: mates 1st, 3rd, 6th. Probe 1: mates at distance 3, 5, 6: 3rd, 5th, 6th.
     assert scores["rank1"] == 0.5 and scores["rank5"] == scores["rank10"] == 1
-    assert scores["map"] == pytest.approx(((1 + 2 / 3 + 3 / 6) / 3
-                                           + (1 / 3 + 2 / 5 + 3 / 6) / 3) / 2)
+    precision = [(1 + 2 / 3 + 3 / 6) / 3, (1 / 3 + 2 / 5 + 3 / 6) / 3]
+    assert scores["map"] == pytest.approx(np.mean(precision))
     assert scores["minp"] == pytest.approx((3 / 6 + 3 / 6) / 2)
     tied = gait.identify(np.zeros((3, 6)), labels, probe)
     assert tied["rank1"] == 0
