@@ -1,4 +1,4 @@
-"""Identity sets and recognition tests, on small trees in the true formats."""
+"""Recognition tests, on small trees in the true formats."""
 import os
 import pickle
 import struct
@@ -9,40 +9,31 @@ import numpy as np
 import pytest
 import torch
 
-from common import UserError, datasets, identities, metrics, recognition, synthetic, warp
-from common.datasets import Face, load_image, write_pts
+from common import UserError, identities, metrics, recognition, synthetic
+from common.datasets import Face, load_image
 from common.recognition import read_test
-from tests.trees import MAGIC, payload, put_records, record
+from tests import trees
 
 RNG = np.random.default_rng(0)
 
 
-def picture(size=(20, 16)):
-    """RGB noise that survives PNG, its first pixel red."""
-    image = RNG.integers(0, 256, (*size, 3), np.uint8)
-    image[0, 0] = 255, 0, 0
-    return image
+def picture():
+    return RNG.integers(0, 256, (20, 16, 3), np.uint8)
 
 
-def encoded(image, suffix=".png"):
-    return cv2.imencode(suffix, image[..., ::-1])[1].tobytes()
-
-
-def put(path, image=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encoded(picture() if image is None else image))
-    return str(path)
+def put(root, *names):
+    for name in names:
+        trees.put_image(root / name, picture())
 
 
 def put_text(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return str(path)
+    trees.put_text(path, text)
+    return path
 
 
 # ---- Verification --------------------------------------------------------------------------------
 
-BIN = [encoded(picture()) for _ in range(8)]
+BIN = [cv2.imencode(".png", picture())[1].tobytes() for _ in range(8)]
 SAME = [True, False, True, False]
 
 
@@ -58,17 +49,17 @@ def python2(images, same):
     return b"\x80\x02](" + strings + b"e](" + truth + b"e\x86."
 
 
+ARRAYS = [np.frombuffer(image, np.uint8) for image in BIN]
+
+
 @pytest.mark.parametrize("content", [
-    *((BIN, SAME, protocol) for protocol in range(6)),
-    (BIN, np.array(SAME), 4), (BIN, np.array(SAME), 5), (BIN, [np.True_, np.False_] * 2, 2),
-    ([np.frombuffer(image, np.uint8) for image in BIN], [1, 0, 1, 0], 2),
-    ([np.frombuffer(image, np.uint8) for image in BIN], [1, 0, 1, 0], 5),
-    (np.array(BIN, object), SAME, 4), ([bytearray(image) for image in BIN], tuple(SAME), 5),
-    "python 2"])
+    python2(BIN, SAME), *(pickle.dumps((BIN, SAME), protocol) for protocol in range(6)),
+    pickle.dumps((BIN, np.array(SAME)), 4), pickle.dumps((BIN, np.array(SAME)), 5),
+    pickle.dumps((BIN, [np.True_, np.False_] * 2), 2), pickle.dumps((ARRAYS, [1, 0, 1, 0]), 2),
+    pickle.dumps((ARRAYS, [1, 0, 1, 0]), 5), pickle.dumps((np.array(BIN, object), SAME), 4),
+    pickle.dumps(([bytearray(image) for image in BIN], tuple(SAME)), 5)])
 def test_bin_of_every_make(tmp_path, content):
-    path = as_bin(tmp_path / "lfw.bin", python2(BIN, SAME)) if content == "python 2" else \
-        as_bin(tmp_path / "lfw.bin", content[:2], content[2])
-    test = read_test(path)
+    test = read_test(as_bin(tmp_path / "lfw.bin", content))
     assert test.name == "lfw" and test.same.tolist() == SAME and test.folds == 2
     assert test.pairs.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert test.names.tolist() == [str(i) for i in range(8)]
@@ -93,41 +84,43 @@ class Bomb:
 def test_bin_that_carries_code_is_refused_and_never_runs(tmp_path, call, args, name, protocol):
     trace = str(tmp_path / "trace")
     bomb = Bomb(call, *(arg.format(trace) if isinstance(arg, str) else arg for arg in args))
-    with pytest.raises(UserError,
-                       match=f"evil.bin is no verification .bin: it asks for ({name}), .* refu"):
+    words = f"evil.bin is no verification .bin: it asks for ({name}), .* refu"
+    with pytest.raises(UserError, match=words):
         read_test(as_bin(tmp_path / "evil.bin", ([bomb], [True]), protocol))
     assert not os.path.exists(trace)
-
-
-def test_bin_cannot_reach_numpy_or_other_codecs(tmp_path):
-    objects = pickle.dumps((np.array([1.5]), [True]), 2)
-    with pytest.raises(UserError, match="holds an array of 'f8'"):
-        read_test(as_bin(tmp_path / "a.bin", objects))
-    codec = b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R."
-    with pytest.raises(UserError, match="no verification .bin: it asks for another encoding"):
-        read_test(as_bin(tmp_path / "a.bin", codec))
 
 
 DEEP = b")" + b"\x85" * 200_000                                            # a very deep tuple
 
 
+BIN_4 = pickle.dumps((BIN, SAME), 4)
+P2 = b"\x80\x02"
+
+
 @pytest.mark.parametrize("content, message", [
-    (DEEP + b".", "expected 2, got 1"), (DEEP + b"]\x88a\x86.", "found 1 images|like object"),
-    (b"}" + DEEP + b"Ns.", "dictionary or a set"),
-    (b"c_codecs\nencode\nX\x01\x00\x00\x00a" + DEEP + b"\x86R.", "another encoding"),
-    (b"cnumpy\ndtype\n" + DEEP + b"\x85R.", "is no verification .bin"),
-    (b"Nr\x00\x00\x00\x10.", "it numbers 268435456 objects in 9 bytes")])
-def test_bin_that_would_end_the_process(tmp_path, content, message):
-    with pytest.raises(UserError, match=message):
-        read_test(as_bin(tmp_path / "a.bin", b"\x80\x02" + content))
+    # what would end the process, or reach further
+    (P2 + DEEP + b".", "expected 2, got 1"),
+    (P2 + DEEP + b"]\x88a\x86.", "found 1 images|like object"),
+    (P2 + b"}" + DEEP + b"Ns.", "dictionary or a set"),
+    (P2 + b"c_codecs\nencode\nX\x01\x00\x00\x00a" + DEEP + b"\x86R.", "another encoding"),
+    (P2 + b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R.", "another encoding"),
+    (P2 + b"cnumpy\ndtype\n" + DEEP + b"\x85R.", "is no verification .bin"),
+    (P2 + b"Nr\x00\x00\x00\x10.", "it numbers 268435456 objects in 9 bytes"),
+    (pickle.dumps((np.array([1.5]), [True]), 2), "holds an array of 'f8'"),
+    # what is damaged
+    (BIN_4[:-50], "no verification .bin"), (b"", "no verification .bin"),
+    (pickle.dumps([1, 2, 3]), "no verification"), (b"<html>", "no verification"),
+    (pickle.dumps((BIN[:7], SAME)), "found 7 images and 4 pairs"),
+    (pickle.dumps(([1], [True])), "no verification .bin: memoryview"),
+    (pickle.dumps((BIN, [True] * 4)), "found 0 folds, 4 pairs of one person and 0 of two")])
+def test_bin_that_is_wrong(tmp_path, content, message):
+    with pytest.raises(UserError, match=f"a.bin.*({message})"):
+        read_test(as_bin(tmp_path / "a.bin", content))
 
 
 def test_bin_whose_folds_would_be_one_sided(tmp_path):
-    with pytest.raises(UserError,
-                       match="a.bin: found 0 folds, 4 pairs of one person and 0 of two"):
-        read_test(as_bin(tmp_path / "a.bin", (BIN, [True] * 4)))
-    with pytest.warns(UserWarning,
-                      match="a.bin: consecutive .* each of 2 folds gets as many of both"):
+    words = "a.bin: consecutive .* each of 2 folds gets as many of both"
+    with pytest.warns(UserWarning, match=words):
         test = read_test(as_bin(tmp_path / "a.bin", (BIN, [True, True, False, False])))
     assert test.same.tolist() == [True, False] * 2
     assert test.pairs.tolist() == [[0, 1], [4, 5], [2, 3], [6, 7]]
@@ -146,17 +139,10 @@ def test_both_kinds_are_spread_over_the_folds():
     assert recognition._in_folds(np.arange(6000) % 2 == 0, "x")[0].tolist() == [*range(6000)]
 
 
-def test_bin_that_is_damaged(tmp_path):
-    whole = pickle.dumps((BIN, SAME), 4)
-    for content, words in (
-            (whole[:-50], "no verification .bin"), (b"", "no verification .bin"),
-            (pickle.dumps([1, 2, 3]), "no verification"), (b"<html>", "no verification"),
-            (pickle.dumps((BIN[:7], SAME)), "found 7 images and 4 pairs"),
-            (pickle.dumps(([1], [True])), "no verification .bin: memoryview")):
-        with pytest.raises(UserError, match=f"a.bin.*{words}"):
-            read_test(as_bin(tmp_path / "a.bin", content))
+def test_bin_with_a_bad_image(tmp_path):
+    test = read_test(as_bin(tmp_path / "a.bin", ([BIN[0], b"xyz", *BIN[2:]], SAME)))
     with pytest.raises(UserError, match="a.bin, image 1: 3 bytes that cannot be decoded"):
-        read_test(as_bin(tmp_path / "a.bin", ([BIN[0], b"xyz", *BIN[2:]], SAME))).images[1]
+        test.images[1]
     with pytest.raises(FileNotFoundError, match="none.bin; it comes inside the insightface"):
         read_test(tmp_path / "none.bin")
 
@@ -166,16 +152,16 @@ def test_landmarks_of_a_test_must_cover_it(tmp_path):
     rows = [f"{i},1,2,3,4\n" for i in range(8)]
     found = recognition.with_landmarks(test, put_text(tmp_path / "p.csv", "".join(rows)))
     assert found.points.shape == (8, 2, 2) and test.points is None and found.images is test.images
-    with pytest.raises(UserError,
-                       match="2 has no landmarks, which --landmarks .*q.csv needs; .* 6 of 8"):
-        recognition.with_landmarks(test, put_text(tmp_path / "q.csv", "".join(rows[:2])))
+    few = put_text(tmp_path / "q.csv", "".join(rows[:2]))
+    words = "2 has no landmarks, which --landmarks .*q.csv needs; .* 6 of 8"
+    with pytest.raises(UserError, match=words):
+        recognition.with_landmarks(test, few)
 
 
 def lfw(root, people=3, suffix=".jpg"):
     """Two folds of one pair of each kind."""
     for person in "ABC"[:people]:
-        for number in (1, 2):
-            put(root / "lfw" / person / f"{person}_{number:04d}{suffix}")
+        put(root / "lfw" / person, f"{person}_0001{suffix}", f"{person}_0002{suffix}")
     return put_text(root / "pairs.txt", "2\t1\nA\t1\t2\nA\t1\tB\t2\nB\t1\t2\nB\t2\tC\t1\n")
 
 
@@ -192,21 +178,25 @@ def test_lfw(tmp_path, suffix):
                                       load_image(str(tmp_path / f"lfw/B/B_0002{suffix}")))
 
 
-def test_lfw_that_is_wrong(tmp_path):
-    pairs = lfw(tmp_path, people=2)
-    with pytest.raises(FileNotFoundError,
-                       match="pairs.txt names C/C_0001.jpg, which is not .* for 1 of 5"):
+LFW_PAIRS = "2\t1\nA\t1\t2\nA\t1\tB\t2\nB\t1\t2\nB\t2\tC{}\n"
+
+
+@pytest.mark.parametrize("text, error, message", [
+    (LFW_PAIRS.format("\t1"), FileNotFoundError, "pairs.txt names C/C_0001.jpg, which .* 1 of 5"),
+    (LFW_PAIRS.format(""), UserError, "pairs.txt:5: found .*, wanted NAME n1 n2"),
+    (LFW_PAIRS.format("\t\u00b2"), UserError, "pairs.txt:5: found .*, wanted NAME n1 n2"),
+    ("2\t1\nA\t1\t2\n", UserError, "pairs.txt:1: found .* and 1 pairs"),
+    ("1\nA\t1\t2\n", UserError, "pairs.txt:1: found .* and 1 pairs"),
+    ("pairs\nA\t1\t2\n", UserError, "pairs.txt:1: found .* and 1 pairs")])
+def test_lfw_that_is_wrong(tmp_path, text, error, message):
+    put_text(lfw(tmp_path, people=2), text)
+    with pytest.raises(error, match=message):
         read_test(tmp_path)
-    put_text(tmp_path / "pairs.txt", "2\t1\nA\t1\t2\nA\t1\tB\t2\nB\t1\t2\nB\t2\tC\n")
-    with pytest.raises(UserError, match="pairs.txt:5: found .*, wanted NAME n1 n2"):
-        read_test(tmp_path)
-    for text in ("2\t1\nA\t1\t2\n", "1\nA\t1\t2\n", "pairs\nA\t1\t2\n"):
-        put_text(tmp_path / "pairs.txt", text)
-        with pytest.raises(UserError, match="pairs.txt:1: found .* and 1 pairs"):
-            read_test(tmp_path)
-    os.remove(pairs)
-    with pytest.raises(FileNotFoundError,
-                       match="below --test (.*\n)*Tree: pairs.txt (.*\n)*Source: Labeled"):
+
+
+def test_lfw_without_its_list(tmp_path):
+    words = "below --test (.*\n)*Tree: pairs.txt (.*\n)*Source: Labeled"
+    with pytest.raises(FileNotFoundError, match=words):
         recognition.read_lfw(str(tmp_path))
 
 
@@ -216,11 +206,9 @@ YTF_HEADER = "split number, pair number in split, first name, second name, is sa
 def ytf(root, folder="aligned_images_DB", header=YTF_HEADER, pair=True):
     """Two folds of a pair of each kind, in the order different, same; same, different."""
     for video in ("A/0", "A/1", "B/0"):
-        for frame in (2, 10, 1, 3):
-            put(root / folder / video / f"0.{frame}.jpg")
+        put(root / folder / video, "0.2.jpg", "0.10.jpg", "0.1.jpg", "0.3.jpg")
     rows = (("2", "1", "A/0", "B/0", "0"), ("2", "2", "A/1", "A/0", "1"),
-            ("1", "1", "A/0", "A/1", "1"),
-            ("1", "2", "A/1", "B/0", "0"))
+            ("1", "1", "A/0", "A/1", "1"), ("1", "2", "A/1", "B/0", "0"))
     rows = [", ".join(row if pair else (row[0], *row[2:])) + "\n" for row in rows]
     return put_text(root / "splits.txt", header + "".join(rows))
 
@@ -257,8 +245,7 @@ def test_ytf_that_is_wrong(tmp_path, text, error, message):
 
 def test_cfp(tmp_path):
     for view, letter in (("frontal", "F"), ("profile", "P")):
-        for number in (1, 2):
-            put(tmp_path / f"Data/Images/001/{view}/0{number}.jpg")
+        put(tmp_path / f"Data/Images/001/{view}", "01.jpg", "02.jpg")
         put_text(tmp_path / f"Protocol/Pair_list_{letter}.txt",
                  "".join(f"{n} ../Data/Images/001/{view}/0{n}.jpg\n" for n in (1, 2)))
     for fold in range(1, 11):
@@ -279,8 +266,7 @@ def test_cfp(tmp_path):
 @pytest.mark.parametrize("name, folder",
                          [("CALFW", "images"), ("CPLFW", "aligned images"), ("CPLFW", ".")])
 def test_calfw_and_cplfw(tmp_path, name, folder):
-    for image in ("A_1.jpg", "A_2.jpg", "B_1.jpg"):
-        put(tmp_path / folder / image)
+    put(tmp_path / folder, "A_1.jpg", "A_2.jpg", "B_1.jpg")
     put_text(tmp_path / f"pairs_{name}.txt",
              "A_1.jpg 3\nA_2.jpg 3\n" * 20 + "A_1.jpg 0\nB_1.jpg 0\n" * 20)
     with warnings.catch_warnings():
@@ -290,17 +276,15 @@ def test_calfw_and_cplfw(tmp_path, name, folder):
     for block in np.array_split(np.arange(40), 10):                       # two of both in each fold
         assert sorted(test.same[block]) == [False, False, True, True]
     assert test.names[test.pairs[:2]].tolist() == [["A_1.jpg", "A_2.jpg"], ["A_1.jpg", "B_1.jpg"]]
-    put_text(tmp_path / f"pairs_{name}.txt", "A_1.jpg 3\nA_2.jpg 3\nA_1.jpg 0\n")
-    with pytest.raises(UserError, match=f"pairs_{name}.txt: 3 lines that are not pairs"):
-        read_test(tmp_path)
-    put_text(tmp_path / f"pairs_{name}.txt", "")
-    with pytest.raises(UserError, match="0 lines that are not pairs"):
-        read_test(tmp_path)
+    for text, count in (("A_1.jpg 3\nA_2.jpg 3\nA_1.jpg 0\n", 3), ("", 0),
+                        ("A_1.jpg 3\nA_2.jpg 0\n", 2)):
+        put_text(tmp_path / f"pairs_{name}.txt", text)
+        with pytest.raises(UserError, match=f"_{name}.txt: {count} lines that are not pairs"):
+            read_test(tmp_path)
 
 
 def test_pairs_of_your_own(tmp_path):
-    for name in "abc":
-        put(tmp_path / f"{name}.png")
+    put(tmp_path, "a.png", "b.png", "c.png")
     path = tmp_path / "pairs.csv"
     put_text(path, "image_a,image_b,same,fold\na.png,b.png,1,x\n./a.png,c.png,0,y\n"
                    "b.png,c.png,0,x\nb.png,b.png,1,y\nc.png,b.png,0,y\n")
@@ -329,8 +313,7 @@ def test_pairs_of_your_own(tmp_path):
     ("image_a,image_b,same\nä.png,b.png,1\n", "pairs.csv is no table in UTF-8: 'utf-8' codec"),
     ("image_a,image_b,same\n" + "a.png,d.png,1\na.png,b.png,0\n" * 2, "names d.png, which is not")])
 def test_pairs_of_your_own_that_are_wrong(tmp_path, text, words):
-    for name in "abc":
-        put(tmp_path / f"{name}.png")
+    put(tmp_path, "a.png", "b.png", "c.png")
     (tmp_path / "pairs.csv").write_bytes(text.encode("latin1"))
     with pytest.raises((UserError, FileNotFoundError), match=words):
         read_test(tmp_path / "pairs.csv")
@@ -339,8 +322,7 @@ def test_pairs_of_your_own_that_are_wrong(tmp_path, text, words):
 # ---- Identification and templates ----------------------------------------------------------------
 
 def test_identification_table(tmp_path):
-    for name in "abcde":
-        put(tmp_path / "i" / f"{name}.png")
+    put(tmp_path / "i", *(f"{name}.png" for name in "abcde"))
     path, head = tmp_path / "test.csv", "path,id,role,group\n"
     rows = ["a.png,Ann,gallery,", "b.png,Ann,probe,30", "c.png,Ann,distractor,", "d.png,Bob,skip,",
             "e.png,Bob,gallery,"]
@@ -363,21 +345,18 @@ def test_identification_table(tmp_path):
 
 
 def test_tinyface(tmp_path):
-    for name in ("Probe/7_2.jpg", "Probe/._7_2.jpg", "Gallery_Match/7_1.jpg",
-                 "Gallery_Match/12_1.jpg",
-                 "Gallery_Distractor/x.jpg"):
-        put(tmp_path / "Testing_Set" / name)
+    put(tmp_path / "Testing_Set", "Probe/7_2.jpg", "Probe/._7_2.jpg", "Gallery_Match/7_1.jpg",
+        "Gallery_Match/12_1.jpg", "Gallery_Distractor/x.jpg")
     test = read_test(tmp_path)
     assert test.identity.tolist() == [7, 12, 7, -1] and test.role.tolist() == [0, 0, 1, 2]
     assert test.names[2] == "Testing_Set/Probe/7_2.jpg" and len(test.images) == 4
-    put(tmp_path / "Testing_Set/Probe/who.jpg")
+    put(tmp_path, "Testing_Set/Probe/who.jpg")
     with pytest.raises(UserError, match="who.jpg: wanted a name ID_N.jpg"):
         read_test(tmp_path)
 
 
 def ijb(root):
-    for number in (1, 2, 3):
-        put(root / "loose_crop" / f"{number}.jpg")
+    put(root / "loose_crop", "1.jpg", "2.jpg", "3.jpg")
     put_text(root / "meta/ijbc_face_tid_mid.txt", "1.jpg 10 5\n2.jpg 10 6\n3.jpg 44 6\n")
     put_text(root / "meta/ijbc_template_pair_label.txt", "10 44 0\n44 44 1\n")
     put_text(root / "meta/ijbc_name_5pts_score.txt",
@@ -404,8 +383,8 @@ def test_ijb(tmp_path):
     put_text(tmp_path / "IJBC/meta/ijbc_face_tid_mid.txt", "1.jpg 10 5\n")
     with pytest.raises(UserError, match="has 1 images, .* 3; wanted the same in order"):
         read_test(tmp_path)
-    with pytest.raises(FileNotFoundError,
-                       match="no test found. Looked for a .bin .* with one of pairs.txt"):
+    words = "no test found. Looked for a .bin .* with one of pairs.txt"
+    with pytest.raises(FileNotFoundError, match=words):
         read_test(tmp_path / "nowhere")
 
 
