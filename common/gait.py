@@ -423,7 +423,8 @@ class GaitDataset(torch.utils.data.Dataset):
             # The joints of a sliver of a person lie far out.
             joints = ((joints + 0.5) / SIDES[::-1]).clip(-2, 3)
             if self.augment and rng.random() < 0.5:
-                image, joints = image[:, :, ::-1], joints[:, FLIP_17] * [-1, 1] + [1, 0]
+                image = image[:, :, ::-1]
+                joints = joints[:, FLIP_17] * [-1, 1] + [1, 0]
             images.append(image)
             points.append(joints.astype(np.float32))
         return {"image": torch.from_numpy(np.stack(images)),

@@ -13,8 +13,6 @@ splits share nobody. Head frame: x to image-right, y down from the eyes, z to th
 the width of a mean face.
 """
 
-from __future__ import annotations
-
 import functools
 from types import SimpleNamespace
 from typing import Sequence
@@ -29,7 +27,7 @@ SPLITS = {"train": 0, "test": 1}
 TAGS = {"pose": .18, "expression": .16, "illumination": .2, "makeup": .1, "occlusion": .26,
         "blur": .22}
 # Identity: mean and standard deviation of each shape number, cut at two deviations (jaw_p and jaw_q
-# are the exponents of the jaw's curve), and uniform numbers.
+# are the exponents of the jaw's curve); LOOK, uniform numbers.
 SHAPE = {"cheek": (1, .045), "chin": (1.66, .09), "crown": (1.42, .06), "depth": (.68, .05),
          "jaw_p": (2.3, .25), "jaw_q": (2, .2), "hairline": (-.93, .06), "eye_x": (.43, .018),
          "eye_w": (.195, .012), "eye_h": (.095, .012), "slant": (.02, .018), "brow_y": (-.31, .035),
@@ -40,9 +38,8 @@ SHAPE = {"cheek": (1, .045), "chin": (1.66, .09), "crown": (1.42, .06), "depth":
 LOOK = "skin red hair iris style beard lips specs volume".split()
 # One face: normal numbers; uniform numbers.
 NORMAL = "open smile lids brows frown skew gaze_x gaze_y yaw pitch roll light_x light_y".split()
-UNIFORM = [*TAGS, *("turn act much lit hue cover soft noise jpeg fill tone at_x at_y box_x box_y "
-                    "box_size"
-                    .split())]
+UNIFORM = [*TAGS, "turn", "act", "much", "lit", "hue", "cover", "soft", "noise", "jpeg", "fill",
+           "tone", "at_x", "at_y", "box_x", "box_y", "box_size"]
 # Strong expressions (shout, laugh, eyes shut, scowl) in the first five of NORMAL.
 ACTS = np.array([(.8, -.2, 1.25, .05, .1), (.35, .9, .65, .03, 0),
                  (.05, .2, .06, -.02, .2), (0, -.5, .7, -.06, .9)])
@@ -53,8 +50,7 @@ IRIS = np.array([(52, 32, 22), (84, 52, 30), (112, 84, 44), (96, 116, 70), (84, 
                  (120, 130, 140)])
 
 
-# ---- curves and ----------------------------------------------------------------------------------
-# landmark schemes
+# ---- Curves and landmark schemes -----------------------------------------------------------------
 
 def _plan(text: str) -> list[tuple]:
     """[(curve, side, edge, s)] from "curve,curve first last n; ..." with s = first/n, ..., last/n.
@@ -64,19 +60,21 @@ def _plan(text: str) -> list[tuple]:
     _lower: its edges.
     """
     plan = []
-    for names, *numbers in map(str.split, text.split(";")):
-        first, last, n = map(int, numbers)
+    for entry in text.split(";"):
+        names, first, last, n = entry.split()
+        first, last = int(first), int(last)
+        s = np.linspace(first, last, abs(last - first) + 1) / int(n)
         for name in names.split(","):
             side = {"-": -1, "+": 1}.get(name[-1], 0)
             edge = ("_lower" in name) - ("_upper" in name)
-            s = np.linspace(first, last, abs(last - first) + 1) / n
             plan.append((name.split("_")[0].rstrip("-+"), side, edge, s))
     return plan
 
 
 _PUPILS = "pupil-,pupil+ 0 0 1"
 _BROWS = "brow_upper- 0 4 4; brow_lower- 4 1 4; brow_upper+ 4 0 4; brow_lower+ 1 4 4"
-_LEFT_EYE, _RIGHT_EYE = "eye_upper- 0 4 4; eye_lower- 3 1 4", "eye_upper+ 4 0 4; eye_lower+ 1 3 4"
+_LEFT_EYE = "eye_upper- 0 4 4; eye_lower- 3 1 4"
+_RIGHT_EYE = "eye_upper+ 4 0 4; eye_lower+ 1 3 4"
 _MOUTH = "lip_upper 0 6 6; lip_lower 5 1 6; inner_upper 0 4 4; inner_lower 3 1 4"
 # 106 in LaPa's order; 194 as in HELEN's files: eyes and brows from the inner end over the top.
 _PLANS = {
@@ -101,10 +99,13 @@ _PLANS = {
 SCHEMES = {points: _plan(text) for points, text in _PLANS.items()}
 # The nose's outline: an odd and an even polynomial of c through x / width and y - tip at c = 0,
 # 0.2, ..., 1, from the middle of the base out to the wing and up beside the bridge.
-_ODD, _EVEN, _AT = np.arange(1, 10, 2), np.arange(0, 12, 2), np.linspace(0, 1, 6)[:, None]
+_ODD = np.arange(1, 10, 2)
+_EVEN = np.arange(0, 12, 2)
+_AT = np.linspace(0, 1, 6)[:, None]
 _NOSE_X = np.linalg.solve(_AT[1:] ** _ODD, [.52, .95, 1, .62, .5])
 _NOSE_Y = np.linalg.solve(_AT ** _EVEN, [.125, .115, .07, -.05, -.27, -.48]) / 0.56
-EAR, NASION = -0.05, 0.02                                # heights at which contour and nose start
+EAR = -0.05                                                       # where the contour starts, y
+NASION = 0.02                                                     # where the nose does
 
 
 def _curve(q, curve: str, side: int, edge: int, s: np.ndarray):
@@ -112,7 +113,8 @@ def _curve(q, curve: str, side: int, edge: int, s: np.ndarray):
 
     edge: -1 upper, 1 lower, 0 between; the line between the lips ends in their outer corners.
     """
-    c, turn = 2 * s - 1, np.pi * (s - 0.5)                        # from -1 to 1, from -pi/2 to pi/2
+    c = 2 * s - 1                                                 # from -1 to 1
+    turn = np.pi * (s - 0.5)                                      # from -pi/2 to pi/2
     if curve == "contour":
         x = q.cheek * np.sign(c) * np.abs(np.sin(turn)) ** (2 / q.jaw_q)
         return x, EAR + (q.jaw - EAR) * np.cos(turn) ** (2 / q.jaw_p)
@@ -148,8 +150,7 @@ def _curve(q, curve: str, side: int, edge: int, s: np.ndarray):
     return side * (q.eye_x - q.eye_w * c), y
 
 
-# ---- head ----------------------------------------------------------------------------------------
-# and camera
+# ---- Head and camera -----------------------------------------------------------------------------
 
 def _bump(x, y, radius_x, radius_y):
     """A smooth hill: 1 at the origin, 0 outside the ellipse."""
@@ -169,7 +170,8 @@ def _surface(q, angle, y):
     """x, y, z of the skin at an angle of its section (0 in front, +-pi/2 at the jaw line) and y."""
     width, depth, back = _section(q, y)
     x = width * np.sin(angle)
-    side, along = np.abs(x), np.clip((y - NASION) / (q.nose_y - NASION), 0, 1)     # nasion 0, tip 1
+    side = np.abs(x)
+    along = np.clip((y - NASION) / (q.nose_y - NASION), 0, 1)                      # nasion 0, tip 1
     ridge = q.bridge_z + (q.nose_z - q.bridge_z) * along ** 1.4
     ridge = ridge * np.clip((y - NASION + 0.4) / 0.4, 0, 1)
     ridge = ridge * np.maximum(1 - (np.maximum(y - q.nose_y, 0) / 0.155) ** 2, 0)
@@ -194,7 +196,8 @@ def _camera(q, x, y, z):
 def _project(q, x, y, z) -> np.ndarray:
     """Head frame to (..., 2) of the unit image, from 0 to 1; the pixel is size * unit - 0.5."""
     x, y, _ = _camera(q, x, y, z)
-    cos, sin = q.scale * np.cos(q.roll), q.scale * np.sin(q.roll)
+    cos = q.scale * np.cos(q.roll)
+    sin = q.scale * np.sin(q.roll)
     return np.stack([cos * x - sin * y + q.shift_x, sin * x + cos * y + q.shift_y], -1)
 
 
@@ -202,15 +205,14 @@ def _points(q, plan) -> np.ndarray:
     """(..., P, 2) in the unit image, in the plan's order; what is hidden is on the outline."""
     x, y = (np.concatenate(v, -1) for v in zip(*(_curve(q, *row) for row in plan)))
     width, depth, _ = _section(q, y)
-    # The camera's x, width sin(a) cos(yaw) + depth cos(a) sin(yaw), is extreme at a = edge and edge
-    # - pi.
+    # The camera's x, width sin(a) cos(yaw) + depth cos(a) sin(yaw), is extreme at a = edge and at
+    # a = edge - pi.
     edge = np.arctan2(width * np.cos(q.yaw), depth * np.sin(q.yaw))
     angle = np.arcsin(np.clip(x / np.maximum(width, 1e-9), -1, 1))
     return _project(q, *_surface(q, np.clip(angle, edge - np.pi, edge), y))
 
 
-# ------------------------------------------------------------------------------------------------
-# parameters
+# ---- Parameters ----------------------------------------------------------------------------------
 
 def _draws(seed, split, kind, number, normals, uniforms):
     rng = np.random.default_rng([seed, SPLITS[split], kind, number])
@@ -224,10 +226,10 @@ def _parameters(seed: int, split: str, indices: Sequence[int],
         raise UserError(f"split is {split!r}, wanted 'train' or 'test'")
     if per_identity < 1:
         raise UserError(f"per_identity is {per_identity}, wanted 1 or more faces")
-    numbers = {i // per_identity for i in indices}
-    people = {i: _draws(seed, split, 0, i, SHAPE, LOOK) for i in numbers}
-    draws = np.stack([np.r_[people[i // per_identity], _draws(seed, split, 1, i, NORMAL, UNIFORM)]
-                      for i in indices])
+    numbers = [i // per_identity for i in indices]
+    people = {number: _draws(seed, split, 0, number, SHAPE, LOOK) for number in set(numbers)}
+    draws = np.stack([np.r_[people[number], _draws(seed, split, 1, i, NORMAL, UNIFORM)]
+                      for number, i in zip(numbers, indices)])
     mean, deviation = np.array([*SHAPE.values()]).T
     draws[:, :len(SHAPE)] = mean + deviation * draws[:, :len(SHAPE)].clip(-2, 2)
     q = SimpleNamespace(**dict(zip([*SHAPE, *LOOK, *NORMAL, *UNIFORM], draws.T[..., None])))
@@ -235,7 +237,8 @@ def _parameters(seed: int, split: str, indices: Sequence[int],
         setattr(q, tag, getattr(q, tag) < rate)
     far = 2 * q.turn - 1                                 # strong pose: 30 to 60 degrees to a side
     q.yaw = np.radians(np.where(q.pose, 30 * far + 30 * np.sign(far), 12 * q.yaw.clip(-2.3, 2.3)))
-    q.pitch, q.roll = np.radians(7 * q.pitch.clip(-3, 3)), np.radians(9 * q.roll.clip(-2.8, 2.8))
+    q.pitch = np.radians(7 * q.pitch.clip(-3, 3))
+    q.roll = np.radians(9 * q.roll.clip(-2.8, 2.8))
     mild = np.hstack([0.09 * np.maximum(q.open - 0.3, 0), (0.2 + 0.3 * q.smile).clip(-0.3, 0.8),
                       1 + 0.13 * q.lids.clip(-2, 2), 0.025 * q.brows.clip(-2, 2),
                       0.15 * np.abs(q.frown)])
@@ -246,7 +249,9 @@ def _parameters(seed: int, split: str, indices: Sequence[int],
     q.gaze_y = 0.012 * q.gaze_y.clip(-2, 2)
     q.jaw = q.chin + 0.3 * q.open                                        # where the chin is
     q.hairline = q.hairline + 0.36 * ((6 * q.style).astype(int) == 3)    # a fringe
-    q.scale, q.shift_x, q.shift_y = np.ones((1, 1)), np.zeros((1, 1)), np.zeros((1, 1))
+    q.scale = np.ones((1, 1))
+    q.shift_x = np.zeros((1, 1))
+    q.shift_y = np.zeros((1, 1))
     return q
 
 
@@ -255,12 +260,10 @@ OUTLINE = _plan("contour 0 16 16; brow_upper- 0 5 5; brow_upper+ 0 5 5")
 
 def _place(q, outline) -> None:
     """Set scale, shift and box (a loose one, as a detector's) from OUTLINE's points (..., P, 2)
-    without them.
-
-    The face is 0.55 to 0.75 of the image wide, less where that does not fit: from brows to chin it
-    is inside.
-    """
-    low, high = outline.min(-2), outline.max(-2)                         # (..., 2)
+    without them. The face is 0.55 to 0.75 of the image wide, less where that does not fit: from
+    brows to chin it is inside."""
+    low = outline.min(-2)                                               # (..., 2)
+    high = outline.max(-2)
     extent = (high - low).max(-1, keepdims=True)
     q.scale = np.minimum(0.275 + 0.1 * q.fill, 0.92 / extent)
     room = np.minimum(0.48 - q.scale * (high - low) / 2, 0.1)
@@ -271,8 +274,7 @@ def _place(q, outline) -> None:
     q.box = np.concatenate([centre - half, centre + half], -1)          # (..., 4) in the unit image
 
 
-# --------------------------------------------------------------------------------------------------
-# painting
+# ---- Painting ------------------------------------------------------------------------------------
 
 # Lines to draw and into how many parts; the first three hold the points of OUTLINE.
 LINES = {"contour": 48, "brow_upper-": 10, "brow_upper+": 10, "brow_lower-": 10, "brow_lower+": 10,
@@ -312,14 +314,14 @@ def _flat(shape, colour):
 
 
 def _paint(canvas, polygons, paint, alpha=1.0, soft=0.0):
-    """Lay `paint`, a colour or a picture of the canvas' size, inside polygons.
-
-    Coverage is counted at 4 x 4 places of a pixel, so that an edge is where its polygon is. Where
-    that is of no importance, `soft` px blur the edge (up to 0.5, it is cv2's plain one).
-    """
+    """Lay `paint`, a colour or a picture of the canvas' size, inside polygons. Coverage is counted
+    at 4 x 4 places of a pixel, so that an edge is where its polygon is. Where that is of no
+    importance, `soft` px blur the edge (up to 0.5, it is cv2's plain one)."""
     x, y, width, height = cv2.boundingRect(np.concatenate(polygons).astype(np.float32))
-    pad, fine = 1 + int(2.5 * soft), 1 if soft else 4
-    x0, y0 = max(x - pad, 0), max(y - pad, 0)
+    pad = 1 + int(2.5 * soft)
+    fine = 1 if soft else 4
+    x0 = max(x - pad, 0)
+    y0 = max(y - pad, 0)
     area = canvas[y0:max(y + height + pad, 0), x0:max(x + width + pad, 0)]
     if not area.size:
         return
@@ -352,37 +354,51 @@ class _Painter:
         q.scale, q.shift_x, q.shift_y = q.scale.item(), q.shift_x.item(), q.shift_y.item()
         points = size * (q.scale * points + (q.shift_x, q.shift_y)) - 0.5
         self.lines = dict(zip(LINES, np.split(points, _ENDS)))
-        self.q, self.size, self.rng, self.unit = q, size, rng, size * q.scale
+        self.q = q
+        self.size = size
+        self.rng = rng
+        self.unit = size * q.scale
         cos, sin = self.unit * np.cos(q.roll), self.unit * np.sin(q.roll)
-        self.turn, self.down = np.array([[cos, -sin], [sin, cos]]), np.array([-sin, cos])
+        self.turn = np.array([[cos, -sin], [sin, cos]])
+        self.down = np.array([-sin, cos])
 
         self.skin = _pick(SKIN, q.skin) * (1, 0.97 + 0.05 * q.red, 0.95 + 0.09 * q.red)
-        self.hair, self.makeup = _pick(HAIR, q.hair), 0.6 + 0.4 * q.much if q.makeup else 0.0
-        side, azimuth, height = 1 if q.hue < 0.5 else -1, 0.5 * q.light_x, 0.3 * q.light_y - 0.5
-        self.ambient, self.key, self.gain = 0.5, 0.62, np.full(3, 0.85 + 0.25 * q.tone)
-        if q.illumination and q.lit < 0.5:                               # from one side
-            azimuth, self.ambient, self.key = 1.3 * side, 0.2, 1.0
-        elif q.illumination:                                            # dark, bright, warm or cold
-            colour = (0.5, 0.7, 1.2) if side > 0 else (1.2, 0.7, 0.45)
-            self.gain *= 0.35 if q.lit < 0.7 else 1.6 if q.lit < 0.85 else colour
+        self.hair = _pick(HAIR, q.hair)
+        self.makeup = 0.6 + 0.4 * q.much if q.makeup else 0.0
+        azimuth = 0.5 * q.light_x
+        height = 0.3 * q.light_y - 0.5
+        self.ambient = 0.5
+        self.key = 0.62
+        self.gain = np.full(3, 0.85 + 0.25 * q.tone)
+        if q.illumination:
+            if q.lit < 0.5:                                             # from one side
+                azimuth = 1.3 if q.hue < 0.5 else -1.3
+                self.ambient = 0.2
+                self.key = 1.0
+            elif q.lit < 0.7:                                           # dark, bright, warm or cold
+                self.gain *= 0.35
+            elif q.lit < 0.85:
+                self.gain *= 1.6
+            else:
+                self.gain *= (0.5, 0.7, 1.2) if q.hue < 0.5 else (1.2, 0.7, 0.45)
         flat = np.cos(height)
         self.light = np.array([np.sin(azimuth) * flat, np.sin(height), np.cos(azimuth) * flat])
         self.flat = self.ambient + 0.4 * self.key                        # on what is not shaded
 
     def shade(self, face) -> np.ndarray:
-        """Light and blush on the unlit picture of a face, (size, size, 3) uint8, also beyond the
-        face's edge.
-
-        A grid on the head is lit, scattered into a coarse map with far cells first, and the gaps
-        are filled.
-        """
-        q, blush = self.q, np.float32([[0], [-0.28], [-0.3]])
-        turn_x, turn_y = -1 if q.yaw > 0 else 1, -1 if q.pitch > 0 else 1
+        """Light and blush on the unlit picture of a face, (size, size, 3) uint8, also beyond its
+        edge: a grid on the head is lit, scattered into a coarse map with far cells first, and the
+        gaps are filled."""
+        q = self.q
+        blush = np.float32([[0], [-0.28], [-0.3]])
+        turn_x = -1 if q.yaw > 0 else 1
+        turn_y = -1 if q.pitch > 0 else 1
         x, y, z = _surface(q, _ANGLE[::turn_x], -q.crown + (q.jaw + q.crown) * _DOWN[::turn_y])
         cheeks = (0.25 + 0.35 * self.makeup) * _bump(np.abs(x) - 0.54, y - 0.5, 0.36, 0.32)
         nose = 0.2 * _bump(x, y - q.nose_y, 0.3, 0.25)
         tint = 1 + blush * (cheeks + nose)[:-1, :-1].ravel()
-        x, y, z = camera = [*map(np.float32, _camera(q, x, y, z))]
+        camera = [np.float32(v) for v in _camera(q, x, y, z)]
+        x, y, z = camera
         down = [v[:-1, 1:] - v[:-1, :-1] for v in camera]
         across = [v[1:, :-1] - v[:-1, :-1] for v in camera]
         nx, ny, nz = (across[i - 2] * down[i - 1] - across[i - 1] * down[i - 2] for i in range(3))
@@ -458,7 +474,8 @@ class _Painter:
         return canvas
 
     def eyes(self, face):
-        q, unit, down, iris = self.q, self.unit, self.down, _pick(IRIS, self.q.iris)
+        q, unit, down = self.q, self.unit, self.down
+        iris = _pick(IRIS, q.iris)
         names = ("eye_upper", "eye_lower", "brow_upper", "brow_lower", "pupil")
         uppers, lowers, brows, edges, pupils = (
             [self.lines[name + side] for side in "-+"] for name in names)
@@ -466,7 +483,8 @@ class _Painter:
         above = [upper - (0.08 + 0.1 * self.makeup) * down for upper in uppers]
         shadow = shadow if q.makeup else self.skin * (0.74, 0.66, 0.64)
         _paint(face, [*map(_between, above, lowers)], shadow, 0.6, soft=0.035 * unit)
-        layer, disc = face.copy(), self.px(*(0.09 * _CIRCLE), 0)
+        layer = face.copy()
+        disc = self.px(*(0.09 * _CIRCLE), 0)
         disc -= disc.mean(0)
         glint = (0.03 * unit * np.sign(self.light[0]), 0) - 0.035 * down
         rings = [*map(_between, uppers, lowers)]
@@ -517,7 +535,8 @@ class _Painter:
 
     def glasses(self, canvas, colour, alpha, frame):
         x, y = np.sign(_CIRCLE) * np.abs(_CIRCLE) ** 0.6 * ((0.27,), (0.2,))  # a rounded rectangle
-        sides, eye = (-1, 1), self.q.eye_x + 0.02
+        sides = (-1, 1)
+        eye = self.q.eye_x + 0.02
         lenses = [self.px(side * eye + x, y + 0.03, 0.2 - 0.45 * side * x) for side in sides]
         temples = [self.px((side * 0.72, side * 1.02), (-.03, .05), (.06, -.7)) for side in sides
                    if side * self.q.yaw < 0.15]
@@ -535,7 +554,8 @@ class _Painter:
             return
         at = 0.45 * contour[rng.integers(4, 45)] + 0.55 * bridge[-1] + unit * rng.normal(0, 0.15, 2)
         along = bridge[3] - at + unit * rng.normal(0, 0.3, 2)          # to the bridge of the nose
-        along, colour = unit / np.hypot(*along) * along, rng.uniform(10, 240, 3)
+        along = unit / np.hypot(*along) * along
+        colour = rng.uniform(10, 240, 3)
         axes = np.array([(-along[1], along[0]), along])
         if q.cover < 0.35:                                     # hand: forearm, fingers, thumb, palm
             skin = self.skin * flat
@@ -560,7 +580,8 @@ class _Painter:
 
     def finish(self, canvas) -> np.ndarray:
         """Exposure, blur, noise and compression."""
-        q, canvas = self.q, cv2.multiply(canvas, (*self.gain.tolist(), 0.0))
+        q = self.q
+        canvas = cv2.multiply(canvas, (*self.gain.tolist(), 0.0))
         sigma = self.size / 128 * (1.2 + 1.6 * q.soft if q.blur else 0.5 * q.soft)
         canvas = cv2.GaussianBlur(canvas, (0, 0), sigma) if sigma > 0.25 else canvas
         amount = 0.02 + 0.12 * q.noise ** 4
@@ -585,8 +606,7 @@ class _Painter:
         return self.finish(canvas)
 
 
-# --------------------------------------------------------------------------------------------------
-# - the set
+# ---- The set -------------------------------------------------------------------------------------
 
 def _unit_points(q, points: int) -> np.ndarray:
     """Places the faces; their (N, P, 2) points in the unit image."""
@@ -602,13 +622,6 @@ def draw_face(seed: int, split: str, index: int, size: int = 128,
     """Pixels of face `index` of a split: RGB uint8 (size, size, 3). Arguments: `read_faces`."""
     q = _parameters(seed, split, [index], per_identity)
     return _Painter(q, size, np.random.default_rng([seed, SPLITS[split], 2, index])).draw()
-
-
-def face_points(seed: int, split: str, index: int, size: int = 128, points: int = 68,
-                per_identity: int = 10) -> np.ndarray:
-    """Points of face `index` of a split: (points, 2) float32 px. Arguments as for `read_faces`."""
-    q = _parameters(seed, split, [index], per_identity)
-    return (size * _unit_points(q, points)[0] - 0.5).astype(np.float32)
 
 
 def read_faces(split: str, count: int, size: int = 128, points: int = 68, seed: int = 0,
