@@ -267,19 +267,6 @@ def test_apply_projective_is_cv2s():
     np.testing.assert_allclose(warp.apply_projective(h, points), want, atol=1e-10)
 
 
-def test_gradients_of_maps():
-    src = uniform(2, 4, 2).requires_grad_()
-    dst = uniform(2, 4, 2, seed=1).requires_grad_()
-    h = (torch.eye(3, dtype=torch.float64) + 0.1
-         * torch.rand(3, 3, generator=rng(2))).requires_grad_()
-    for function in (warp.fit_similarity, warp.fit_affine):
-        assert torch.autograd.gradcheck(function, (src, dst))
-    m = affine_batch(2).requires_grad_()
-    chain = lambda m, points: warp.apply_affine(warp.compose(warp.invert(m), m[0]), points)
-    assert torch.autograd.gradcheck(chain, (m, src))
-    assert torch.autograd.gradcheck(warp.apply_projective, (h, src))
-
-
 # ---- Images --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size", SIZES)
@@ -327,14 +314,6 @@ def test_points_follow_the_image(m):
     image = blob(50, 45, p[0])
     moved = warp.warp_affine(image, m[None].float(), (64, 72))
     torch.testing.assert_close(centroid(moved), warp.apply_affine(m, p)[0], atol=0.05, rtol=0)
-
-
-def test_gradients_of_image_warps():
-    image = uniform(2, 1, 5, 6).requires_grad_()
-    m = torch.stack([similarity(0.3, 1.1, 0.4, 0.3),
-                     similarity(-0.2, 0.9, 0.21, -0.37)]).requires_grad_()
-    assert torch.autograd.gradcheck(lambda i, a: warp.warp_affine(i, a, (4, 5), border=0.3),
-                                    (image, m))
 
 
 # ---- Thin-plate spline ---------------------------------------------------------------------------
@@ -438,16 +417,24 @@ def test_spline_inverse_where_there_is_none_stays_finite_and_shows_it():
         assert back.isfinite().all()
 
 
-def test_spline_gradients():
-    targets = lattice(2)
-    spline = warp.ThinPlateSpline(targets)
-    sources = bent(targets, 2, 0.2).requires_grad_()
-    points = uniform(3, 2).requires_grad_()
-    image = uniform(2, 1, 5, 6, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda s, p: spline.transform(spline.fit(s), p),
-                                    (sources, points))
-    assert torch.autograd.gradcheck(lambda i, s: warp.sample(i, spline.grid(spline.fit(s), (4, 3))),
-                                    (image, sources))
+SPLINE = warp.ThinPlateSpline(lattice(2))
+SIMILARITIES = torch.stack([similarity(0.3, 1.1, 0.4, 0.3), similarity(-0.2, 0.9, 0.21, -0.37)])
+IMAGES = uniform(2, 1, 5, 6, seed=1)
+
+
+@pytest.mark.parametrize("function, inputs", [
+    (warp.fit_similarity, (uniform(2, 4, 2), uniform(2, 4, 2, seed=1))),
+    (warp.fit_affine, (uniform(2, 4, 2), uniform(2, 4, 2, seed=1))),
+    (lambda m, p: warp.apply_affine(warp.compose(warp.invert(m), m[0]), p),
+     (affine_batch(2), uniform(2, 4, 2))),
+    (warp.apply_projective, (torch.eye(3).double() + 0.1 * uniform(3, 3, seed=2),
+                             uniform(2, 4, 2))),
+    (lambda image, m: warp.warp_affine(image, m, (4, 5), border=0.3), (IMAGES, SIMILARITIES)),
+    (lambda s, p: SPLINE.transform(SPLINE.fit(s), p), (bent(lattice(2), 2, 0.2), uniform(3, 2))),
+    (lambda image, s: warp.sample(image, SPLINE.grid(SPLINE.fit(s), (4, 3))),
+     (IMAGES, bent(lattice(2), 2, 0.2)))])
+def test_gradients(function, inputs):
+    assert torch.autograd.gradcheck(function, [x.clone().requires_grad_() for x in inputs])
 
 
 def test_spline_gradient_at_its_own_targets():
