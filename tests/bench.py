@@ -1,22 +1,29 @@
-"""Side-by-side timings: ours and the plain form in one run, no assertions.
+"""Timings, side by side in one run: ours, and a peer from PyPI or, where there is none, the plain
+form. Nothing is asserted.
 
-    python -m tests.bench                  everything, on one thread (the CPU) and on the GPU if there is one
+    python -m tests.bench                  all of it, on one thread, and on the GPU if there is one
     python -m tests.bench loader graph     only these
-    python -m tests.bench step --threads 2
+    python -m tests.bench --smoke          each once, tiny: does it run?
+    python -m tests.bench --report         tests/BENCH.md, too
 
-Each line gives the median of several runs.
+Times are medians of several calls. Peers are compared with where they are installed:
+pip install kornia albumentations scikit-learn
 """
 import argparse
 import copy
-import functools
+import importlib
+import platform
 import statistics
 import struct
 import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import heatmap_landmarks
 import kprpe
@@ -25,47 +32,176 @@ import sdfl
 import stn_align
 from common import datasets, metrics, recognition, synthetic, warp
 
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+CHANNELS_LAST = dict(memory_format=torch.channels_last)
+OPTIONS = argparse.Namespace(smoke=False)
+LINES = []  # what was printed, for --report
 
-def median_ms(function, repeats: int = 7) -> float:
+
+# ---- Tools ---------------------------------------------------------------------------------------
+
+def say(section: str, text: str):
+    """Prints a line of results."""
+    LINES.append(f"{section:10}{text}")
+    print(LINES[-1], flush=True)
+
+
+def sized(full, tiny):
+    """A size of a benchmark, or that of --smoke."""
+    return tiny if OPTIONS.smoke else full
+
+
+def median_ms(function: Callable, repeats: int = 7) -> float:
     """Median time of one call in ms, after one call to warm up; waits for the GPU."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times = []
-    for i in range(repeats + 1):
-        wait()
+    for _ in range(1 + sized(repeats, 1)):
         began = time.perf_counter()
         function()
-        wait()
+        if CUDA:
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     return 1e3 * statistics.median(times[1:])
 
 
+def peer(section: str, name: str):
+    """A peer's module, or None with a word if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        say(section, f"not compared with {name}: {error}")
+        return None
+
+
+def compare(section: str, title: str, ours: float, other: str, theirs: float, digits: int = 1):
+    """A line with two times in ms."""
+    say(section, f"{title}: {ours:.{digits}f} ms; {other} {theirs:.{digits}f} ms: "
+                 f"{theirs / ours:.1f} x")
+
+
+def images(count: int, size: int) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, device=DEVICE).contiguous(**CHANNELS_LAST)
+
+
+def time_steps(section: str, title: str, net, optimizer, loss_of: Callable, count: int,
+               amp: bool = CUDA) -> float:
+    """Times training steps on `count` images and says how many a second; returns ms.
+    Args: loss_of(net), the forward pass and the loss."""
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+
+    def step():
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=amp):
+            loss = loss_of(net)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    ms = median_ms(step, 20 if CUDA else 3)
+    memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if CUDA else ""
+    say(section, f"{title}, batch {count}, {'bf16' if amp else 'float32'}: "
+                 f"{count / ms * 1e3:,.1f} images a second{memory}")
+    return ms
+
+
+# ---- Data ----------------------------------------------------------------------------------------
+
 def bench_faces():
     """Drawn faces a second at 128 px."""
-    faces = synthetic.read_faces("train", 200, size=128)
+    count = sized(200, 4)
+    faces = synthetic.read_faces("train", count, size=128)
     ms = median_ms(lambda: [face.image() for face in faces], 3)
-    print(f"faces     drawn at 128 px: {200 / ms * 1e3:,.0f} a second")
+    say("faces", f"drawn at 128 px: {count / ms * 1e3:,.0f} a second")
 
 
 def bench_loader():
-    """Loader samples a second at 256 px: kept crops (decode none, warp one) beside decoding every time."""
+    """Samples a second and core at 256 px: kept crops, decoding each time, albumentations."""
+    count = sized(64, 4)
     rng = np.random.default_rng(0)
+    keys = [(0, i) for i in range(count)]
     with tempfile.TemporaryDirectory() as folder:
         faces = []
-        for i in range(64):  # photographs of 1000 px with a face of 300 px, as they come
-            image = cv2.resize(rng.integers(0, 256, (60, 60, 3), np.uint8), (1000, 1000),
-                               interpolation=cv2.INTER_CUBIC)
-            cv2.imwrite(f"{folder}/{i}.jpg", image)
-            faces.append(datasets.Face(f"{folder}/{i}.jpg",
-                                       rng.uniform(350, 650, (98, 2)).astype(np.float32)))
-        frames = datasets.square_crops(datasets.face_boxes(faces, "landmarks"), 256, 1.25)
-        make = lambda: datasets.CropDataset(faces, frames, 256, sdfl.augment, sdfl.REACH, 1 + sdfl.ZOOM,
-                                            datasets.SCHEMES[98].flip)
-        plain, kept = make(), make()
+        for i in range(count):  # photographs of 1000 px with a face of 300 px, as they come
+            small = rng.integers(0, 256, (60, 60, 3), np.uint8)
+            path = f"{folder}/{i}.jpg"
+            cv2.imwrite(path, cv2.resize(small, (1000, 1000), interpolation=cv2.INTER_CUBIC))
+            points = rng.uniform(350, 650, (98, 2)).astype(np.float32)
+            faces.append(datasets.Face(path, points))
+        boxes = datasets.face_boxes(faces, "landmarks")
+        crops = datasets.square_crops(boxes, 256, 1.25)
+        data = datasets.CropDataset(faces, crops, 256, sdfl.augment, sdfl.reach(40), 1 + sdfl.ZOOM,
+                                    datasets.SCHEMES[98].flip)
+        kept = copy.deepcopy(data)
         kept.regions.keep(folder, verbose=False)
-        for name, data in (("decoding each time", plain), ("kept crops", kept)):
-            ms = median_ms(lambda: data.__getitems__([(0, i) for i in range(64)]), 5)
-            print(f"loader    256 px, 98 points, {name}: {64 / ms * 1e3:,.0f} samples a second and core")
+        ways = {"decoding each time": lambda: data.__getitems__(keys),
+                "kept crops": lambda: kept.__getitems__(keys)}
+        albumentations = peer("loader", "albumentations")
+        if albumentations:
+            draw = albumentations.Compose(
+                [albumentations.CropAndPad(px=-300), albumentations.Resize(256, 256),
+                 albumentations.HorizontalFlip(), albumentations.Affine(rotate=(-40, 40))],
+                keypoint_params=albumentations.KeypointParams("xy", remove_invisible=False))
 
+            def theirs():
+                for face in faces:
+                    image = cv2.imread(face.image, cv2.IMREAD_COLOR_RGB)
+                    draw(image=image, keypoints=face.points)
+
+            ways["albumentations"] = theirs
+        for name, call in ways.items():
+            rate = count / median_ms(call, 5) * 1e3
+            say("loader", f"256 px, 98 points, {name}: {rate:,.0f} samples a second and core")
+
+
+def bench_records():
+    """Images a second out of a record file, 112 px JPEGs, beside decoding the same bytes."""
+    count = sized(256, 8)
+    rng = np.random.default_rng(0)
+    coded = []
+    for noise in rng.integers(0, 256, (count, 112, 112, 3), np.uint8):
+        smooth = cv2.convertScaleAbs(cv2.GaussianBlur(noise, (0, 0), 3), alpha=4, beta=-380)
+        coded.append(cv2.imencode(".jpg", smooth)[1].tobytes())
+    with tempfile.TemporaryDirectory() as folder:
+        with open(f"{folder}/train.rec", "wb") as data, open(f"{folder}/train.idx", "w") as index:
+            for key, image in enumerate(coded):
+                index.write(f"{key}\t{data.tell()}\n")
+                length = 24 + len(image)
+                data.write(struct.pack("<IIIfQQ", 0xced7230a, length, 0, key % 2, key, 0))
+                data.write(image + b"\0" * (-length % 4))
+        records = recognition.Records(folder)
+        arrays = [np.frombuffer(code, np.uint8) for code in coded]
+        bare = median_ms(lambda: [cv2.imdecode(code, cv2.IMREAD_COLOR) for code in arrays])
+        ours = median_ms(lambda: [records[i] for i in range(count)])
+    size = sum(map(len, coded)) / count
+    say("records", f"112 px JPEGs of {size:,.0f} bytes: {count / ours * 1e3:,.0f} images a second; "
+                   f"cv2.imdecode alone {count / bare * 1e3:,.0f}")
+
+
+# ---- Metrics -------------------------------------------------------------------------------------
+
+def bench_metrics():
+    """Rank-1 of 1,000 probes over 150,000 rows, and true accept rates of 10^7 pairs."""
+    probes = sized(1000, 10)
+    rows = sized(150_000, 200)
+    gallery = F.normalize(torch.randn(rows, 128))
+    probe = F.normalize(torch.randn(probes, 128))
+    ids = torch.cat([torch.arange(probes), torch.full((rows - probes,), -100)])
+    ours = median_ms(lambda: metrics.rank_k(probe, torch.arange(probes), gallery, ids), 1)
+    plain = median_ms(lambda: (probe @ gallery.T).topk(5), 1)
+    compare("metrics", f"rank-1 and rank-5, {probes:,} probes x {rows:,} rows of 128", ours,
+            "top-k of one float32 product", plain)
+    pairs = sized(10_000_000, 1000)
+    scores = torch.randn(pairs)
+    same = torch.arange(pairs) < pairs // 100
+    learn = peer("metrics", "sklearn.metrics")
+    ours = median_ms(lambda: metrics.tar_at_far(scores, same, (1e-4, 1e-3)), 1)
+    if learn:
+        theirs = median_ms(lambda: learn.roc_curve(same.numpy(), scores.numpy()), 1)
+        compare("metrics", f"TAR at FAR, {pairs:,} pairs", ours, "sklearn.metrics.roc_curve",
+                theirs)
+
+
+# ---- SDFL ----------------------------------------------------------------------------------------
 
 def plain_graph(head, nodes, A):
     """The graph layers of Fig. 5 as a loop over nodes and their neighbours."""
@@ -79,7 +215,8 @@ def plain_graph(head, nodes, A):
         return torch.stack(rows, 1)
 
     def layer(module, nodes):
-        return torch.relu(module.norm(convolve(module.conv, nodes).flatten(0, 1))).view(*nodes.shape[:2], -1)
+        convolved = module.norm(convolve(module.conv, nodes).flatten(0, 1))
+        return torch.relu(convolved).view(*nodes.shape[:2], -1)
 
     nodes = layer(head.first, nodes)
     for block in head.blocks:
@@ -88,141 +225,76 @@ def plain_graph(head, nodes, A):
 
 
 def bench_graph():
-    """Graph layers forward and backward, 98 nodes, batch 32, beside a loop over nodes; mining neighbours."""
-    landmarks = torch.randn(7500, 98, 2)
-    print(f"graph     neighbour_mask of 7,500 x 98 landmarks: "
-          f"{median_ms(lambda: sdfl.neighbour_mask(landmarks, 3), 3):.0f} ms")
+    """Mining neighbours; graph layers forward and backward beside a loop over nodes."""
+    faces = sized(7500, 200)
+    points = sized(98, 19)
+    count = sized(32, 2)
+    landmarks = torch.randn(faces, points, 2)
+    x, y = landmarks.numpy().transpose(2, 1, 0)
+    ours = median_ms(lambda: sdfl.neighbour_mask(landmarks, 3), 3)
+    theirs = median_ms(lambda: np.abs(np.corrcoef(x)) + np.abs(np.corrcoef(y)), 3)
+    compare("graph", f"neighbour_mask of {faces:,} x {points} landmarks", ours,
+            "numpy.corrcoef alone", theirs)
     head = sdfl.GraphHead(512, sdfl.neighbour_mask(landmarks, 3), cells=64)
-    nodes, maps = torch.randn(32, 98, 256), torch.randn(32, 392, 8, 8)
-    A = head.adjacency(maps).detach()
+    nodes = torch.randn(count, points, 256)
+    A = head.adjacency(torch.randn(count, 4 * points, 8, 8)).detach()
 
-    def ours():
+    def graph():
         x = head.first(nodes, A)
         for block in head.blocks:
             x = block(x, A)
-        head.last(x, A).sum().backward()
+        return head.last(x, A)
 
-    fast, slow = median_ms(ours), median_ms(lambda: plain_graph(head, nodes, A).sum().backward(), 2)
-    print(f"graph     98 nodes, batch 32, forward and backward: {fast:.1f} ms; loop over nodes "
-          f"{slow:.1f} ms: {slow / fast:.0f} x")
-
-
-def saved_bytes(function) -> int:
-    """Bytes of the tensors that autograd keeps for the backward of function(), each storage once."""
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = function()  # alive until the end: no address is used twice
-    return sum(kept.values()) if result is not None else 0
+    ours = median_ms(lambda: graph().sum().backward())
+    plain = median_ms(lambda: plain_graph(head, nodes, A).sum().backward(), 2)
+    compare("graph", f"{points} nodes, batch {count}, forward and backward", ours,
+            "loop over nodes", plain)
 
 
-def plain_tps(targets, sources, pixels):
-    """Grids (B, pixels, 2) by a solve for each image and a kernel at each of its pixels."""
-    def basis(points):
-        square = (points[..., None, :] - targets).square().sum(-1)
-        kernel = 0.5 * square * square.clamp(min=1e-12).log()
-        return torch.cat([kernel, torch.ones_like(points[..., :1]), points], -1)
-    rows = basis(targets)
-    system = torch.cat([rows, torch.nn.functional.pad(rows[:, -3:].T, (0, 3))]).expand(len(sources), -1, -1)
-    w = torch.linalg.solve(system, torch.nn.functional.pad(sources, (0, 0, 0, 3)))
-    return basis(pixels.expand(len(sources), -1, -1)) @ w
-
-
-def bench_tps():
-    """The thin-plate grid of 32 images at 112 px, 64 points, beside a solve and a kernel for each image: the
-    grid, the images by it, both ways, and what is kept for the way back."""
-    maps = stn_align.TPSGrid(8)
-    numbers = (2 * torch.randn(32, 128)).requires_grad_()
-    image = torch.randn(32, 3, 112, 112)
-    targets = maps.spline.targets.float()
-    pixels = warp.to_norm(warp.pixel_centres((112, 112)), (112, 112))
-
-    def ours():
-        return maps.grid(maps.fit(numbers), 112)
-
-    def plain():
-        sources = targets + numbers.unflatten(1, (64, 2)) / 56
-        return plain_tps(targets, sources, pixels).unflatten(1, (112, 112))
-
-    def forward(grid):
-        with torch.no_grad():
-            return warp.sample(image, grid())
-
-    back = lambda grid: warp.sample(image, grid()).square().sum().backward()
-    for name, call in (("grid", torch.no_grad()(lambda grid: grid())), ("grid and images, forward", forward),
-                       ("grid and images, forward and backward", back)):
-        fast, slow = median_ms(lambda: call(ours)), median_ms(lambda: call(plain), 3)
-        print(f"tps       {name}, 32 x 112 px, 64 points: {fast:.1f} ms; solved and evaluated for each image "
-              f"{slow:.0f} ms: {slow / fast:.0f} x")
-    few, many = saved_bytes(ours), saved_bytes(plain)
-    print(f"tps       kept for the backward of the grid: {few / 1e6:.1f} MB; for each image "
-          f"{many / 1e6:.0f} MB: {many / few:.0f} x")
-
-
-def bench_rank():
-    """Rank-1 of 1,000 probes over 150,000 distractors."""
-    gallery, probe = torch.randn(150_000, 128), torch.randn(1000, 128)
-    ids = torch.cat([torch.arange(1000), torch.full((149_000,), -100)])
-    ms = median_ms(lambda: metrics.rank_k(probe, torch.arange(1000), gallery, ids), 1)
-    print(f"rank      1,000 probes x 150,000 gallery rows of 128: {ms / 1e3:.2f} s")
-
-
-def bench_step():
-    """Images a second of a training step: MobileNetV2 at 128 px on the CPU, ResNet34 at 256 px on a GPU."""
-    mask = sdfl.neighbour_mask(torch.randn(100, 98, 2), 3)
-    cuda = torch.cuda.is_available()
-    settings = [("eager float32", False, False, False), ("channels_last", False, False, True)]
-    if cuda:
-        settings += [("bf16, channels_last", True, False, True),
-                     ("bf16, channels_last, compiled", True, True, True)]
-    name, size, count = ("resnet34", 256, 64) if cuda else ("mobilenetv2", 128, 32)
-    device = torch.device("cuda" if cuda else "cpu")
-    for label, amp, compiled, last in settings:
-        layout = torch.channels_last if last else torch.contiguous_format
-        net = sdfl.SDFL(name, mask, size).to(device, memory_format=layout)
-        model = torch.compile(net) if compiled else net
+def bench_sdfl_step():
+    """A training step of SDFL: eager, bf16 and compiled on a GPU."""
+    points = sized(98, 19)
+    name, size, count = ("resnet34", 256, 64) if CUDA else ("mobilenetv2", 128, 32)
+    size = sized(size, 64)
+    count = sized(count, 2)
+    mask = sdfl.neighbour_mask(torch.randn(100, points, 2), 3)
+    image = images(count, size)
+    target = torch.full((count, points, 2), 128.0, device=DEVICE)
+    settings = [(False, False), (True, False), (True, True)]
+    for amp, compiled in settings if CUDA else settings[:1]:
+        net = sdfl.SDFL(name, mask, size).to(DEVICE, **CHANNELS_LAST)
         L = sdfl.laplacian(net.mask)
-        optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4)
-        image = torch.randn(count, 3, size, size, device=device).contiguous(memory_format=layout)
-        target = torch.full((count, 98, 2), 128.0, device=device)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
+        optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9, fused=True)
+        model = torch.compile(net) if compiled else net
+        time_steps("sdfl", f"{name}, {size} px" + ", compiled" * compiled, model, optimizer,
+                   lambda net: sdfl.sdfl_loss(net(image), target, L, 1.0, sdfl.soft_wing), count,
+                   amp)
 
-        def step():
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                pred = model(image)
-            optimizer.zero_grad(set_to_none=True)
-            sdfl.sdfl_loss(pred, target, L, 1.0, sdfl.soft_wing).backward()
-            optimizer.step()
 
-        ms = median_ms(step, 30 if cuda else 3)
-        memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
-        print(f"step      {name}, {size} px, batch {count}, {label}: {count / ms * 1e3:,.0f} images a second"
-              f"{memory}")
-
+# ---- Heatmap landmarks ---------------------------------------------------------------------------
 
 def plain_dark(maps: np.ndarray, kernel: int = 11) -> np.ndarray:
-    """DARK as published, pass after pass over all maps, each a loop: (B, P, h, w) float64 -> (B, P, 2) px."""
-    border, (B, P, height, width) = (kernel - 1) // 2, maps.shape
+    """DARK as published, pass after pass, each a loop over maps: (B, P, h, w) float64 -> (B, P, 2)
+    px."""
+    border = (kernel - 1) // 2
+    B, P, height, width = maps.shape
     flat = maps.reshape(B, P, -1)
-    peaks, heights = flat.argmax(2), flat.max(2)
-    out = np.stack([peaks % width, peaks // width], 2) * (heights > 0)[..., None].astype(np.float64)
+    peaks = flat.argmax(2)
+    heights = flat.max(2)
+    out = np.stack([peaks % width, peaks // width], 2) * (heights > 0)[..., None].astype(float)
     blurred = np.empty_like(maps)
     for b, p in np.ndindex(B, P):
-        padded = np.zeros((height + 2 * border, width + 2 * border))
-        padded[border:-border, border:-border] = maps[b, p]
-        blurred[b, p] = cv2.GaussianBlur(padded, (kernel, kernel), 0)[border:-border, border:-border]
+        padded = np.pad(maps[b, p], border)
+        inside = slice(border, -border)
+        blurred[b, p] = cv2.GaussianBlur(padded, (kernel, kernel), 0)[inside, inside]
         blurred[b, p] *= heights[b, p] / blurred[b, p].max()
     logs = np.log(np.maximum(blurred, 1e-10))
     for b, p in np.ndindex(B, P):
-        L, (x, y) = logs[b, p], out[b, p].astype(int)
+        L = logs[b, p]
+        x, y = out[b, p].astype(int)
         if 1 < x < width - 2 and 1 < y < height - 2:
-            dx, dy = (L[y, x + 1] - L[y, x - 1]) / 2, (L[y + 1, x] - L[y - 1, x]) / 2
+            dx = (L[y, x + 1] - L[y, x - 1]) / 2
+            dy = (L[y + 1, x] - L[y - 1, x]) / 2
             dxx = (L[y, x + 2] - 2 * L[y, x] + L[y, x - 2]) / 4
             dyy = (L[y + 2, x] - 2 * L[y, x] + L[y - 2, x]) / 4
             dxy = (L[y + 1, x + 1] - L[y - 1, x + 1] - L[y + 1, x - 1] + L[y - 1, x - 1]) / 4
@@ -233,180 +305,172 @@ def plain_dark(maps: np.ndarray, kernel: int = 11) -> np.ndarray:
 
 
 def bench_dark():
-    """Decoding (16, 106, 96, 96) heatmaps beside the published loop over maps; other inputs and devices."""
+    """Decoding (16, 106, 96, 96) heatmaps beside the published loop over maps."""
     torch.manual_seed(0)
-    points = 10 + 170 * torch.rand(16, 106, 2)
-    clean = heatmap_landmarks.gaussian_heatmaps(points, 96, 2, 2.0)
+    shape = sized((16, 106, 96), (1, 3, 48))
+    clean = heatmap_landmarks.gaussian_heatmaps(10 + 170 * torch.rand(*shape[:2], 2), shape[2], 2,
+                                                2.0)
     noise = torch.randn(clean.shape)
-    for name, maps in (("Gaussians", clean), ("with noise of 0.03", clean + 0.03 * noise), ("noise", noise)):
-        slow = median_ms(lambda: plain_dark(maps.numpy().astype(np.float64)), 1)
-        for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-            there = maps.to(device)
-            fast = median_ms(lambda: heatmap_landmarks.decode_dark(there))
-            print(f"dark      16 x 106 maps of 96 px, {name}, {device}: {fast:.1f} ms; loop over maps "
-                  f"{slow:.0f} ms: {slow / fast:.1f} x")
+    kinds = {"Gaussians": clean, "with noise of 0.03": clean + 0.03 * noise, "noise": noise}
+    for name, maps in kinds.items():
+        there = maps.to(DEVICE)
+        plain = median_ms(lambda: plain_dark(maps.double().numpy()), 1)
+        ours = median_ms(lambda: heatmap_landmarks.decode_dark(there))
+        compare("dark", f"{tuple(maps.shape)}, {name}", ours, "loop over maps", plain)
     for name, read in heatmap_landmarks.DECODERS.items():
-        print(f"dark      {name}, cpu: {median_ms(lambda: read(clean)):.1f} ms; one face at 48 px: "
-              f"{median_ms(lambda: read(clean[:1, :, :48, :48])):.2f} ms")
-
-
-def folded(net: torch.nn.Module) -> torch.nn.Module:
-    """A copy of a HeatmapNet for inference, its batch norms folded into the convolutions before them."""
-    net = copy.deepcopy(net).eval()
-    fuse = torch.nn.utils.fusion.fuse_conv_bn_eval
-    for module in list(net.modules()):
-        if isinstance(module, torch.nn.Sequential):
-            for i in range(len(module) - 1):
-                if isinstance(module[i + 1], torch.nn.BatchNorm2d):
-                    transposed = isinstance(module[i], torch.nn.ConvTranspose2d)
-                    module[i] = fuse(module[i], module[i + 1], transposed)
-                    module[i + 1] = torch.nn.Identity()
-        for n in (1, 2, 3):  # ResNet's blocks name them
-            if isinstance(getattr(module, f"bn{n}", None), torch.nn.BatchNorm2d):
-                setattr(module, f"conv{n}", fuse(getattr(module, f"conv{n}"), getattr(module, f"bn{n}")))
-                setattr(module, f"bn{n}", torch.nn.Identity())
-    return net
+        say("dark", f"{name}: {median_ms(lambda: read(clean)):.1f} ms; one face at 48 px: "
+                    f"{median_ms(lambda: read(clean[:1, :, :48, :48])):.2f} ms")
 
 
 def bench_latency():
-    """One 192 px face, network and DARK: the paper's 65.7, 131.5 and 241.5 ms were on one core, by TVM."""
-    last = dict(memory_format=torch.channels_last)
-    for backbone in ("mobilenetv2_1.0", "resnet18", "resnet50"):
-        torch.manual_seed(0)
+    """One 192 px face on the CPU, network and DARK: the paper's 65.7, 131.5 and 241.5 ms were on
+    one core, by TVM."""
+    image = torch.randn(4, 3, sized(192, 64), sized(192, 64))
+    for backbone in sized(("mobilenetv2_1.0", "resnet18", "resnet50"), ("mobilenetv2_0.25",)):
         net = heatmap_landmarks.HeatmapNet(backbone)
-        image = torch.randn(4, 3, 192, 192)
         net(image)  # statistics for the batch norms
-        forms = {"eager": net.eval(), "channels_last": copy.deepcopy(net).to(**last),
-                 "folded": folded(net), "folded, channels_last": folded(net).to(**last)}
-        if backbone == "mobilenetv2_1.0":
-            forms["channels_last, compiled"] = torch.compile(copy.deepcopy(net).to(**last))
+        net.eval().to(**CHANNELS_LAST)
+        one = image[:1].contiguous(**CHANNELS_LAST)
         with torch.inference_mode():
-            for name, form in forms.items():
-                one = image[:1].to(**last) if "last" in name else image[:1]
-                ms = median_ms(lambda: heatmap_landmarks.decode_dark(form(one)), 20)
-                print(f"latency   {backbone} SDD, one face, {name}: {ms:.1f} ms")
+            ms = median_ms(lambda: heatmap_landmarks.decode_dark(net(one)), 20)
+        say("latency", f"{backbone} SDD, one face: {ms:.1f} ms")
 
 
 def bench_heatmap_step():
-    """Images a second of a training step of MNetV2-1.0 SDD, 106 points, 192 px."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    settings = [(64, False, False), (64, True, False), (512, False, False), (512, True, False),
-                (512, True, True)]
-    for count, amp, compiled in settings if cuda else [(16, False, False)]:
-        net = heatmap_landmarks.HeatmapNet().to(device, memory_format=torch.channels_last)
-        model = torch.compile(net) if compiled else net
-        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-        image = torch.randn(count, 3, 192, 192, device=device).contiguous(memory_format=torch.channels_last)
-        points = 192 * torch.rand(count, 106, 2, device=device)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-
-        def step():
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                heatmaps = model(image)
-            optimizer.zero_grad(set_to_none=True)
-            heatmap_landmarks.heatmap_loss(heatmaps, points, net.stride, 2.0).backward()
-            optimizer.step()
-
-        ms = median_ms(step, 20 if cuda else 3)
-        memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
-        print(f"heatmaps  training step, batch {count}, {'bf16' if amp else 'float32'}"
-              f"{', compiled' * compiled}: {count / ms * 1e3:,.0f} images a second{memory}")
+    """A training step of MNetV2-1.0 SDD, 106 points, 192 px."""
+    size = sized(192, 64)
+    counts = [64, 512] if CUDA else [sized(16, 2)]
+    for count in counts:
+        net = heatmap_landmarks.HeatmapNet().to(DEVICE, **CHANNELS_LAST)
+        optimizer = torch.optim.Adam(net.parameters(), 1e-3, fused=True)
+        image = images(count, size)
+        points = size * torch.rand(count, 106, 2, device=DEVICE)
+        time_steps("heatmaps", f"MNetV2-1.0 SDD, {size} px", net, optimizer, lambda net:
+                   heatmap_landmarks.heatmap_loss(net(image), points, net.stride, 2.0), count)
 
 
-def plain_flow(mean, momenta, curves, sigma, steps=2):
+# ---- LDDMM-Face ----------------------------------------------------------------------------------
+
+def plain_flow(mean, momenta, lines, sigma, steps=2):
     """Eq. (7) as it reads: curve after curve, with the kernel of all N x N points."""
     ends = torch.zeros_like(momenta)
-    for ids, width in zip(curves.values(), sigma.tolist()):
+    for ids, width in zip(lines, sigma.tolist()):
         own = momenta.new_zeros(momenta.shape[-2], 1)
         own[ids] = 1
         x = mean.expand_as(momenta)
         for _ in range(steps):
-            k = (-(x[:, :, None] - x[:, None]).square().sum(-1) / width**2).exp()           # (B, N, N)
+            k = (-(x[:, :, None] - x[:, None]).square().sum(-1) / width**2).exp()  # (B, N, N)
             x = x + k @ (momenta * own) / steps
         ends = ends + x * own
     return ends
 
 
 def bench_flow():
-    """The deformation layer, forward and backward, batch 32, beside a loop over curves with N x N kernels."""
-    for scheme in (98, 194):
-        curves = lddmm_face.carriers(scheme).curves
-        count = sum(map(len, curves.values()))
+    """The deformation layer, forward and backward, beside a loop over curves."""
+    count = sized(32, 2)
+    for scheme in sized((98, 194), (68,)):
         torch.manual_seed(0)
-        mean, momenta = 256 * torch.rand(count, 2), torch.randn(32, count, 2).requires_grad_()
-        sigma, layout = lddmm_face.curve_scale(mean, curves), lddmm_face.Layout(curves)
-        target, d = mean + torch.randn(32, count, 2), torch.full((32,), 60.0)
-        ours = lambda: lddmm_face.deform(mean[None], momenta, layout, sigma)[:, -1]
-        fast = median_ms(lambda: ours().square().sum().backward(), 15)
-        both = median_ms(lambda: lddmm_face.lddmm_loss(ours(), target, layout, sigma, d).backward(), 15)
-        slow = median_ms(lambda: plain_flow(mean, momenta, curves, sigma).square().sum().backward(), 3)
-        print(f"flow      {scheme} points, batch 32, forward and backward: {fast:.1f} ms (with the loss "
-              f"{both:.1f}); loop over curves, N x N kernel {slow:.0f} ms: {slow / fast:.0f} x")
+        lengths = map(len, lddmm_face.training_landmarks(scheme).values())
+        table = lddmm_face.curve_table(list(lengths))
+        curves = lddmm_face.Curves(table)
+        N = sum(map(len, table))
+        mean = 256 * torch.rand(N, 2)
+        sigma = lddmm_face.curve_scale(mean, curves)
+        momenta = torch.randn(count, N, 2).requires_grad_()
+        target = mean + torch.randn(count, N, 2)
+        d = torch.full((count,), 60.0)
+
+        def flow():
+            return lddmm_face.deform(mean[None], momenta, curves, sigma)[:, -1]
+
+        def loss():
+            return lddmm_face.lddmm_loss(flow(), target, curves, sigma, d)
+
+        ours = median_ms(lambda: flow().sum().backward(), 15)
+        plain = median_ms(lambda: plain_flow(mean, momenta, table, sigma).sum().backward(), 3)
+        compare("flow", f"{scheme} points, batch {count}, forward and backward", ours,
+                "loop over curves", plain)
+        say("flow", f"{scheme} points, with the loss: {median_ms(lambda: loss().backward()):.1f} "
+                    "ms")
 
 
 def bench_lddmm_step():
-    """Table 6: samples a second and memory of a training step, HRNet-W18, 256 px, batch 32; GPU only."""
-    if not torch.cuda.is_available():
-        print("lddmm     training step of Table 6: not run without a GPU")
-        return
-    device = torch.device("cuda")
-    for scheme, points in ((68, 50), (98, 100), (194, 100)):
+    """Table 6: a training step of HRNet-W18, 256 px, batch 32; MobileNetV2 at 96 px without a
+    GPU."""
+    backbone, size, count = ("hrnet_w18", 256, 32) if CUDA else ("mobilenetv2", 96, 16)
+    size = sized(size, 64)
+    count = sized(count, 2)
+    image = images(count, size)
+    for scheme, points in sized([(68, 50), (98, 100), (194, 100)], [(68, 50)]):
         for method in ("heatmap", "coord", "lddmm"):
-            args = lddmm_face.parse_args(["--method", method])
-            mean = 256 * torch.rand(scheme, 2)
-            net = lddmm_face.LDDMMFace("hrnet_w18", scheme, mean, points, method=method)
-            net = net.to(device, memory_format=torch.channels_last)
-            optimizer = torch.optim.Adam(net.parameters(), 1e-4)
-            image = torch.randn(32, 3, 256, 256, device=device).contiguous(memory_format=torch.channels_last)
-            target = 256 * torch.rand(32, scheme, 2, device=device)
-            torch.cuda.reset_peak_memory_stats()
+            args = lddmm_face.parse_args(["--method", method, "--backbone", backbone,
+                                          "--train-points", str(points), "--size", str(size)])
+            net = lddmm_face.build(args, 256 * torch.rand(scheme, 2), DEVICE)
+            optimizer = torch.optim.Adam(net.parameters(), 1e-4, fused=True)
+            target = size * torch.rand(count, scheme, 2, device=DEVICE)
+            name = "hrnet_w18" if method == "heatmap" else backbone
+            title = f"{name}, {size} px, {scheme} points, {points} % of them, {method}"
+            time_steps("lddmm", title, net, optimizer,
+                       lambda net: lddmm_face.loss_of(net, net(image), target, args), count, False)
 
-            def step():
-                loss = lddmm_face.loss_of(net, net(image), target, args)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
 
-            ms = median_ms(step, 20)
-            print(f"lddmm     {scheme} points, {len(net.carriers.ids)} carriers, {method}: "
-                  f"{32 / ms * 1e3:,.0f} samples/s, {torch.cuda.max_memory_allocated() / 1e6:,.0f} MB")
+# ---- Balanced alignment --------------------------------------------------------------------------
+
+def bench_tps():
+    """Images by the thin-plate grid of 64 points, alone, forward, and with the way back, beside
+    kornia's."""
+    count = sized(32, 2)
+    size = sized(112, 16)
+    maps = stn_align.TPSGrid(8)
+    numbers = (2 * torch.randn(count, 128)).requires_grad_()
+    image = torch.randn(count, 3, size, size)
+    kornia = peer("tps", "kornia.geometry.transform")
+
+    def ours():
+        return warp.sample(image, maps.grid(maps.fit(numbers), size))
+
+    def theirs():
+        centres = maps.spline.targets.float().expand(count, -1, -1)
+        moved = centres + numbers.unflatten(1, (64, 2)) / 56
+        weights = kornia.get_tps_transform(centres, moved)
+        return kornia.warp_image_tps(image, centres, *weights)
+
+    for title, call in (("forward", torch.no_grad()(lambda warped: warped())),
+                        ("forward and backward", lambda warped: warped().sum().backward())):
+        title = f"{count} x {size} px, 64 points, {title}"
+        fast = median_ms(lambda: call(ours))
+        if kornia:
+            compare("tps", title, fast, "kornia", median_ms(lambda: call(theirs), 3))
+        else:
+            say("tps", f"{title}: {fast:.1f} ms")
 
 
 def bench_stn_step():
-    """A training step of the ResNet34 at 112 px with LocNet, grid, warp and alignment loss, beside one that
-    aligns nothing: batch 256 in bf16 on a GPU, 8 on the CPU."""
-    cuda = torch.cuda.is_available()
-    device, count = torch.device("cuda" if cuda else "cpu"), 256 if cuda else 8
-    image = torch.randn(count, 3, 112, 112, device=device).contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(count, device=device) % 8631
+    """A training step of the ResNet34 with LocNet, grid, warp and alignment loss, beside one that
+    aligns nothing."""
+    count = 256 if CUDA else sized(8, 2)
+    depth = sized(34, 10)
+    size = sized(112, 48)
+    image = images(count, size)
+    labels = torch.arange(count, device=DEVICE)
     template = 28 + 56 * torch.rand(68, 2)
-    points = template.to(device) + torch.randn(count, 68, 2, device=device)
-    plain = None
+    points = template.to(DEVICE) + torch.randn(count, 68, 2, device=DEVICE)
+    times = []
     for method, align_at in (("none", "input"), ("tps8", "input"), ("tps8", "fmap")):
-        net = stn_align.AlignedRecognizer(method, align_at, 34, template)
-        learner = stn_align.Learner(net, 8631, 3.0).to(device, memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD([p for p in learner.parameters() if p.requires_grad], 1e-4, momentum=0.9)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-
-        def step():
-            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-                loss = learner(image, labels, points)[0]
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-
-        ms = median_ms(step, 20 if cuda else 3)
-        plain = plain or ms
-        memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
-        print(f"stn       training step, batch {count}, {'bf16' if cuda else 'float32'}, "
-              f"{'no alignment' if method == 'none' else f'{method} at {align_at}'}: "
-              f"{count / ms * 1e3:,.1f} images a second, {100 * (ms / plain - 1):+.1f} %{memory}")
+        net = stn_align.AlignedRecognizer(method, align_at, depth, template, size=size)
+        learner = stn_align.Learner(net, sized(8631, 10), 3.0).to(DEVICE, **CHANNELS_LAST)
+        trained = [p for p in learner.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, 1e-4, momentum=0.9)
+        title = "no alignment" if method == "none" else f"{method} at {align_at}"
+        times.append(time_steps("stn", title, learner, optimizer,
+                                lambda net: net(image, labels, points)[0], count))
+    say("stn", f"tps8 takes {times[1] / times[0] - 1:+.1%} at the input, "
+               f"{times[2] / times[0] - 1:+.1%} at the feature map")
 
 
-def naive_bias(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+# ---- KP-RPE --------------------------------------------------------------------------------------
+
+def indexed_bias(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Eq. (11) by an index into a flattened table: (B, H, N, K), (N, N) -> (B, H, N, N)."""
     count, buckets = table.shape[2:]
     flat = torch.arange(count, device=ids.device)[:, None] * buckets + ids
@@ -414,131 +478,71 @@ def naive_bias(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def bench_bias():
-    """One layer's KP-RPE bias, B = H = 8, 14 x 14 patches, forward and backward, and what it keeps."""
-    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        torch.manual_seed(0)
-        to_pairs = kprpe.PairBias((14, 14), "product").to(device)
-        draw = lambda *shape: torch.randn(shape, device=device)
-        keypoint, static, grad = draw(8, 8, 49), draw(8, 196, 49), draw(8, 8, 196, 196)
-        parts = keypoint.requires_grad_(), static.requires_grad_()
-        table = (keypoint[:, :, None] + static).detach().requires_grad_()
-        ways = {"flattened index": (lambda: naive_bias(table, to_pairs.ids[0]), (table,)),
-                "split, gather": (lambda: to_pairs.gather(*parts, torch.float32), parts),
-                "split, product": (lambda: to_pairs.product(*parts, torch.float32), parts)}
-        times = {}
-        for name, (make, leaves) in ways.items():
-            with torch.no_grad():
-                forward = median_ms(make, 15)
-            times[name] = median_ms(lambda: torch.autograd.grad(make(), leaves, grad), 15)
-            print(f"bias      {device}, {name}: {forward:.1f} ms, with the backward pass {times[name]:.1f} "
-                  f"ms: {times['flattened index'] / times[name]:.1f} x")
+    """One layer's KP-RPE bias, B = H = 8, 14 x 14 patches, forward and backward."""
+    side = sized(14, 4)
+    N = side**2
+    pair_bias = kprpe.PairBias((side, side), "product").to(DEVICE)
+    ids = kprpe.bucket_ids(side, side, "product").to(DEVICE).view(N, N)
+    of_image = torch.randn(8, 8, 49, device=DEVICE).requires_grad_()
+    of_query = torch.randn(8, N, 49, device=DEVICE).requires_grad_()
+    grad = torch.randn(8, 8, N, N, device=DEVICE)
+    parts = (of_image, of_query)
 
+    def plain():
+        return indexed_bias(of_image[:, :, None] + of_query, ids)
 
-def flex_forward(attn, flex, x, pairs, parts):
-    """`kprpe.Attention.forward` of kp-* by FlexAttention: a pair's bias is read from the two parts inside the
-    kernel, and never lies in memory."""
-    q, k, v = attn.qkv(x).unflatten(-1, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4)
-    (keypoint, static), ids = (part * attn.scale for part in parts), pairs.ids[0]
-
-    def bias(score, b, h, i, j):
-        bucket = ids[i, j]
-        return score + keypoint[b, h, bucket] + static[h, i, bucket]
-
-    return attn.proj(flex(q, k, v, score_mod=bias).transpose(1, 2).flatten(2))
-
-
-def use_path(net, path: str):
-    """Makes a KP-RPE network take one path to its bias: PairBias's "gather" or "product", or "flex"."""
-    if path != "flex":
-        net.pairs.forward = getattr(net.pairs, path)
-        return
-    from torch.nn.attention.flex_attention import flex_attention
-    flex = torch.compile(flex_attention)
-    for block in net.blocks:
-        block.attn.forward = functools.partial(flex_forward, block.attn, flex)
+    ours = median_ms(lambda: torch.autograd.grad(pair_bias(*parts), parts, grad), 15)
+    slow = median_ms(lambda: torch.autograd.grad(plain(), parts, grad), 15)
+    compare("bias", f"{side} x {side} patches, forward and backward", ours, "index into the table",
+            slow)
 
 
 def bench_vit_step():
-    """Images a second and memory of a training step: ViT-S and ViT-B at batch 256, bf16, on a GPU; a small
-    one at batch 32 on the CPU. KP-RPE by each path; FlexAttention has a backward pass on a GPU only."""
-    cuda = torch.cuda.is_available()
-    device, count = torch.device("cuda" if cuda else "cpu"), 256 if cuda else 32
-    paths = ("gather", "product", *(["flex"] if cuda else []))
-    for size in ("small", "base") if cuda else (dict(dim=192, depth=6, heads=6, mlp_ratio=3),):
-        plain = None
-        for rpe, path in (("none", ""), ("product", ""), ("irpe", ""), *(("kp-multihead", p) for p in paths)):
-            net = kprpe.ViT(size, rpe).to(device)
+    """A training step of the ViT with each encoding, beside the one without: ViT-S and ViT-B on a
+    GPU, a small one on the CPU."""
+    count = 256 if CUDA else sized(32, 2)
+    own = sized(dict(dim=192, depth=6, heads=6, mlp_ratio=3), dict(dim=16, depth=2, heads=2))
+    for size in ("small", "base") if CUDA else (own,):
+        image = images(count, 112)
+        points = torch.rand(count, 5, 2, device=DEVICE)
+        times = {}
+        for rpe in ("none", "product", "irpe", "kp-multihead"):
+            net = kprpe.ViT(size, rpe).to(DEVICE)
             optimizer = torch.optim.AdamW(net.parameters(), 1e-3, fused=True)
-            image, points = torch.randn(count, 3, 112, 112).to(device), torch.rand(count, 5, 2).to(device)
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-
-            def step():
-                with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-                    loss = net(image, points).square().mean()
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-
-            name = f"{size if cuda else 'dim 192, depth 6'}, {rpe}{path and f' by {path}'}, batch {count}"
-            try:
-                if path:
-                    use_path(net, path)
-                ms = median_ms(step, 20 if cuda else 3)
-            except Exception as error:  # FlexAttention's compiler raises anything
-                if path != "flex":
-                    raise
-                print(f"vit       {name}: does not work here, {str(error).splitlines()[0]}")
-                continue
-            plain = plain or ms
-            memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else ""
-            print(f"vit       {name}: {count / ms * 1e3:,.0f} images a second "
-                  f"({100 * (plain / ms - 1):+.1f} %){memory}")
+            title = f"{size if CUDA else 'a small ViT'}, {rpe}"
+            times[rpe] = time_steps("vit", title, net, optimizer,
+                                    lambda net: net(image, points).square().mean(), count)
+        lost = [f"{rpe} {1 - times['none'] / ms:.1%}" for rpe, ms in times.items()]
+        say("vit", f"throughput lost: {', '.join(lost[1:])}")
 
 
 def bench_dfa():
-    """Faces a second of the face aligner, batches of 32 at 160 px, alone and with the alignment to 112 px."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    threads = torch.get_num_threads()
-    net, image = kprpe.DFA().eval().to(device), torch.rand(32, 3, 160, 160, device=device) * 2 - 1
-    for count in (1, 2) if device.type == "cpu" else (threads,):
-        torch.set_num_threads(count)
-        with torch.inference_mode():
-            alone = median_ms(lambda: net(image))
-            both = median_ms(lambda: kprpe.align_112(image, net(image).landmarks))
-        what = f"{count} threads" if device.type == "cpu" else "GPU"
-        print(f"dfa       {what}: {32e3 / alone:,.0f} faces a second, {32e3 / both:,.0f} with the alignment")
-    torch.set_num_threads(threads)
+    """Faces a second of the face aligner at 160 px, alone and with the alignment to 112 px."""
+    count = sized(32, 2)
+    net = kprpe.DFA().eval().to(DEVICE)
+    image = torch.rand(count, 3, 160, 160, device=DEVICE) * 2 - 1
+    with torch.inference_mode():
+        alone = median_ms(lambda: net(image))
+        both = median_ms(lambda: kprpe.align_112(image, net(image).landmarks))
+    say("dfa", f"{count / alone * 1e3:,.0f} faces a second, {count / both * 1e3:,.0f} with the "
+               "alignment")
 
 
-def bench_records():
-    """Images a second out of a record file, 112 px JPEGs, beside decoding the same bytes."""
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        noise = rng.integers(0, 256, (256, 112, 112, 3), np.uint8)
-        smooth = [cv2.convertScaleAbs(cv2.GaussianBlur(p, (0, 0), 3), alpha=4, beta=-380) for p in noise]
-        coded = [cv2.imencode(".jpg", p)[1].tobytes() for p in smooth]
-        with open(f"{folder}/train.rec", "wb") as data, open(f"{folder}/train.idx", "w") as index:
-            for key, image in enumerate(coded):
-                index.write(f"{key}\t{data.tell()}\n")
-                length = 24 + len(image)
-                data.write(struct.pack("<IIIfQQ", 0xced7230a, length, 0, key % 2, key, 0) + image +
-                           b"\0" * (-length % 4))
-        records = recognition.Records(folder)
-        bare = median_ms(lambda: [cv2.imdecode(np.frombuffer(c, np.uint8), cv2.IMREAD_COLOR) for c in coded])
-        ours = median_ms(lambda: [records[i] for i in range(256)])
-        print(f"records   112 px JPEGs of {sum(map(len, coded)) / 256:,.0f} bytes: {256 / ours * 1e3:,.0f} "
-              f"images a second; cv2.imdecode alone {256 / bare * 1e3:,.0f}")
-
+# ---- Command -------------------------------------------------------------------------------------
 
 def main(argv=None):
     """Runs the timings that are named, or all."""
-    benches = {name[6:]: function for name, function in globals().items() if name.startswith("bench_")}
+    benches = {name[6:]: function for name, function in globals().items()
+               if name.startswith("bench_")}
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(benches))
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args(argv)
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help=", ".join(benches))
+    add("--threads", type=int, default=1)
+    add("--smoke", action="store_true", help="each once, at a tiny size, on the CPU or GPU")
+    add("--report", action="store_true", help="write --output")
+    add("--output", type=Path, default=Path(__file__).with_name("BENCH.md"), help="of --report")
+    args = parser.parse_args(argv, OPTIONS)
     unknown = [name for name in args.names if name not in benches]
     if unknown:
         parser.error(f"{unknown[0]}: expected some of {', '.join(benches)}")
@@ -546,6 +550,12 @@ def main(argv=None):
     cv2.setNumThreads(args.threads)
     for name in args.names or benches:
         benches[name]()
+    if args.report:
+        machine = torch.cuda.get_device_name() if CUDA else platform.processor() or "a CPU"
+        text = ["# Timings", "", f"Written by `python -m tests.bench --report`; {machine}, "
+                f"{args.threads} threads, torch {torch.__version__}.", "", "```", *LINES, "```"]
+        args.output.write_text("\n".join(text) + "\n")
+        print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

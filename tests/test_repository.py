@@ -71,8 +71,9 @@ def test_only_the_five_packages_are_imported(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_lines_and_functions_are_short(path):
     text = path.read_text()
-    long = [n for n, line in enumerate(text.splitlines(), 1) if len(line) > 110]
-    assert not long, f"{path.name}: lines {long} are over 110 columns"
+    limit = 110 if path.parent.name == "tests" else 100
+    long = [n for n, line in enumerate(text.splitlines(), 1) if len(line) > limit]
+    assert not long, f"{path.name}: lines {long} are over {limit} columns"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno - node.lineno < (
@@ -91,16 +92,3 @@ def test_readme_names_every_script_that_exists():
     assert all(f"python {script}" in readme for script in SCRIPTS)
     for path in re.findall(r"python -m (tests\.\w+)", readme):
         assert (ROOT / (path.replace(".", "/") + ".py")).exists()
-
-
-def test_claims_name_flags_that_exist():
-    from tests import claims
-
-    for script, listed in claims.CLAIMS.items():
-        module = __import__(script.partition("-")[0])
-        for claim in listed:
-            for flags in claim.variants.values():
-                data = "walkers" if script == "kprpe-gait" else "faces" if "--also" in flags else "folder"
-                module.parse_args(["--data", data, "--data-root", "x", *claims.ALWAYS[script].split(),
-                                   *claims.SMALL[script].split(),
-                                   *flags.replace("@/template.pts", __file__).split()])

@@ -1,0 +1,195 @@
+"""tests/claims.py and tests/measures.py: flags, one claim from end to end, and what is measured."""
+import json
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import heatmap_landmarks
+import kprpe
+import lddmm_face
+import sdfl
+import stn_align
+from common import datasets
+from tests import bench, claims, measures
+
+MODULES = {module.__name__: module
+           for module in (sdfl, heatmap_landmarks, lddmm_face, stn_align, kprpe)}
+TINY = ["--device", "cpu", "--size", "32", "--limit", "4", "--batch-size", "2", "--epochs", "1"]
+
+
+@pytest.mark.parametrize("script", claims.CLAIMS)
+def test_flags_of_all_claims_exist(script):
+    module = MODULES[script.partition("-")[0]]
+    for small in ([], ["--small"]):
+        args = claims.parse_args([script, "--data-root", "x", *small])
+        base = claims.base_of(script, args).split()
+        for claim in claims.CLAIMS[script]:
+            for label, flags in claim.variants.items():
+                words = re.sub(r"@[\w-]+/\S+", __file__, flags).split()
+                module.parse_args([*base, *(word for word in words if word != claims.CONSTANT)])
+                assert claim.metric_of(label)
+            assert set(claims.needs_of(" ".join(claim.variants.values()))) <= set(claims.CLAIMS)
+
+
+def test_names_are_unique_and_an_unknown_one_is_refused(capsys):
+    for listed in claims.CLAIMS.values():
+        assert len({claim.name for claim in listed}) == len(listed)
+    with pytest.raises(SystemExit):
+        claims.parse_args(["sdfl", "--only", "heads"])
+    assert "sdfl has the claims head, " in capsys.readouterr().err
+
+
+@pytest.fixture
+def in_process(monkeypatch, capsys):
+    """Commands run here, not in processes of their own, and are listed."""
+    commands = []
+
+    def call(words, threads):
+        commands.append(words)
+        if words[:2] == ["-m", "tests.measures"]:
+            capsys.readouterr()
+            measures.main(words[2:])
+            return capsys.readouterr().out
+        if words[0] == "-c":
+            assert words[1].endswith("; measures.train_with_constant_keypoints()")
+            measures.hold_keypoints()
+            kprpe.main(kprpe.parse_args(words[2:]))
+            return ""
+        module = MODULES[re.search(r"(\w+)\.py$", words[0])[1]]
+        start = kprpe.main if module is kprpe else module.train
+        start(module.parse_args(words[1:]))
+        return ""
+
+    monkeypatch.setattr(claims, "call", call)
+    monkeypatch.setattr(kprpe, "inputs", kprpe.inputs)  # undone after `hold_keypoints`
+    return commands
+
+
+def run_claims(tmp_path, *words):
+    claims.main([words[0], "--results", str(tmp_path / "claims.jsonl"), "--seeds", "1",
+                 *words[1:]])
+    return [json.loads(line) for line in (tmp_path / "claims.jsonl").read_text().splitlines()]
+
+
+def test_a_claim_from_end_to_end(tmp_path, in_process, capsys):
+    flags = ["--only", "68 to 194", "--", *TINY, "--backbone", "mobilenetv2"]
+    rows = run_claims(tmp_path, "lddmm_face", *flags)
+    assert len(rows) == 1 and len(in_process) == 2  # both variants are one run, and one measure
+    result = rows[0]["result"]
+    assert result["epoch"] == 1 and 0 < result["curves@floor@194"] < result["curves@194"]
+    assert result["curves@floor"] == 0 and result["nme@spline"] == pytest.approx(result["nme"])
+    assert result["nme@hidden"] > 0 and result["curves@alone@194"] > 0
+    shown = capsys.readouterr().out
+    assert re.search(r"194 predicted [\d.]+ \(1 seed\); 68 alone [\d.]+ \(1 seed\); "
+                     r"\[true 68 alone [\d.]+ \(1 seed\)\] \| [01] of 1 \|", shown)
+    run_claims(tmp_path, "lddmm_face", *flags)
+    assert len(in_process) == 2  # nothing new
+    output = tmp_path / "CLAIMS.md"
+    claims.main(["--report", "--results", str(tmp_path / "claims.jsonl"), "--output", str(output),
+                 "--hardware", "one core"])
+    text = output.read_text()
+    assert "Hardware: one core." in text and "## lddmm_face" in text
+    assert "`python -m tests.claims lddmm_face --data faces -- --device cpu" in text
+    assert "| 68 to 194 |" in text and "not run | not run |" in text.replace("; ", " | ")
+
+
+def test_a_run_that_needs_another_waits_for_it(tmp_path, monkeypatch):
+    order = []
+
+    def call(words, threads):
+        folder = claims.Path(words[words.index("--output") + 1])
+        folder.mkdir(parents=True)
+        (folder / "log.jsonl").write_text('{"accuracy": 0.5}\n')
+        order.append(words)
+        return ""
+
+    monkeypatch.setattr(claims, "call", call)
+    rows = run_claims(tmp_path, "stn_align", "--only", "template", "--jobs", "3")
+    own = next(words for words in order if "--template-file" in words)
+    first = next(words for words in order if "--template" not in words)
+    file = own[own.index("--template-file") + 1]
+    assert file == first[first.index("--output") + 1] + "/template.pts"
+    assert order.index(first) < order.index(own) and len(rows) == 3
+
+
+def rows_of(**results):
+    return {f"sdfl {flags} --seed {seed}": dict(result=dict(nme=value))
+            for flags, values in results.items() for seed, value in enumerate(values)}
+
+
+def test_table_gives_mean_spread_and_order():
+    claim = claims.Claim("c", "p", {"one": "a", "two": "b", "three": "c"})
+    done = rows_of(a=[0.1, 0.3], b=[0.2, 0.2], c=[0.4, 0.1])
+    line = claims.table("sdfl", [claim], "", 2, done).splitlines()[-1]
+    assert line == ("| c | p | one 20.00 ± 14.14 (2 seeds); two 20.00 ± 0.00 (2 seeds); "
+                    "three 25.00 ± 21.21 (2 seeds) | 1 of 2 |")
+    chain = claims.Claim("c", "p", claim.variants, lower_is_better=False, chain=True)
+    assert claims.table("sdfl", [chain], "", 2, done).endswith("| 1 of 2 |")
+    assert claims.table("sdfl", [claim], "", 2, rows_of(a=[0.1])).endswith(
+        "one 10.00 (1 seed); two not run; three not run | not run |")
+
+
+# ---- What is measured ----------------------------------------------------------------------------
+
+def drawn_loader(count=6):
+    args = sdfl.parse_args(["--size", "64", "--limit", str(count), "--device", "cpu"])
+    data = sdfl.make_dataset(args, "test")
+    return args, measures.ordered_loader(args, data, torch.device("cpu"))
+
+
+def test_occluder_test_sees_only_visible_points():
+    args, loader = drawn_loader()
+
+    class Mean(nn.Module):  # all points are where the image's brightest value says
+        size = 64
+        mask = torch.eye(68, dtype=torch.bool)
+
+        def forward(self, image):
+            return image.amax((1, 2, 3))[:, None, None].expand(-1, 68, 2)
+
+    result = measures.occluder_test(Mean(), loader, args)
+    assert list(result) == [f"moved@{share}" for share in (0.05, 0.1, 0.2, 0.3, 0.4)]
+    assert all(value > 0 for value in result.values())
+
+    class Fixed(Mean):
+        def forward(self, image):
+            return torch.zeros(len(image), 68, 2)
+
+    assert not any(measures.occluder_test(Fixed(), loader, args).values())
+
+
+def test_a_hidden_crop_is_grey_about_a_landmark():
+    _, loader = drawn_loader()
+    batch = next(iter(loader))
+    hidden, visible = measures.hide(batch, 0.2, 64)
+    before = batch["image"].permute(0, 3, 1, 2).float()
+    changed = (hidden["image"] != before).any(1).float().mean((1, 2))
+    assert changed.max() <= 0.22 and changed.max() > 0.15  # less where it leaves the crop
+    assert not visible[torch.arange(6), 7 * batch["index"] % 68].any() and visible.any(1).all()
+
+
+def test_decoders_are_measured_as_a_run_measures_its_own(tmp_path, in_process):
+    flags = ["--only", "flip test", "--", *TINY, "--backbone", "mobilenetv2_0.25"]
+    result = run_claims(tmp_path, "heatmap_landmarks", *flags)[0]["result"]
+    assert result["nme@dark"] == result["nme@flip none"] == pytest.approx(result["nme"])
+    assert {"auc@shift", "auc@argmax", "auc@flip coordinates", "auc@flip heatmaps"} <= set(result)
+
+
+def test_constant_keypoints_are_those_of_all_images(tmp_path, in_process):
+    flags = ["--only", "unaligned", "--", *TINY, "--dim", "16", "--depth", "1", "--limit", "40"]
+    rows = run_claims(tmp_path, "kprpe", *flags)
+    held = [row for row in rows if claims.CONSTANT in row["key"]]
+    assert len(rows) == 4 and len(held) == 1
+    assert {"accuracy@unaligned", "accuracy@t0.25", "accuracy@t0.75"} <= set(held[0]["result"])
+    image = torch.zeros(3, 3, 32, 32)
+    points = kprpe.inputs(image, torch.randn(3, 5, 2))[1]  # still held
+    expected = (torch.tensor(datasets.ARCFACE_5) + 0.5) / 112
+    torch.testing.assert_close(points, expected.expand(3, 5, 2).float())
+
+
+def test_bench_knows_its_sections(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["nothing"])
+    assert "expected some of faces, loader" in capsys.readouterr().err
