@@ -2167,7 +2167,7 @@ def identify_templates(pooled: torch.Tensor, templates: Templates, ks=(1, 5)) ->
 # SwinGait-2D: each silhouette passes convolutions and a Swin transformer by itself, whose windows
 # have Swin's table of relative positions, or KP-RPE by the 17 joints of the frame.
 
-# Sec. 5: 32 people x 4 walks, 60,000 steps (93 an epoch). The rest is OpenGait's; tested at the end.
+# Sec. 5: 32 people x 4 walks, 60,000 steps (93 an epoch). The rest is OpenGait's; tested last.
 GAIT_PAPER = dict(rpe="kp-multihead", dim=256, heads=16, epochs=645, batch_size=128, frames=30,
                   lr=3e-4, weight_decay=0.02, warmup=0.0, clip=0.0, eval_every=1000)
 GAIT_PRESETS = {

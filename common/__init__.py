@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """Something that the user can mend: a flag, a file, a value. Its message alone ends the program."""
+    """Something that the user can mend: a flag, a file, a value. Its message ends the program."""

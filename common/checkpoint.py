@@ -1,4 +1,4 @@
-"""A run's folder and its files, and published weights. Files stay data: nothing in them is executed.
+"""A run's folder and its files, and published weights. Files stay data: nothing in them is run.
 
 A checkpoint is a dict: script, model and optimizer (state dicts), epoch, args (the flags), world
 (the number of processes), data (what was trained on), and what a script adds. It is checked whole
@@ -186,7 +186,8 @@ def init_backbone(backbone: nn.Module, path: str) -> str:
     shared = {name: state[name] for name in own if name in state}
     if not shared:
         raise UserError(f"--init {path}: none of its {len(state)} names, as "
-                        f"{', '.join([*state][:3])}, is one of the backbone's {len(own)}, as {', '.join([*own][:3])}")
+                        f"{', '.join([*state][:3])}, is one of the backbone's {len(own)}, as "
+                        f"{', '.join([*own][:3])}")
     for name, value in shared.items():
         if value.shape != own[name].shape:
             raise UserError(f"--init {path}: {name} is {tuple(value.shape)}, the backbone's is "

@@ -213,7 +213,8 @@ def launch(function: Callable, args):
         for process in ranks.processes:
             os.kill(process.pid, signal.SIGINT)
         raise
-    except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException) as error:
+    except (multiprocessing.ProcessExitedException,
+            multiprocessing.ProcessRaisedException) as error:
         if not messages.empty():
             raise UserError(messages.get()) from None
         if isinstance(error, multiprocessing.ProcessExitedException):

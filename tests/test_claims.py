@@ -178,11 +178,13 @@ def test_decoders_are_measured_as_a_run_measures_its_own(tmp_path, in_process):
 
 
 def test_constant_keypoints_are_those_of_all_images(tmp_path, in_process):
-    flags = ["--only", "unaligned", "--", *TINY, "--dim", "16", "--depth", "1", "--limit", "40"]
-    rows = run_claims(tmp_path, "kprpe", *flags)
-    held = [row for row in rows if claims.CONSTANT in row["key"]]
-    assert len(rows) == 4 and len(held) == 1
-    assert {"accuracy@unaligned", "accuracy@t0.25", "accuracy@t0.75"} <= set(held[0]["result"])
+    own = kprpe.inputs
+    args = claims.parse_args(["kprpe", "--results", str(tmp_path / "claims.jsonl"), "--", *TINY,
+                              "--dim", "16", "--depth", "1", "--limit", "40"])
+    flags = claims.join(claims.base_of("kprpe", args), claims.CONSTANT)
+    result = claims.make(args, "kprpe", flags, 0, 1, [])["result"]
+    assert {"accuracy@unaligned", "accuracy@t0.25", "accuracy@t0.75"} <= set(result)
+    assert kprpe.inputs is not own and claims.CONSTANT in in_process[1]
     image = torch.zeros(3, 3, 32, 32)
     points = kprpe.inputs(image, torch.randn(3, 5, 2))[1]  # still held
     expected = (torch.tensor(datasets.ARCFACE_5) + 0.5) / 112
