@@ -71,7 +71,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -195,7 +195,7 @@ class Curves(nn.Module):
     Args: table, the points of each curve, in the order along it; together all of 0 to N - 1, once.
     """
 
-    def __init__(self, table: Sequence[Sequence[int]]):
+    def __init__(self, table: Collection[Sequence[int]]):
         super().__init__()
         longest = max(map(len, table))
         padded = torch.tensor([[*line, *line[-1:] * (longest - len(line))] for line in table])
@@ -214,10 +214,10 @@ class Curves(nn.Module):
         return points.flatten(-3, -2).index_select(-2, self.slot)
 
 
-def curve_table(lengths: Sequence[int]) -> list[list[int]]:
-    """The table of curves whose points follow one another: [2, 3] -> [[0, 1], [2, 3, 4]]."""
+def number_points(subset: dict[str, list[int]]) -> dict[str, list[int]]:
+    """{curve: which of the K training landmarks are on it}; they are numbered curve after curve."""
     number = itertools.count()
-    return [[next(number) for _ in range(length)] for length in lengths]
+    return {name: [next(number) for _ in line] for name, line in subset.items()}
 
 
 def curve_scale(mean: torch.Tensor, curves: Curves) -> torch.Tensor:
@@ -252,7 +252,7 @@ def flow(x: torch.Tensor, alpha: torch.Tensor, sigma, steps: int = 2,
     """The points of a curve, moved by their momenta for a unit of time in `steps` Euler steps.
 
     A point whose momentum is 0 moves no other and is carried along: so are extra points (Sec. 3.3).
-    A step is one-to-one for certain only if the norms of the momenta sum to at most 1.1658 sigma
+    It is one-to-one for certain only if the norms of the momenta sum to less than sqrt(e / 2) sigma
     steps. Use as many steps as the network was trained with.
     Args: x (..., n, 2) px; alpha (..., n, 2) px; sigma, a number or (...,) px; extra (..., m, 2)
         px. Leading dimensions broadcast, as those of many faces and curves.
@@ -301,6 +301,117 @@ def deform(points: torch.Tensor, momenta: torch.Tensor, curves: Curves, sigma, s
     alpha = curves.split(momenta) * curves.real[..., None]
     path = flow(curves.split(points), alpha, sigma, steps)  # (B, C, steps + 1, L, 2)
     return curves.join(path.movedim(-4, -3))
+
+
+# ---- Network: Fig. 1 -----------------------------------------------------------------------------
+
+FRAME = 256  # momenta, mean face and flow are in px of a crop of this side, whatever --size is
+
+
+def to_frame(points, size: int):
+    """Px of a size x size crop -> px of a 256 px crop of the same face, elementwise."""
+    return (points + 0.5) * (FRAME / size) - 0.5
+
+
+def from_frame(points, size: int):
+    """The inverse of `to_frame`."""
+    return (points + 0.5) * (size / FRAME) - 0.5
+
+
+class Extra(NamedTuple):
+    """Points that the flows carry besides the training landmarks (Sec. 3.3), and the annotation
+    that all of these make up. Together they are N points, the K training landmarks first."""
+    points: torch.Tensor  # (N - K, 2) px of a 256 px crop, in the mean face
+    curves: Curves  # of all N
+    place: torch.Tensor  # (P,) which of the N each landmark of the annotation is
+
+
+class Prediction(NamedTuple):
+    """What a network says of B images, in px of a 256 px crop; of heatmaps, these alone."""
+    stages: list[torch.Tensor]  # (B, N, 2) where each stage leaves the points; the last counts
+    start: torch.Tensor | None = None  # (B or 1, N, 2) where the last stage's flow begins
+    momenta: torch.Tensor | None = None  # (B, N, 2) of the last stage, 0 of extra points
+    heatmaps: torch.Tensor | None = None  # (B, K, size / 4, size / 4)
+
+
+class LDDMMFace(nn.Module):
+    """Fig. 1: images (B, 3, size, size), normalised -> backbone, momentum estimator, deformation
+    layer -> `Prediction`.
+
+    Args: backbone, a name of BACKBONES or "dan"; scheme, P; mean (P, 2), the mean face in px of a
+        256 px crop; points, which landmarks have momenta, as `training_landmarks` takes them; steps
+        of the flow; sigma_factor, sigma_V over a curve's scale; method, "lddmm" or a baseline:
+        "coord" (the estimator's output is added to the mean face, nothing flows) or "heatmap".
+    Raises: UserError as `training_landmarks` does.
+    """
+
+    def __init__(self, backbone: str, scheme: int, mean: torch.Tensor,
+                 points: int | Sequence[int] = 100, steps: int = 2, sigma_factor: float = 1.0,
+                 method: str = "lddmm", size: int = 256):
+        super().__init__()
+        self.scheme = scheme
+        self.steps = steps
+        self.method = method
+        self.size = size
+        self.subset = training_landmarks(scheme, points)  # {curve: landmarks}
+        self.landmarks = sum(self.subset.values(), [])  # (K,) the number of each training landmark
+        count = len(self.landmarks)
+        self.curves = Curves(number_points(self.subset).values())
+        self.register_buffer("ids", torch.tensor(self.landmarks), persistent=False)
+        self.register_buffer("mean", mean.float())
+        scale = curve_scale(self.start, self.curves)
+        self.register_buffer("sigma", sigma_factor * scale)  # (C,) sigma_V
+        weights = interpolation(scheme, self.subset)
+        self.register_buffer("interpolate", weights, persistent=False)
+        self.connection = None
+        if method == "heatmap":
+            self.backbone = HRNetHeatmaps(count)
+            return
+        if backbone == "dan":
+            self.backbone = nn.ModuleList([DANStage(3, size), DANStage(5, size)])
+            self.connection = DANConnection()
+        else:
+            self.backbone = nn.ModuleList([BACKBONES[backbone](count, size)])
+        # Sec. 4: the momentum estimator is a pooling, here in the backbones, and a linear layer.
+        self.estimators = nn.ModuleList(nn.Linear(net.channels, 2 * count) for net in self.backbone)
+
+    @property
+    def start(self) -> torch.Tensor:
+        """The training landmarks of the mean face, (K, 2)."""
+        return self.mean[self.ids]
+
+    def stage(self, i: int, image, start, curves: Curves):
+        """Backbone, estimator and flow i, which begins at the points `start` (B or 1, N, 2).
+        Returns: features (B, F), momenta (B, N, 2), where the flow ends (B, N, 2)."""
+        features = self.backbone[i](image)
+        with torch.autocast(image.device.type, enabled=False):  # bfloat16 rounds 200 px to 1 px
+            features = features.float()
+            momenta = self.estimators[i](features).unflatten(1, (-1, 2))  # (B, K, 2)
+            momenta = F.pad(momenta, (0, 0, 0, start.shape[1] - len(self.ids)))  # 0 of extra points
+            if self.method == "coord":
+                points = start + momenta
+            else:
+                points = deform(start, momenta, curves, self.sigma, self.steps)[:, -1]
+        return features, momenta, points
+
+    def forward(self, image, extra: Extra | None = None) -> Prediction:
+        if self.method == "heatmap":
+            return Prediction([], heatmaps=self.backbone(image))
+        curves = self.curves
+        start = self.start[None]
+        if extra is not None:
+            curves = extra.curves
+            start = torch.cat([self.start, extra.points])[None]
+        features, momenta, first = self.stage(0, image, start, curves)
+        if self.connection is None:
+            return Prediction([first], start, momenta)
+        # DAN: stage 2 sees the image moved so that stage 1's landmarks lie about the mean face.
+        with torch.autocast(image.device.type, enabled=False):
+            trained = first[:, :len(self.ids)]
+            image, theta = self.connection(image.float(), trained, features, self.start)
+            start = warp.apply_affine(theta, first)
+        momenta, second = self.stage(1, image, start, curves)[1:]
+        return Prediction([first, warp.apply_affine(warp.invert(theta), second)], start, momenta)
 
 
 # ---- Loss: Sec. 3.2 ------------------------------------------------------------------------------
@@ -360,116 +471,23 @@ def lddmm_loss(pred: torch.Tensor, target: torch.Tensor, curves: Curves, sigma: 
     return (D.sum(1) / d).mean()
 
 
-# ---- Network: Fig. 1 -----------------------------------------------------------------------------
-
-FRAME = 256  # momenta, mean face and flow are in px of a crop of this side, whatever --size is
-
-
-def to_frame(points, size: int):
-    """Px of a size x size crop -> px of a 256 px crop of the same face, elementwise."""
-    return (points + 0.5) * (FRAME / size) - 0.5
-
-
-def from_frame(points, size: int):
-    """The inverse of `to_frame`."""
-    return (points + 0.5) * (size / FRAME) - 0.5
-
-
-class Extra(NamedTuple):
-    """Points that the flows carry besides the training landmarks (Sec. 3.3), and the annotation
-    that all of these make up. Together they are N points, the K training landmarks first."""
-    points: torch.Tensor  # (N - K, 2) px of a 256 px crop, in the mean face
-    curves: Curves  # of all N
-    place: torch.Tensor  # (P,) which of the N each landmark of the annotation is
-
-
-class Prediction(NamedTuple):
-    """What a network says of B images, in px of a 256 px crop; of heatmaps, these alone."""
-    stages: list[torch.Tensor]  # (B, N, 2) where each stage leaves the points; the last counts
-    start: torch.Tensor | None = None  # (B or 1, N, 2) where the last stage's flow begins
-    momenta: torch.Tensor | None = None  # (B, N, 2) of the last stage, 0 of extra points
-    heatmaps: torch.Tensor | None = None  # (B, K, size / 4, size / 4)
-
-
-class LDDMMFace(nn.Module):
-    """Fig. 1: images (B, 3, size, size), normalised -> backbone, momentum estimator, deformation
-    layer -> `Prediction`.
-
-    Args: backbone, a name of BACKBONES or "dan"; scheme, P; mean (P, 2), the mean face in px of a
-        256 px crop; points, which landmarks have momenta, as `training_landmarks` takes them; steps
-        of the flow; sigma_factor, sigma_V over a curve's scale; method, "lddmm" or a baseline:
-        "coord" (the estimator's output is added to the mean face, nothing flows) or "heatmap".
-    Raises: UserError as `training_landmarks` does.
-    """
-
-    def __init__(self, backbone: str, scheme: int, mean: torch.Tensor,
-                 points: int | Sequence[int] = 100, steps: int = 2, sigma_factor: float = 1.0,
-                 method: str = "lddmm", size: int = 256):
-        super().__init__()
-        self.scheme = scheme
-        self.steps = steps
-        self.method = method
-        self.size = size
-        self.subset = training_landmarks(scheme, points)  # {curve: landmarks}
-        self.landmarks = sum(self.subset.values(), [])  # (K,) the number of each training landmark
-        count = len(self.landmarks)
-        self.curves = Curves(curve_table([len(line) for line in self.subset.values()]))
-        self.register_buffer("ids", torch.tensor(self.landmarks), persistent=False)
-        self.register_buffer("mean", mean.float())
-        scale = curve_scale(self.start, self.curves)
-        self.register_buffer("sigma", sigma_factor * scale)  # (C,) sigma_V
-        weights = interpolation(scheme, self.subset)
-        self.register_buffer("interpolate", weights, persistent=False)
-        self.connection = None
-        if method == "heatmap":
-            self.backbone = HRNetHeatmaps(count)
-            return
-        if backbone == "dan":
-            self.backbone = nn.ModuleList([DANStage(3, size), DANStage(5, size)])
-            self.connection = DANConnection()
+def loss_of(net: LDDMMFace, prediction: Prediction, points: torch.Tensor, args) -> torch.Tensor:
+    """The loss of a batch, a scalar; points (B, P, 2) px of the crop. For the baselines it is Eq.
+    (5) over d_ipd, or the squared error of the heatmaps. DAN's stages weigh 0.3 and 0.7 (code)."""
+    if net.method == "heatmap":
+        return heatmap_loss(prediction.heatmaps.float(), points[:, net.ids], net.size)
+    points = to_frame(points, net.size)
+    target = points[:, net.ids]
+    pupils = datasets.group_means(points, datasets.SCHEMES[net.scheme].pupils)  # (B, 2, 2)
+    d = (pupils[:, 0] - pupils[:, 1]).norm(dim=1)
+    losses = []
+    for pred in prediction.stages:
+        if net.method == "coord":
+            losses.append((landmark_discrepancy(pred, target) / d).mean())
         else:
-            self.backbone = nn.ModuleList([BACKBONES[backbone](count, size)])
-        # Sec. 4: the momentum estimator is an average pooling, in the backbones here, and a linear
-        # layer.
-        self.estimators = nn.ModuleList(nn.Linear(net.channels, 2 * count) for net in self.backbone)
-
-    @property
-    def start(self) -> torch.Tensor:
-        """The training landmarks of the mean face, (K, 2)."""
-        return self.mean[self.ids]
-
-    def stage(self, i: int, image, start, curves: Curves):
-        """Backbone, estimator and flow i, which begins at the points `start` (B or 1, N, 2).
-        Returns: features (B, F), momenta (B, N, 2), where the flow ends (B, N, 2)."""
-        features = self.backbone[i](image)
-        with torch.autocast(image.device.type, enabled=False):  # bfloat16 rounds 200 px to 1 px
-            features = features.float()
-            momenta = self.estimators[i](features).unflatten(1, (-1, 2))  # (B, K, 2)
-            momenta = F.pad(momenta, (0, 0, 0, start.shape[1] - len(self.ids)))  # 0 of extra points
-            if self.method == "coord":
-                points = start + momenta
-            else:
-                points = deform(start, momenta, curves, self.sigma, self.steps)[:, -1]
-        return features, momenta, points
-
-    def forward(self, image, extra: Extra | None = None) -> Prediction:
-        if self.method == "heatmap":
-            return Prediction([], heatmaps=self.backbone(image))
-        curves = self.curves
-        start = self.start[None]
-        if extra is not None:
-            curves = extra.curves
-            start = torch.cat([self.start, extra.points])[None]
-        features, momenta, first = self.stage(0, image, start, curves)
-        if self.connection is None:
-            return Prediction([first], start, momenta)
-        # DAN: stage 2 sees the image moved so that stage 1's landmarks lie about the mean face.
-        with torch.autocast(image.device.type, enabled=False):
-            trained = first[:, :len(self.ids)]
-            image, theta = self.connection(image.float(), trained, features, self.start)
-            start = warp.apply_affine(theta, first)
-        momenta, second = self.stage(1, image, start, curves)[1:]
-        return Prediction([first, warp.apply_affine(warp.invert(theta), second)], start, momenta)
+            losses.append(lddmm_loss(pred, target, net.curves, net.sigma, d, args.beta,
+                                     args.squared))
+    return losses[0] if len(losses) == 1 else 0.3 * losses[0] + 0.7 * losses[1]
 
 
 # ---- The landmarks that are not trained on: Sec. 3.3 and 3.4 -------------------------------------
@@ -477,11 +495,12 @@ class LDDMMFace(nn.Module):
 def curves_and_pupils(scheme: int) -> dict[str, list[int]]:
     """{curve: landmarks}; a pupil on no curve (98 landmarks: 96 and 97) goes with its eye."""
     curves = datasets.SCHEMES[scheme].curves
-    anchors = datasets.SCHEMES[scheme].anchors
+    on_curves = sum(curves.values(), [])
     found = {name: list(line) for name, line in curves.items()}
     for side in ("left", "right"):
-        pupil = anchors.get(f"pupil_{side}", ())
-        found.get(f"eye_{side}", []).extend(i for i in pupil if i not in sum(curves.values(), []))
+        for pupil in datasets.SCHEMES[scheme].anchors[f"pupil_{side}"]:
+            if pupil not in on_curves:
+                found[f"eye_{side}"].append(pupil)
     return found
 
 
@@ -489,12 +508,11 @@ def make_extra(net: LDDMMFace, points: torch.Tensor, names: Sequence[str],
                place: Sequence[int]) -> Extra:
     """`Extra` of points (E, 2) px of a 256 px crop, each with the name of the curve that it goes
     with."""
-    count = len(net.landmarks)
-    table = dict(zip(net.subset, curve_table([len(line) for line in net.subset.values()])))
-    for i, name in enumerate(names):
-        table[name].append(count + i)
-    return Extra(points, Curves(list(table.values())).to(net.mean.device),
-                 torch.tensor(place, device=net.mean.device))
+    table = number_points(net.subset)
+    for i, name in enumerate(names, len(net.landmarks)):
+        table[name].append(i)
+    device = net.mean.device
+    return Extra(points, Curves(table.values()).to(device), torch.tensor(place, device=device))
 
 
 def own_extra(net: LDDMMFace) -> Extra:
@@ -543,32 +561,6 @@ def other_extra(net: LDDMMFace, mean: torch.Tensor) -> Extra:
         names.append(name)
     count = len(net.landmarks)
     return make_extra(net, placed, names, range(count, count + len(mean)))
-
-
-def interpolation(scheme: int, subset: dict[str, list[int]]) -> torch.Tensor:
-    """Weights (P, K) of the baseline without a flow: displacements of the training landmarks,
-    interpolated between neighbours along each curve, held beyond the outermost; a pupil has the
-    mean of its eye."""
-    curves = datasets.SCHEMES[scheme].curves
-    ids = sum(subset.values(), [])
-    weights = torch.zeros(scheme, len(ids))
-    first = 0
-    for name, line in curves_and_pupils(scheme).items():
-        chosen = subset[name]
-        columns = range(first, first + len(chosen))
-        along = []  # where on the curve each is; a mouth corner of the other lip ends this one
-        for k, index in enumerate(chosen):
-            outside = -1 if k == 0 else len(line)
-            along.append(line.index(index) if index in line else outside)
-        for column, unit in zip(columns, np.eye(len(chosen))):
-            values = np.interp(range(len(line)), along, unit)
-            weights[line, column] = torch.from_numpy(values).float()
-        for pupil in set(line) - set(curves[name]):
-            weights[pupil, columns] = 1 / len(chosen)
-        first += len(chosen)
-    for k, index in enumerate(ids):  # a training landmark is where it is
-        weights[index] = F.one_hot(torch.tensor(k), len(ids)).float()
-    return weights
 
 
 # ---- Data: Appendix ------------------------------------------------------------------------------
@@ -655,25 +647,6 @@ def build(args, mean: torch.Tensor, device: torch.device) -> LDDMMFace:
     return net.to(device, memory_format=torch.channels_last)
 
 
-def loss_of(net: LDDMMFace, prediction: Prediction, points: torch.Tensor, args) -> torch.Tensor:
-    """The loss of a batch, a scalar; points (B, P, 2) px of the crop. For the baselines it is Eq.
-    (5) over d_ipd, or the squared error of the heatmaps. DAN's stages weigh 0.3 and 0.7 (code)."""
-    if net.method == "heatmap":
-        return heatmap_loss(prediction.heatmaps.float(), points[:, net.ids], net.size)
-    points = to_frame(points, net.size)
-    target = points[:, net.ids]
-    pupils = datasets.group_means(points, datasets.SCHEMES[net.scheme].pupils)  # (B, 2, 2)
-    d = (pupils[:, 0] - pupils[:, 1]).norm(dim=1)
-    losses = []
-    for pred in prediction.stages:
-        if net.method == "coord":
-            losses.append((landmark_discrepancy(pred, target) / d).mean())
-        else:
-            losses.append(lddmm_loss(pred, target, net.curves, net.sigma, d, args.beta,
-                                     args.squared))
-    return losses[0] if len(losses) == 1 else 0.3 * losses[0] + 0.7 * losses[1]
-
-
 def train(args) -> dict:
     """Trains, evaluates or predicts, as the flags say; returns the numbers of the last
     evaluation."""
@@ -723,11 +696,11 @@ def train(args) -> dict:
             optimizer.step()
             job.note(step, loss=loss)
         if job.rank == 0 and job.due(epoch):
-            results = evaluate(net, test_loader, args, own_extra(net))
+            results = evaluate(net, test_loader, args)
         job.save(epoch, results[0] if results and job.due(epoch) else {})
     if job.rank > 0:
         return {}
-    scores, errors, found = results or evaluate(net, test_loader, args, own_extra(net))
+    scores, errors, found = results or evaluate(net, test_loader, args)
     print_table(scores, args, points)
     write_pictures(job.folder, net, test_set, errors, found, args.threshold)
     if args.data == "faces":  # the same faces in another annotation, as Sec. 4.3
@@ -780,15 +753,16 @@ def derivatives(net: LDDMMFace, prediction: Prediction, extra: Extra) -> torch.T
 
 def predict_set(net: LDDMMFace, loader, args, extra: Extra):
     """Of a whole set, in float64 and px of the images: landmarks (M, P, 2), those that were trained
-    on (M, K, 2); and the derivatives of the flow (M, P, 2, 2), or None where there is no one
-    flow."""
+    on (M, K, 2); and the derivatives of the flow (M, P, 2, 2), but None for DAN, a baseline, or
+    another annotation."""
     net.eval()
+    one_flow = net.method == "lddmm" and net.connection is None and len(extra.place) == net.scheme
     points, trained, D = [], [], []
     for batch in loader:
         found, own, prediction = predict_points(net, prepare(batch, net.mean.device), extra, args)
         points.append(found.cpu().double())
         trained.append(own.cpu().double())
-        if net.method == "lddmm" and net.connection is None:
+        if one_flow:
             D.append(derivatives(net, prediction, extra).cpu().double())
     to_image = warp.invert(loader.dataset.crop_matrices)  # crop px -> image px
     return (warp.apply_affine(to_image, torch.cat(points)),
@@ -828,30 +802,12 @@ def evaluate(net: LDDMMFace, loader, args, extra: Extra | None = None):
     scores["curves@alone"] = float(alone["overall"].mean())
     if target.shape[1] == net.scheme:
         scores |= scores_without_flow(net, trained, data, divisors)
-        if D is not None:
-            det = torch.linalg.det(D)  # (M, P)
-            scores["detja"] = float(det.mean())
-            scores["detjn"] = int((det <= 0).sum())
-            scores["detjam"] = float(torch.linalg.det(D.mean(0)).mean())  # of the averaged flow
+    if D is not None:
+        det = torch.linalg.det(D)  # (M, P)
+        scores["detja"] = float(det.mean())
+        scores["detjn"] = int((det <= 0).sum())
+        scores["detjam"] = float(torch.linalg.det(D.mean(0)).mean())  # of the averaged flow
     return scores, errors, points
-
-
-def scores_without_flow(net: LDDMMFace, trained: torch.Tensor, data, divisors) -> dict:
-    """What the flow has to beat: "nme@interpolated" and "curves@interpolated" of the displacements
-    of the training landmarks (M, K, 2) px of the images, interpolated along the curves; and
-    "nme/mean face" of no displacement."""
-    mean = from_frame(net.mean.cpu().double(), data.size)
-    start = from_frame(net.start.cpu().double(), data.size)
-    moved = warp.apply_affine(data.crop_matrices, trained) - start
-    moved = net.interpolate.cpu().double() @ moved  # (M, P, 2)
-    to_image = warp.invert(data.crop_matrices)
-    between = warp.apply_affine(to_image, mean + moved)
-    still = warp.apply_affine(to_image, mean.expand_as(data.points))
-    parts = datasets.SCHEMES[net.scheme].parts
-    curves = metrics.curve_error(between, data.points, parts, divisors)["overall"]
-    return {"nme@interpolated": float(metrics.nme(between, data.points, divisors).mean()),
-            "curves@interpolated": float(curves.mean()),
-            "nme/mean face": float(metrics.nme(still, data.points, divisors).mean())}
 
 
 def print_table(scores: dict, args, points: int):
@@ -861,16 +817,13 @@ def print_table(scores: dict, args, points: int):
           f"crop {args.box} x {args.margin}")
     if not math.isnan(scores["nme"]):
         print(metrics.landmark_table(scores, {"NME (%)": "nme", "FR (%)": "fr", "AUC (%)": "auc"}))
-    parts = [f"overall {100 * scores['curves']:.2f}"]
-    for name, value in scores.items():
-        if name.startswith("curves/"):
-            parts.append(f"{name[7:]} {100 * value:.2f}")
-    print(f"NME_c (%): {', '.join(parts)}")
+    percent = {name: f"{100 * value:.2f} %" for name, value in scores.items()}
+    parts = [f"{name[7:]} {percent[name]}" for name in scores if name.startswith("curves/")]
+    print(f"NME_c: {percent['curves']} ({', '.join(parts)})")
     if "nme/mean face" in scores:
-        still, between, curves = (100 * scores[name] for name in (
-            "nme/mean face", "nme@interpolated", "curves@interpolated"))
-        print(f"without a flow: NME of the mean face {still:.2f} %, of displacements interpolated "
-              f"along the curves {between:.2f} %, NME_c {curves:.2f} %")
+        print(f"without a flow: NME of the mean face {percent['nme/mean face']}, of displacements "
+              f"interpolated along the curves {percent['nme@interpolated']}, NME_c "
+              f"{percent['curves@interpolated']}")
     if "detja" in scores:
         print("DetJA {detja:.4f}, DetJN {detjn}, DetJAM {detjam:.4f}".format(**scores))
 
@@ -935,6 +888,79 @@ def predict(args) -> dict:
     return {}
 
 
+# ---- Baselines: no flow (Sec. 4.2) ---------------------------------------------------------------
+
+def interpolation(scheme: int, subset: dict[str, list[int]]) -> torch.Tensor:
+    """Weights (P, K) of the baseline without a flow: displacements of the training landmarks,
+    interpolated between neighbours along each curve, held beyond the outermost; a pupil has the
+    mean of its eye."""
+    curves = datasets.SCHEMES[scheme].curves
+    ids = sum(subset.values(), [])
+    weights = torch.zeros(scheme, len(ids))
+    for name, columns in number_points(subset).items():
+        line = curves[name]
+        along = []  # where on the curve each is; a mouth corner of the other lip ends this one
+        for k, index in enumerate(subset[name]):
+            outside = -1 if k == 0 else len(line)
+            along.append(line.index(index) if index in line else outside)
+        for column, unit in zip(columns, np.eye(len(columns))):
+            values = np.interp(range(len(line)), along, unit)
+            weights[line, column] = torch.from_numpy(values).float()
+        for pupil in curves_and_pupils(scheme)[name][len(line):]:
+            weights[pupil, columns] = 1 / len(columns)
+    for k, index in enumerate(ids):  # a training landmark is where it is
+        weights[index] = F.one_hot(torch.tensor(k), len(ids)).float()
+    return weights
+
+
+def scores_without_flow(net: LDDMMFace, trained: torch.Tensor, data, divisors) -> dict:
+    """What the flow has to beat: "nme@interpolated" and "curves@interpolated" of the displacements
+    of the training landmarks (M, K, 2) px of the images, interpolated along the curves; and
+    "nme/mean face" of no displacement."""
+    mean = from_frame(net.mean.cpu().double(), data.size)
+    start = from_frame(net.start.cpu().double(), data.size)
+    moved = warp.apply_affine(data.crop_matrices, trained) - start
+    moved = net.interpolate.cpu().double() @ moved  # (M, P, 2)
+    to_image = warp.invert(data.crop_matrices)
+    between = warp.apply_affine(to_image, mean + moved)
+    still = warp.apply_affine(to_image, mean.expand_as(data.points))
+    parts = datasets.SCHEMES[net.scheme].parts
+    curves = metrics.curve_error(between, data.points, parts, divisors)["overall"]
+    return {"nme@interpolated": float(metrics.nme(between, data.points, divisors).mean()),
+            "curves@interpolated": float(curves.mean()),
+            "nme/mean face": float(metrics.nme(still, data.points, divisors).mean())}
+
+
+def heatmap_loss(maps: torch.Tensor, points: torch.Tensor, size: int) -> torch.Tensor:
+    """Mean squared error of heatmaps (B, K, h, w) against Gaussians of sigma 1 px about points
+    (B, K, 2) px of a size x size crop."""
+    height, width = maps.shape[2:]
+    centre = (points + 0.5) * (width / size) - 0.5
+    x = torch.arange(width, device=points.device)
+    y = torch.arange(height, device=points.device)
+    row = (-(x - centre[..., :1]) ** 2 / 2).exp()  # (B, K, w)
+    column = (-(y - centre[..., 1:]) ** 2 / 2).exp()  # (B, K, h)
+    return (maps - column[..., :, None] * row[..., None, :]).square().mean()
+
+
+def peaks(maps: torch.Tensor) -> torch.Tensor:
+    """The highest px of each heatmap (B, K, h, w), and a quarter px towards the larger neighbour:
+    (B, K, 2) px of the heatmap."""
+    height, width = maps.shape[2:]
+    best = maps.flatten(2).argmax(2)  # (B, K)
+    x = best % width
+    y = best // width
+    around = F.pad(maps, (1, 1, 1, 1)).flatten(2)
+    centre = (y + 1) * (width + 2) + x + 1
+
+    def neighbour(step: int) -> torch.Tensor:
+        return around.gather(2, (centre + step)[..., None])[..., 0]
+
+    shift_x = (neighbour(1) - neighbour(-1)).sign() / 4
+    shift_y = (neighbour(width + 2) - neighbour(-width - 2)).sign() / 4
+    return torch.stack([x + shift_x, y + shift_y], -1)
+
+
 # ---- Figures -------------------------------------------------------------------------------------
 
 BLUE, GREY = (70, 120, 255), (200, 200, 200)
@@ -986,38 +1012,6 @@ def write_pictures(folder: Path, net: LDDMMFace, data, errors, points, threshold
     subsets = datasets.subsets(data.faces)
     curves = {name or "full": errors[chosen] for name, chosen in subsets.items()}
     datasets.write_image(folder / f"ced{end}.png", metrics.ced_plot(curves, threshold))
-
-
-# ---- The heatmap baseline: HRNet of Tables 2 and 3 -----------------------------------------------
-
-def heatmap_loss(maps: torch.Tensor, points: torch.Tensor, size: int) -> torch.Tensor:
-    """Mean squared error of heatmaps (B, K, h, w) against Gaussians of sigma 1 px about points
-    (B, K, 2) px of a size x size crop."""
-    height, width = maps.shape[2:]
-    centre = (points + 0.5) * (width / size) - 0.5
-    x = torch.arange(width, device=points.device)
-    y = torch.arange(height, device=points.device)
-    row = (-(x - centre[..., :1]) ** 2 / 2).exp()  # (B, K, w)
-    column = (-(y - centre[..., 1:]) ** 2 / 2).exp()  # (B, K, h)
-    return (maps - column[..., :, None] * row[..., None, :]).square().mean()
-
-
-def peaks(maps: torch.Tensor) -> torch.Tensor:
-    """The highest px of each heatmap (B, K, h, w), and a quarter px towards the larger neighbour:
-    (B, K, 2) px of the heatmap."""
-    height, width = maps.shape[2:]
-    best = maps.flatten(2).argmax(2)  # (B, K)
-    x = best % width
-    y = best // width
-    around = F.pad(maps, (1, 1, 1, 1)).flatten(2)
-    centre = (y + 1) * (width + 2) + x + 1
-
-    def neighbour(step: int) -> torch.Tensor:
-        return around.gather(2, (centre + step)[..., None])[..., 0]
-
-    shift_x = (neighbour(1) - neighbour(-1)).sign() / 4
-    shift_y = (neighbour(width + 2) - neighbour(-width - 2)).sign() / 4
-    return torch.stack([x + shift_x, y + shift_y], -1)
 
 
 # ---- Backbones: as published, nothing of this paper ----------------------------------------------
