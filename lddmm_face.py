@@ -672,7 +672,8 @@ def train(args) -> dict:
     if args.drop_at and first_drop < 2:
         job.say(f"note: the rate is halved after {first_drop:.1f} of {args.epochs} epochs; in a "
                 "short run fewer --drop-at learn more")
-    optimizer = torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay,
+                                 fused=True)
     backbone = net.backbone if args.method == "heatmap" else net.backbone[0]
     job.restore(net, optimizer, [len(train_set), points], backbone)
     model = job.wrap(net)
