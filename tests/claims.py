@@ -232,9 +232,8 @@ GAIT = [
 ]
 CLAIMS = {"sdfl": SDFL, "heatmap_landmarks": HEATMAP, "lddmm_face": LDDMM, "stn_align": ALIGN,
           "kprpe": KPRPE, "kprpe-digits": DIGITS, "kprpe-dfa": DFA, "kprpe-gait": GAIT}
-# Flags of every run; the first word is --data where none is given. The last epoch is what counts.
 DATA = dict.fromkeys(CLAIMS, "faces") | {"kprpe-digits": "affnist", "kprpe-gait": "walkers"}
-LAST = "--eval-every 1000"
+LAST = "--eval-every 1000"  # the last epoch is the one that counts
 ALWAYS = {
     "sdfl": LAST,
     # The paper's baseline, without a trick of Sec. 5.1.
@@ -374,35 +373,42 @@ def cell(label: str, values: list[float], scale: float) -> str:
     return f"{label} {scale * statistics.mean(values):.2f}{spread} ({seeds})"
 
 
+def order_held(claim: Claim, values: list[dict[int, float]]) -> str:
+    """In how many of the seeds that all variants have the claim holds: "2 of 3".
+    Args: values, of each variant a number by seed."""
+    first, *others = values
+    pairs = list(itertools.pairwise(values)) if claim.chain else [(first, v) for v in others]
+    sign = 1 if claim.lower_is_better else -1
+    seeds = [seed for seed in first if all(seed in other for other in others)]
+    held = sum(all(sign * a[seed] < sign * b[seed] for a, b in pairs) for seed in seeds)
+    return f"{held} of {len(seeds)}" if seeds else "not run"
+
+
 def table(script: str, claims: list[Claim], base: str, seeds: int, done: dict) -> str:
     """Markdown: each claim's mean, spread (standard deviation) and in how many seeds its order
     held. `done`: {key: row}."""
+    def values_of(flags: str, metric: str) -> dict[int, float]:
+        found = {}
+        for seed in range(seeds):
+            key = key_of(script, join(base, flags), seed)
+            if key in done and metric in done[key]["result"]:
+                found[seed] = done[key]["result"][metric]
+        return found
+
     lines = ["| claim | the paper | here: mean ± sd, rates x 100 | order held |",
              "|---|---|---|---|"]
     for claim in claims:
-        def values_of(flags, metric):
-            found = {}
-            for seed in range(seeds):
-                row = done.get(key_of(script, join(base, flags), seed), {"result": {}})
-                if metric in row["result"]:
-                    found[seed] = row["result"][metric]
-            return found
-
-        values = {label: values_of(flags, claim.metric_of(label))
-                  for label, flags in claim.variants.items()}
-        cells = [cell(label, list(found.values()), claim.scale) for label, found in values.items()]
-        first, *others = values.values()
+        values = []
+        cells = []
+        for label, flags in claim.variants.items():
+            values.append(values_of(flags, claim.metric_of(label)))
+            cells.append(cell(label, list(values[-1].values()), claim.scale))
         for label, metric in claim.beside.items():
             found = values_of(next(iter(claim.variants.values())), metric)
             if found:
                 cells.append(f"[{cell(label, list(found.values()), claim.scale)}]")
-        pairs = list(itertools.pairwise(values.values())) if claim.chain else \
-            [(first, other) for other in others]
-        sign = 1 if claim.lower_is_better else -1
-        full = [seed for seed in first if all(seed in other for other in others)]
-        held = sum(all(sign * a[s] < sign * b[s] for a, b in pairs) for s in full)
-        verdict = f"{held} of {len(full)}" if full else "not run"
-        lines.append(f"| {claim.name} | {claim.paper} | {'; '.join(cells)} | {verdict} |")
+        lines.append(f"| {claim.name} | {claim.paper} | {'; '.join(cells)} | "
+                     f"{order_held(claim, values)} |")
     return "\n".join(lines)
 
 
@@ -425,8 +431,8 @@ def command_of(script: str, args) -> str:
 def report(rows: list[dict], hardware: str) -> str:
     """tests/CLAIMS.md: a table for each script and series of runs."""
     text = ["# The papers' claims, measured small", "",
-            "Written by `python -m tests.claims --report`. In brackets: what stands beside the "
-            "first of a row.", "Hardware: " + (hardware or "not said") + "."]
+            "Written by `python -m tests.claims --report`. In brackets: of the first variant's "
+            "run, not part of the claim.", "Hardware: " + (hardware or "not said") + "."]
     for script, claims in CLAIMS.items():
         series = {row["base"]: row["command"] for row in rows if row["script"] == script}
         for base, command in series.items():

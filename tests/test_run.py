@@ -224,7 +224,7 @@ def test_init_takes_what_matches_by_name(tmp_path):
 # ---- The user's own photographs ------------------------------------------------------------------
 
 class Detector:
-    """Finds the faces it is made with, px of an image of 2,000 x 1,000, at the scales that it is asked for."""
+    """Finds the faces it is made with, px of an image of 2,000 x 1,000, at the scales it is asked for."""
 
     def __init__(self, faces):
         self.faces = faces  # (x, y, w, h, score, long side of the image at which it is found)
