@@ -1775,7 +1775,7 @@ class DFA(nn.Module):
         mixer = [MixerBlock(len(self.priors)) for _ in range(3)]
         self.aggregation = nn.Sequential(*mixer, nn.Linear(16, 1))
 
-    def anchors(self, image: torch.Tensor) -> list[torch.Tensor]:
+    def per_anchor(self, image: torch.Tensor) -> list[torch.Tensor]:
         """What each anchor finds: logits (B, N, 2), boxes (B, N, 4), points (B, N, 10), encoded."""
         fine, middle, coarse = self.fpn(*self.body(image))
         levels = self.ssh1(fine), self.ssh2(middle), self.ssh3(coarse)
@@ -1791,7 +1791,7 @@ class DFA(nn.Module):
             image = F.interpolate(image, (self.size,) * 2, mode="bilinear", antialias=True)
         if image.device.type == "cpu":  # a quarter faster there
             image = image.contiguous(memory_format=torch.channels_last)
-        logits, boxes, points = self.anchors(image)
+        logits, boxes, points = self.per_anchor(image)
         landmarks = decode_points(points, self.priors)  # (B, N, 5, 2)
         # Eq. (13): O = Concat(F_bbox, F_score, F_ldmk).   Paper: 4 + 1 + 10 channels; code: 4 + 2 +
         # 10, which the number of parameters has; we follow the code.
@@ -2654,7 +2654,7 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv(cin, planes, 3, stride), nn.BatchNorm2d(planes)
         self.conv2, self.bn2 = conv(planes, planes, 3), nn.BatchNorm2d(planes)
-        reshape = stride > 1 or cin != planes  # the shortcut is the identity where shapes allow it
+        reshape = stride > 1 or cin != planes  # else the shortcut is the identity
         self.downsample = conv_bn(cin, planes, 1, stride) if reshape else nn.Identity()
 
     def forward(self, x):
