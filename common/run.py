@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -167,7 +168,6 @@ def main(function: Callable, args):
     """Calls function(args), in --gpus processes. What the user can mend ends in its message, a bug
     in its traceback. Under torchrun, which sets RANK, nothing is launched: it may span machines."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     try:
         if args.gpus > 1 and "RANK" not in os.environ and not (args.eval or args.predict):
             launch(function, args)
@@ -176,20 +176,30 @@ def main(function: Callable, args):
     except KeyboardInterrupt:
         sys.exit(f"{args.script}.py: stopped; if the run has a last.pt, --resume goes on from it")
     except Exception as error:
-        if can_be_mended(error):
-            sys.exit(f"{args.script}.py: {error}")
+        if message_of(error):
+            sys.exit(f"{args.script}.py: {message_of(error)}")
         raise
 
 
-def can_be_mended(error: Exception) -> bool:
-    """Whether an error's message says all that the user needs."""
-    if isinstance(error, OSError):
-        return bool(error.filename) or error.errno is None
-    return isinstance(error, (UserError, FloatingPointError))
+def message_of(error: Exception) -> str:
+    """What an error that the user can mend says; "" for a bug."""
+    text = str(error)
+    if text.startswith("DataLoader worker"):
+        return f"{text.strip()} Out of memory? Try fewer --workers"
+    unnamed = isinstance(error, OSError) and error.errno and not error.filename
+    if unnamed or not isinstance(error, (OSError, UserError, FloatingPointError)):
+        return ""
+    if text.startswith("Caught "):  # by a loader's worker, whose traceback ends in the message
+        text = text.rstrip().rpartition("\n")[2].partition(": ")[2]
+    return text
 
 
 def call(function: Callable, args):
     """Calls function(args), and ends this process's part in a group of processes."""
+    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
+    warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own, which no user can mend
+    if int(os.environ.get("RANK", 0)) > 0:
+        warnings.simplefilter("ignore")  # the first process says it
     function(args)
     if dist.is_initialized():
         dist.barrier()
@@ -205,13 +215,15 @@ def launch(function: Callable, args):
         port = probe.getsockname()[1]
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it tells of each end
     messages = multiprocessing.get_context("spawn").SimpleQueue()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they leave Ctrl-C to this process
     ranks = multiprocessing.spawn(run_rank, (function, args, port, messages), args.gpus, join=False)
+    signal.signal(signal.SIGINT, handler)
     try:
         while not ranks.join():
             pass
     except KeyboardInterrupt:
         for process in ranks.processes:
-            os.kill(process.pid, signal.SIGINT)
+            process.kill()
         raise
     except (multiprocessing.ProcessExitedException,
             multiprocessing.ProcessRaisedException) as error:
@@ -223,16 +235,18 @@ def launch(function: Callable, args):
 
 
 def run_rank(rank: int, function: Callable, args, port: int, messages):
-    """Process `rank` of `launch`."""
+    """Process `rank` of `launch`, which ends with it: then Linux sends SIGINT, as PyTorch asks."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it even while it waits for the others
+    tqdm.set_lock(threading.RLock())  # not a semaphore, which would outlive it
     ranks = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=args.gpus, LOCAL_WORLD_SIZE=args.gpus)
     os.environ |= {name: str(value) for name, value in ranks.items()}
     os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     try:
         call(function, args)
     except Exception as error:
-        if not can_be_mended(error):
+        if not message_of(error):
             raise
-        messages.put(str(error))
+        messages.put(message_of(error))
         sys.exit(1)
 
 
@@ -241,8 +255,12 @@ def setup(args) -> tuple[int, int, torch.device]:
     cuda = args.device != "cpu" and torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
         raise UserError("--device cuda: PyTorch sees no GPU here; take --device cpu")
-    if "RANK" in os.environ and "MASTER_ADDR" not in os.environ:
-        raise UserError("RANK is set, but not MASTER_ADDR: left over from another job? unset RANK")
+    wanted = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    found = wanted & os.environ.keys()
+    if found & {"RANK", "WORLD_SIZE"} and found != wanted:
+        raise UserError(f"the environment has {', '.join(sorted(found))}, but not "
+                        f"{', '.join(sorted(wanted - found))}: left over from another job? unset "
+                        "RANK and WORLD_SIZE")
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
