@@ -19,7 +19,7 @@ from torch import nn
 
 import kprpe
 from common import UserError, datasets, photos, recognition, run, warp
-from tests.test_recognition import encoded
+from tests.test_identities import encoded
 from tests.trees import payload, put_mnist, put_records
 
 torch.set_num_threads(1)
