@@ -7,8 +7,8 @@ The method. A backbone turns a 256 px face into an 8 x 8 feature map. Two convol
 landmark four channels of it, which become the features of one graph node (map-to-node). The graph
 joins each landmark to the k landmarks whose coordinates correlate most with its own over the
 training set; a small network weighs these edges anew for every image, so that an occluded landmark
-can be muted. Ten graph convolutions, residual in pairs, pass features along the edges and end in
-the coordinates. The loss is a soft wing on the coordinates and, by the graph's Laplacian, on each
+can be muted. One graph convolution, four residual blocks of two, and a last one pass features along
+the edges and end in the coordinates. The loss is a soft wing on the coordinates and, by the graph's Laplacian, on each
 landmark's place among its neighbours.
 
 Train on WFLW on four GPUs (the paper: NME 4.35 %; not run here, see README):
@@ -20,7 +20,7 @@ Continue, evaluate, use:
   python sdfl.py --data wflw --data-root WFLW --eval runs/sdfl-wflw/last.pt
   python sdfl.py --predict photo.jpg --weights runs/sdfl-wflw/last.pt
 
-Where each equation is:
+Where each equation and box is:
   Eq. (1), (2)  correlation, neighbourhood M     neighbour_mask
   Eq. (3), (4)  graph convolution                GraphConv, GraphLayer
   Eq. (5)       graph residual block             GraphBlock
@@ -30,11 +30,15 @@ Where each equation is:
   Eq. (10)      loss                             sdfl_loss
   Eq. (11)      wing                             wing
   Eq. (12)      NME                              common.metrics.nme
+  Fig. 3        node embedding                   MapToNode
+                dynamic adjacency weighting      DynamicAdjacency
+                graph relational layers (Fig. 5) GraphHead: first, blocks, last
+  Table I       L-GRL, FC                        GraphHead, FCHead
 
 Where the paper is silent, or the authors' code (BeierZhu/Sturcture-Coherency-Face-Alignment at
 97513e9) differs from it:
-  - sigma in Eq. (4) is a softmax over the edges of a node. Over the zeros of A as well it would
-    join every pair. The code takes it over the edges too, but then transposes A, so that columns
+  - sigma in Eq. (4) is a softmax over the edges of a node: if the zeros of A entered it, each would
+    get the weight e^0, and every pair of landmarks would be joined. The code takes it over the edges too, but then transposes A, so that columns
     sum to 1.
   - We have one W a graph layer, k + 1 entries in each row of M, and edge weights from the image, as
     the paper does. The code has two W (for the node and for its neighbours), makes M symmetric, and
@@ -44,15 +48,18 @@ Where the paper is silent, or the authors' code (BeierZhu/Sturcture-Coherency-Fa
     second term is always a soft wing.
   - The loss sees coordinates in px of a 256 px crop whatever --size is, for which the constants of
     Eq. (9) are made.
-  - The head's output is added to the mean training face; paper and code add it to zero. All nodes
-    share the last layer's weights and bias, so each landmark's mean place would have to grow out of
-    the batch norms of the node embedding, which takes tens of epochs. The FC head is treated alike.
+  - The head's output is added to the mean training face; paper and code start at (0, 0). The last
+    layer is the same for all nodes, so it cannot hold a mean place for each landmark; the network
+    would need tens of epochs to learn one elsewhere. The FC head is treated alike.
+  - Eq. (1) is computed from the coordinates in the crops: in the images' own pixels, every landmark
+    correlates with every other. An epoch of the balanced set is longer than the training set; how
+    much is printed at the start.
   - A crop is the square about the true landmarks, 1.25 times as wide, cut from the image by one
-    warp, grey outside. The paper says "center-cropped"; the code reads files that were cropped
-    beforehand.
+    warp, grey outside; in the test, too, so that place and size of a face are known. The paper says
+    "center-cropped"; the code reads files that were cropped beforehand.
   - From the code, as the paper is silent: z-score of each image and channel; 256 channels in
     map-to-node; 2N hidden units in the weighting network (there with a batch norm); an occluder of
-    one random colour in half of the images, 20 % of the area, aspect 0.4 to 2.5; even bins of the
+    one random colour in half of the images, 20 % of the area, its centre anywhere; even bins of the
     absolute pose value.
   - Pose balancing aligns the shapes before it takes the principal component, as the paper's [2]
     does; the code does not align them.
@@ -135,12 +142,12 @@ EXPANSION = 4  # n of Sec. III-A: channels of the feature map that become one no
 def neighbour_mask(landmarks: torch.Tensor, k: int) -> torch.Tensor:
     """The neighbourhood M of Eq. (2): each landmark's k most correlated others, and itself.
 
-    Args: landmarks (M, N, 2), the training set in a common frame (crops, before augmentation: in
-        the images' own pixels every landmark correlates with every other). k: 0 <= k < N.
+    Args: landmarks (images, N, 2) of the training set in a common frame, px of the crops before
+        augmentation; k: 0 <= k < N.
     Returns: (N, N) bool, True on the diagonal, k + 1 True in each row; in general not symmetric.
-    Raises: ValueError for fewer than 2 images, k out of range, or a landmark that never moves in x
-        nor in y. One that moves in x or y only (a crop's box can pin the other) is uncorrelated
-        there, with a warning.
+    Raises: UserError for fewer than 2 images, k out of range, or a landmark that moves in neither x
+        nor y. One that moves in x or y only (a crop's box can pin the other) is uncorrelated there,
+        with a warning.
     """
     count, points = landmarks.shape[:2]
     if count < 2:
@@ -216,7 +223,7 @@ class GraphConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, nodes, sigma_A):
-        nodes = sigma_A @ (nodes @ self.weight)  # H W first: out_features is never the larger side
+        nodes = sigma_A @ (nodes @ self.weight)  # H W first: cheaper at 256 px, where 4hw > 128
         return nodes if self.bias is None else nodes + self.bias
 
 
@@ -249,9 +256,9 @@ class GraphBlock(nn.Module):
 
 
 class GraphHead(nn.Module):
-    """Fig. 3 right of the backbone, and Fig. 5: map-to-node, a graph layer, four blocks, a graph
-    convolution. (B, C, h, w), `cells` = h w -> (B, N, 2) px of a 256 px crop, from the mean face
-    on; one softmax of A."""
+    """Fig. 3 right of the backbone, and Fig. 5: node embedding, a graph layer, four blocks, a graph
+    convolution. Feature map (B, C, h, w), of h w = `cells` -> offsets from the mean face (B, N, 2)
+    in px of a 256 px crop. sigma(A) is computed once and used by all layers."""
 
     def __init__(self, in_channels: int, mask: torch.Tensor, cells: int, dynamic: bool = True):
         super().__init__()
@@ -266,7 +273,7 @@ class GraphHead(nn.Module):
 
     def forward(self, features):
         maps = self.map_to_node(features)  # (B, 4N, h, w)
-        with torch.autocast(maps.device.type, enabled=False):  # bfloat16 rounds to whole px
+        with torch.autocast(maps.device.type, enabled=False):  # in bfloat16 32 px has steps of 0.25
             maps = maps.float()
             if self.adjacency:
                 sigma_A = self.adjacency(maps)  # (B, N, N)
@@ -357,27 +364,26 @@ LOSSES = {"softwing": soft_wing, "wing": wing, "l1": lambda x, eps=None: x.abs()
 
 
 def sdfl_loss(pred: torch.Tensor, target: torch.Tensor, L: torch.Tensor, lam: float,
-              loss: Callable) -> torch.Tensor:
+              l: Callable) -> torch.Tensor:
     """The overall loss, a scalar: the mean over images and coordinates of both terms.
 
     Args: pred, target (B, N, 2) px of a 256 px crop; L (N, N) of `laplacian`; lam, the weight
-        lambda; loss, a callable on (B, N, 2) that works on every element (`soft_wing`, `wing`,
-        abs).
+        lambda; l, a loss of each element, (B, N, 2) -> (B, N, 2), as `soft_wing`.
     """
     error = pred - target
     relative = L @ error  # Eq. (8): Delta = L P, and hence L P^ - L P = L (P^ - P)
-    return loss(error).mean() + lam * loss(relative).mean()  # Eq. (10)
+    return l(error).mean() + lam * l(relative).mean()  # Eq. (10)
 
 
 # ---- Data: augmentation and pose balancing of Sec. IV-B ------------------------------------------
 
 ZOOM = 0.10  # sizes 0.9 to 1.1
 SHIFT = 30 / 256  # of the crop's side, both ways
-HIDDEN = 0.20  # of the crop's area, by the occluder
+OCCLUDER = 0.20  # of the crop's area
 
 
 def reach(rotate: float) -> float:
-    """How far beyond the crop its own corners can come to lie: rotated, shifted and zoomed out."""
+    """Side of the region that augmentation can bring into the crop, over the crop's side."""
     turned = math.sqrt(2) * math.cos(math.radians(max(45 - rotate, 0)))
     return turned * (1 + 2 * SHIFT) / (1 - ZOOM)
 
@@ -398,8 +404,8 @@ def augment(rng: np.random.Generator, size: int, rotate: float = 40.0, occlude: 
     hide = rng.random() < occlude
     aspect = rng.uniform(0.4, 2.5)
     x, y = rng.uniform(0, size, 2)
-    w = size * math.sqrt(HIDDEN * aspect) / 2
-    h = size * math.sqrt(HIDDEN / aspect) / 2
+    w = size * math.sqrt(OCCLUDER * aspect) / 2
+    h = size * math.sqrt(OCCLUDER / aspect) / 2
     colour = rng.integers(0, 256, 3)
     occluder = np.array([x - w, y - h, x + w, y + h, *colour]) if hide else np.full(7, -1.0)
     return matrix, mirror, {"occluder": occluder}
@@ -611,7 +617,8 @@ def evaluate(net: SDFL, loader, args) -> tuple[dict, torch.Tensor, torch.Tensor]
     errors = metrics.nme(points, data.points, divisors)  # Eq. (12)
     scores = metrics.landmark_scores(errors, datasets.subsets(data.faces), args.threshold)
     for subset, chosen in datasets.subsets(data.faces).items():
-        scores["auc20" + (subset and f"/{subset}")] = metrics.auc_steps(errors[chosen])
+        name = f"auc20/{subset}" if subset else "auc20"
+        scores[name] = metrics.auc_steps(errors[chosen])
     constant = (net.mean_face.cpu().double() * (net.size / 256)).expand_as(data.points)
     constant = warp.apply_affine(to_image, constant)
     scores["nme/mean face"] = float(metrics.nme(constant, data.points, divisors).mean())
@@ -620,29 +627,31 @@ def evaluate(net: SDFL, loader, args) -> tuple[dict, torch.Tensor, torch.Tensor]
 
 def print_table(scores: dict, args, points: int):
     """The rows of Tables II to IV, a column for the full set and each subset."""
+    flip = ", flip test" if args.flip_test else ""
     print(f"{args.data}: NME by {datasets.norm_kind(args.norm, points)}, FR and AUC at "
-          f"{args.threshold:.2f}, crop {args.box} x {args.margin}" + ", flip test" * args.flip_test)
+          f"{args.threshold:.2f}, crop {args.box} x {args.margin}{flip}")
     rows = {"NME (%)": "nme", "FR (%)": "fr", "AUC": "auc"}
     if args.data == "wflw":
         rows["AUC as Table II"] = "auc20"
     print(metrics.landmark_table(scores, rows))
-    print(f"NME of a constant mean face: {100 * scores['nme/mean face']:.2f} %")
+    mean = scores["nme/mean face"]
+    print(f"NME of predicting the mean training face for every image: {100 * mean:.2f} %")
 
 
-def open_checkpoint(args, path: str) -> SDFL:
-    """A checkpoint's network, in evaluation mode; `args` takes its flags over."""
+def open_checkpoint(args, path: str) -> tuple[SDFL, dict]:
+    """A checkpoint's network, in evaluation mode, and its flags, which `args` takes over."""
     state, device = run.open_checkpoint(args, path)
     if "mask" not in state["model"]:
         raise UserError(f"{path}: its weights have no mask of neighbours; the file was changed")
     net = build(args, state["model"]["mask"], device)
     run.load_weights(net, state["model"], path)
-    return net.eval()
+    return net.eval(), state["args"]
 
 
 def evaluate_checkpoint(args) -> dict:
     """--eval: the numbers of a checkpoint on the test set of --data; with --output, pictures
     too."""
-    net = open_checkpoint(args, args.eval)
+    net, _ = open_checkpoint(args, args.eval)
     folder = run.find_run(args)
     data = make_dataset(args, "test")
     points = data.points.shape[1]
@@ -659,16 +668,15 @@ def evaluate_checkpoint(args) -> dict:
 
 
 def predict(args) -> dict:
-    """--predict: for each face its landmarks as NAME.pts, for each image NAME.png with them
-    drawn."""
-    net = open_checkpoint(args, args.weights)
+    """--predict: each face's landmarks as NAME.pts, and each image as NAME.png with them drawn."""
+    net, trained = open_checkpoint(args, args.weights)
     flip = flip_of(args, len(net.mask))
 
     def answer(crop: dict, last: bool) -> torch.Tensor:
         with run.precision(args, net.mask.device):
             return predict_points(net, prepare(crop, net.mask.device), flip).cpu()
 
-    photos.predict_landmarks(args, answer)
+    photos.predict_landmarks(args, answer, passes=2 if trained["box"] == "landmarks" else 1)
     return {}
 
 

@@ -148,9 +148,9 @@ def predict_landmarks(args, answer: Callable, passes: int = 2):
     """--predict of a network that finds landmarks in the crop about a box: NAME.pts for each face,
     and NAME.png, the image with the points drawn.
 
-    Args: answer(batch, last) -> points (1, P, 2) px of the crop; passes: 2 if it was trained on
-        crops about landmarks; then it looks again in the box of its first answer, and `last` says
-        which look it is.
+    Args: answer(batch, last) -> points (1, P, 2) px of the crop; passes: 2 for a network that was
+        trained on crops about landmarks, which then looks again, in the box of its first answer;
+        `last` says whether the answer is the last.
     """
     detector = open_detector(args.detector) if args.detector else None
     margins = [args.margin] * passes
