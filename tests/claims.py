@@ -440,7 +440,7 @@ def report(rows: list[dict], hardware: str) -> str:
                    if row["script"] == script and row["base"] == base}
             minutes = sum(row["minutes"] for row in own.values())
             seeds = 1 + max(row["seed"] for row in own.values())
-            text += ["", f"## {script}", "", f"`{command}`: {len(own)} runs, {minutes:.0f} minutes",
+            text += ["", f"## {script}", "", f"`{command}`: runs: {len(own)}, minutes: {minutes:.0f}",
                      "", table(script, claims, base, seeds, own)]
     return "\n".join(text) + "\n"
 

@@ -3,7 +3,6 @@
     python -m tests.measures sdfl runs/sdfl-faces/last.pt       # the scores, as a line of JSON
 """
 import argparse
-import copy
 import json
 import math
 
@@ -17,9 +16,7 @@ from common import datasets, metrics, run, warp
 
 
 def ordered_loader(args, data, device: torch.device):
-    """A loader of a test set, in order, and nothing kept for the next run."""
-    args = copy.copy(args)
-    args.cache = ""
+    """A loader of a test set, in order."""
     return run.make_loader(args, data, datasets.in_order(len(data), 64), device)
 
 
@@ -111,45 +108,47 @@ def by_spline(net, trained: torch.Tensor, data) -> torch.Tensor:
     return warp.apply_affine(warp.invert(data.crop_matrices), warp.to_px(moved, side))
 
 
+def mean_curve_error(pred: torch.Tensor, data, args, pred_parts: dict | None = None) -> float:
+    """NME_c of points (M, P, 2) px of a set's images, of parts of their own if they have some."""
+    parts = datasets.SCHEMES[data.points.shape[1]].parts
+    divisors = data.divisors(args.norm)
+    errors = metrics.curve_error(pred, data.points, parts, divisors, pred_parts=pred_parts)
+    return errors["overall"].mean().item()
+
+
 def measure_lddmm(path: str, also) -> dict:
     """Of a checkpoint: "fr@hidden" with a fifth of each crop hidden; "nme@spline"; "curves@floor",
     of true training landmarks alone; and in other annotations, of the drawn faces or of the sets
-    `also` [(data, root)], "curves@194", ..., with "curves@floor@194", of true landmarks of the
-    network's annotation alone, where the faces are drawn."""
+    `also` [(data, root)], "curves@194", ..., with "curves@floor@194", of the same true landmarks,
+    where the faces are drawn."""
     args = lddmm_face.parse_args(["--eval", path])
     net = lddmm_face.open_checkpoint(args, path)
-    device = net.mean.device
     data = lddmm_face.make_dataset(args, "test")
-    loader = ordered_loader(args, data, device)
+    loader = ordered_loader(args, data, net.mean.device)
     hidden = lddmm_face.evaluate(net, Hidden(loader), args)[0]
-    scores = {"nme@hidden": hidden["nme"], "fr@hidden": hidden["fr"]}
     trained = lddmm_face.predict_set(net, loader, args, lddmm_face.own_extra(net))[1]
     splined = by_spline(net, trained, data)
-    divisors = data.divisors(args.norm)
-    parts = datasets.SCHEMES[net.scheme].parts
-    scores["nme@spline"] = metrics.nme(splined, data.points, divisors).mean().item()
-    curves = metrics.curve_error(splined, data.points, parts, divisors)
-    scores["curves@spline"] = curves["overall"].mean().item()
-    own = {part: [net.landmarks.index(i) for i in ids if i in net.landmarks]
-           for part, ids in parts.items()}
     true = data.points[:, net.landmarks]
-    curves = metrics.curve_error(true, data.points, parts, divisors, pred_parts=own)
-    scores["curves@floor"] = curves["overall"].mean().item()
+    true_parts = {part: [net.landmarks.index(i) for i in ids if i in net.landmarks]
+                  for part, ids in datasets.SCHEMES[net.scheme].parts.items()}
+    errors = metrics.nme(splined, data.points, data.divisors(args.norm))
+    scores = {"nme@hidden": hidden["nme"], "fr@hidden": hidden["fr"],
+              "nme@spline": errors.mean().item(),
+              "curves@spline": mean_curve_error(splined, data, args),
+              "curves@floor": mean_curve_error(true, data, args, true_parts)}
     others = [dict(data=name, data_root=root) for name, root in also]
-    if args.data == "faces":
+    if args.data == "faces":  # the same faces, annotated otherwise
         others += [dict(points=points) for points in (68, 98, 194) if points != net.scheme]
     for flags in others:
         other = argparse.Namespace(**vars(args) | flags)
         theirs = lddmm_face.make_dataset(other, "test")
         points = theirs.points.shape[1]
+        loader = ordered_loader(other, theirs, net.mean.device)
         extra = lddmm_face.find_extra(net, other, points)
-        loader = ordered_loader(other, theirs, device)
         found = lddmm_face.evaluate(net, loader, other, extra)[0]
         scores |= {f"{name}@{points}": value for name, value in found.items()}
-        if "points" in flags:  # the same faces
-            curves = metrics.curve_error(true, theirs.points, datasets.SCHEMES[points].parts,
-                                         theirs.divisors(args.norm), pred_parts=own)
-            scores[f"curves@floor@{points}"] = curves["overall"].mean().item()
+        if "points" in flags:
+            scores[f"curves@floor@{points}"] = mean_curve_error(true, theirs, other, true_parts)
     return scores
 
 
@@ -157,11 +156,12 @@ def measure_kprpe(path: str, also) -> dict:
     """KP-RPE's Fig. 5: "accuracy@t0.25", ..., crops a quarter, half and three quarters aligned."""
     args = kprpe.parse_args(["--eval", path])
     net, head, device = kprpe.open_checkpoint(args, path)
-    args.keypoint_noise = []
-    own = kprpe.read_tests(args).get("")
+    tests = kprpe.read_tests(args)
+    if "" not in tests:
+        return {}
+    split, protocols = tests[""]
     scores = {}
-    for t in (0.25, 0.5, 0.75) if own else ():
-        split, protocols = own
+    for t in (0.25, 0.5, 0.75):
         data = kprpe.make_crops(args, split, t)
         loader = kprpe.crop_loader(args, data, kprpe.shard_keys(len(data), 64), device, kept=False)
         condition = kprpe.TestCondition(data, loader, protocols, f"@t{t:g}")
