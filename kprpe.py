@@ -168,7 +168,8 @@ def face_flags(parser):
     add("--heads", type=run.positive, default=6, help="attention heads of --model own")
     add("--mlp-ratio", type=run.above_zero, default=3.0, help="hidden width over --dim")
     add("--patch", type=run.positive, default=8, help="side of a patch in px")
-    add("--drop-path", type=run.fraction, default=0.1, help="chance to skip the last block")
+    add("--drop-path", type=run.within(float, 0, 0.9), default=0.1, help="chance to skip the last "
+        "block in training")
     add("--rpe", default="kp-multihead", choices=RPES, help="position encoding (Tables 1 and 2)")
     add("--num-keypoints", type=run.within(int, 0, 5), default=5, help="the first of the five "
         "keypoints that kp-* gets (supp. 2.2)")
@@ -191,8 +192,8 @@ def face_flags(parser):
         "checkpoint of --task dfa")
     add = parser.add_argument_group("evaluation").add_argument
     add("--unaligned", action=switch, default=False, help="also test on unaligned crops (Table 1)")
-    add("--keypoint-noise", type=run.listed(run.fraction), default=[], help="at the end also test "
-        "with noise on keypoints, shares of the crop's side, as 0.02,0.05,0.1 (Eq. 12)")
+    add("--keypoint-noise", type=run.listed(run.within(float, 0, 0.3)), default=[], help="at the "
+        "end also test with noise on keypoints, shares of the side, as 0.02,0.05,0.1 (Eq. 12)")
     add("--fusion", type=run.listed(fusion_rule), default=[], help="also identify templates of the "
         "test split, videos, by features fused so (Eqs. 16 to 18): some of average,norm,landmark")
     add("--test", nargs="+", default=[], metavar="PATH", help="sets to test on, beside "
