@@ -358,6 +358,8 @@ class LDDMMFace(nn.Module):
         count = len(self.landmarks)
         self.curves = Curves(number_points(self.subset).values())
         self.register_buffer("ids", torch.tensor(self.landmarks), persistent=False)
+        pupils = torch.tensor(datasets.SCHEMES[scheme].pupils)
+        self.register_buffer("pupils", pupils, persistent=False)  # (2, points of each)
         self.register_buffer("mean", mean.float())
         scale = curve_scale(self.start, self.curves)
         self.register_buffer("sigma", sigma_factor * scale)  # (C,) sigma_V
@@ -478,7 +480,7 @@ def loss_of(net: LDDMMFace, prediction: Prediction, points: torch.Tensor, args) 
         return heatmap_loss(prediction.heatmaps.float(), points[:, net.ids], net.size)
     points = to_frame(points, net.size)
     target = points[:, net.ids]
-    pupils = datasets.group_means(points, datasets.SCHEMES[net.scheme].pupils)  # (B, 2, 2)
+    pupils = points[:, net.pupils].mean(2)  # (B, 2, 2)
     d = (pupils[:, 0] - pupils[:, 1]).norm(dim=1)
     losses = []
     for pred in prediction.stages:

@@ -640,8 +640,9 @@ def train(args) -> dict:
     tests = test_sets(args, job.device) if job.rank == 0 else []
     # Network and optimizer
     start = job.state["start"] if job.state else first_template(args, train_set)
-    learner = Learner(build(args, start, job.device), classes, args.lam).to(job.device)
-    net = learner.net
+    net = build(args, start, job.device)
+    learner = Learner(net, classes, args.lam)
+    learner.head.to(job.device)
     optimizer = make_optimizer(args, learner)
     job.restore(learner, optimizer, [len(labels), classes])
     model = job.wrap(learner)

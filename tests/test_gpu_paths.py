@@ -1,0 +1,125 @@
+"""A training step of everything, on a pretended GPU and compiled. No kernel runs on the GPU: its
+tensors are PyTorch's fake ones, which have shapes, types and a device but no values. To mix devices
+is an error as it is on a real one, and so is all that would wait for a value, as item() or bool().
+"""
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.backend_registration import (_DummyBackendModule,
+                                              _setup_privateuseone_for_python_backend)
+
+import heatmap_landmarks
+import kprpe
+import lddmm_face
+import sdfl
+import stn_align
+from common import run
+
+class Backend(_DummyBackendModule):
+    """What PyTorch asks of a device."""
+    def current_device(self):
+        return 0
+
+    def get_amp_supported_dtype(self):
+        return [torch.bfloat16]
+
+
+_setup_privateuseone_for_python_backend("gpu", backend_module=Backend())
+FakeTensorMode.avoid_device_init = True
+GPU = torch.device("gpu", 0)
+# PyTorch has no fake form of this one. It works in place.
+META = torch.library.Library("aten", "IMPL", "Meta")
+META.impl("_fused_sgd_", lambda *args, **kwargs: None)
+
+
+class PretendedGPU(TorchDispatchMode):
+    """Operators on GPU's tensors are fake, all others run. From `no_waiting` on, a copy to or from
+    the GPU must be one that does not wait."""
+    no_waiting = False
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def __enter__(self):
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=GPU) is a copy
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        torch._C._set_only_lift_cpu_tensors(False)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if FakeTensor not in types and kwargs.get("device") != GPU:
+            return function(*args, **kwargs)
+        if self.no_waiting and function.name() in ("aten::_to_copy", "aten::copy_"):
+            ends = {args[0].device, args[-1].device, kwargs.get("device", args[0].device)}
+            assert len(ends) == 1 or kwargs.get("non_blocking"), "this copy waits"
+        with self.fake:
+            return function(*args, **kwargs)
+
+
+class Done(Exception):
+    """Two steps of training are done."""
+
+
+class Job(run.Job):
+    """A run that ends after two steps."""
+
+    def restore(self, net, optimizer, data, backbone=None):
+        self.net = net
+        self.optimizer = optimizer
+
+    def begin(self, data, batches=None, loader=None):
+        super().begin(data, batches, loader)
+        self.bar.close()
+
+    def steps_of(self, epoch):
+        batch = next(iter(self.loader))
+        yield 0, batch  # constants and the optimizer's state are made
+        self.mode.no_waiting = True
+        yield 1, batch
+        raise Done
+
+    def note(self, step, **losses):
+        loss = next(iter(losses.values()))
+        assert loss.device == self.device and loss.dtype == torch.float32 and loss.ndim == 0
+        for group in self.optimizer.param_groups:
+            for weight in group["params"]:  # a gradient each, or DistributedDataParallel would wait
+                assert weight.grad is not None or not weight.requires_grad
+
+
+SHARED = "--limit 16 --batch-size 4 --epochs 1 --cache="
+RUNS = [
+    (sdfl, "--size 64 --backbone resnet18"),
+    (sdfl, "--size 64 --backbone resnet18 --head fc --optimizer adam --loss l1"),
+    (sdfl, "--size 64 --backbone resnet18 --adjacency binary --loss wing"),
+    (sdfl, "--size 64 --backbone efficientnet_b0"),
+    (heatmap_landmarks, "--size 64 --strategy SDD"),
+    (heatmap_landmarks, "--size 64 --backbone resnet18 --strategy D --erase 1"),
+    (lddmm_face, "--size 64"),
+    (lddmm_face, "--size 64 --train-points 50 --squared"),
+    (lddmm_face, "--size 64 --backbone dan"),
+    (lddmm_face, "--size 64 --method coord"),
+    (lddmm_face, "--size 64 --method heatmap"),  # HRNet
+    *((stn_align, f"--depth 10 --width 8 --method {name}") for name in stn_align.METHODS),
+    (stn_align, "--depth 10 --width 8 --align-at input --template fixed --alpha fixed"),
+    (stn_align, "--depth 10 --width 8 --lam 0"),
+    *((kprpe, f"--depth 2 --rpe {name}") for name in kprpe.RPES),
+    *((kprpe, f"--depth 2 --rpe none --loss {name}") for name in kprpe.MARGINS),
+    (kprpe, "--depth 2 --sample-rate 0.5 --draw-keypoints --clip 0"),
+    (kprpe, "--task dfa"),
+    *((kprpe, f"--task gait --batch-size 8 --frames 2 --dim 32 --rpe {name}")
+      for name in ("none", "swin", "kp-multihead")),
+]
+
+
+@pytest.mark.parametrize("script, flags", RUNS)
+def test_a_step_on_a_gpu_waits_for_nothing(script, flags, tmp_path, monkeypatch):
+    argv = f"{SHARED} {flags} --output {tmp_path}/run".split()
+    args = script.parse_args(argv)
+    mode = PretendedGPU()
+    monkeypatch.setattr(run, "setup", lambda args: (0, 1, GPU))
+    monkeypatch.setattr(run, "Job", Job)
+    monkeypatch.setattr(Job, "mode", mode, raising=False)
+    with pytest.raises(Done), mode:
+        (kprpe.main if script is kprpe else script.train)(args)
