@@ -3,3 +3,16 @@
 
 class UserError(ValueError):
     """Something that the user can mend: a flag, a file, a value. Its message ends the program."""
+
+
+def message_of(error: Exception) -> str:
+    """What an error that the user can mend says; "" for a bug."""
+    text = str(error)
+    if text.startswith("DataLoader worker"):
+        return f"{text.strip()} Out of memory? Try fewer --workers"
+    unnamed = isinstance(error, OSError) and error.errno and not error.filename
+    if unnamed or not isinstance(error, (OSError, UserError, FloatingPointError)):
+        return ""
+    if text.startswith("Caught "):  # by a loader's worker, whose traceback ends in the message
+        text = text.rstrip().rpartition("\n")[2].partition(": ")[2]
+    return text

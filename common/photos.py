@@ -25,8 +25,11 @@ def open_detector(path: str):
     """cv2's detector from a YuNet model file.   Raises: UserError for another kind of file."""
     log = cv2.utils.logging
     log.setLogLevel(log.LOG_LEVEL_ERROR)  # cv2 5 warns that its new engine has no targets to choose
+    with open(path, "rb") as file:  # not cv2, to which some names of files are fatal
+        model = np.frombuffer(file.read(), np.uint8)
     try:
-        return cv2.FaceDetectorYN.create(path, "", (320, 320), score_threshold=0.8)
+        return cv2.FaceDetectorYN.create("onnx", model, np.empty(0, np.uint8), (320, 320),
+                                         score_threshold=0.8)
     except cv2.error as error:
         raise UserError(f"--detector {path}: no YuNet model that OpenCV reads") from error
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import multiprocessing, nn
 from tqdm import tqdm
 
-from common import UserError, datasets
+from common import UserError, datasets, message_of
 from common.checkpoint import (COMMAND, find_run, init_backbone, load, load_optimizer, load_weights,
                                lock, make_run, not_finite, restore_args, save)
 
@@ -181,25 +181,12 @@ def main(function: Callable, args):
         raise
 
 
-def message_of(error: Exception) -> str:
-    """What an error that the user can mend says; "" for a bug."""
-    text = str(error)
-    if text.startswith("DataLoader worker"):
-        return f"{text.strip()} Out of memory? Try fewer --workers"
-    unnamed = isinstance(error, OSError) and error.errno and not error.filename
-    if unnamed or not isinstance(error, (OSError, UserError, FloatingPointError)):
-        return ""
-    if text.startswith("Caught "):  # by a loader's worker, whose traceback ends in the message
-        text = text.rstrip().rpartition("\n")[2].partition(": ")[2]
-    return text
-
-
 def call(function: Callable, args):
     """Calls function(args), and ends this process's part in a group of processes."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are not UTF-8
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
-    warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own, which no user can mend
-    if int(os.environ.get("RANK", 0)) > 0:
-        warnings.simplefilter("ignore")  # the first process says it
+    rank = int(os.environ.get("RANK", 0))  # the first tells, but of PyTorch's own future nobody
+    warnings.simplefilter("ignore", Warning if rank else FutureWarning)
     function(args)
     if dist.is_initialized():
         dist.barrier()
@@ -399,6 +386,9 @@ class Job:
     def epochs(self) -> Iterator[int]:
         """The epochs that are left. PyTorch is seeded before each, by (seed, epoch, rank)."""
         for epoch in range(self.start, self.args.epochs):
+            parent = multiprocessing.parent_process()
+            if parent and not parent.is_alive():  # only Linux tells this process of it
+                raise UserError("the process that started this one has ended")
             seed_all(self.args.seed, epoch + 1, self.rank)
             self.batches.epoch = epoch
             self.losses = {}
