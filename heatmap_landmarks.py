@@ -3,25 +3,30 @@
 Samuel W. F. Earp, Aubin Samacoits, Sanjana Jain, Pavit Noinongyao, Siwa Boonpunmongkol (Sertis
 Vision Lab); 2021. https://arxiv.org/abs/2103.03059
 
-The method. Five rough landmarks of a detector (eyes, nose tip, mouth corners) turn, scale and shift
-the face into one place of a 192 px crop; the network then sees faces that hardly move. A
-MobileNetV2 ends in a 6 x 6 map. A string of letters, the upsampling strategy, enlarges it, each
-letter a block that doubles its side: S, pixel shuffle, is cheap and stands where the map is small;
-D, deconvolution, is better and stands at the end. The result is one heatmap for each landmark,
-trained to be a Gaussian about it. Its centre is read off between the pixels: the logarithm of a
-Gaussian is a parabola, whose top one Newton step finds. The inverse of the alignment brings the
-landmarks back to the image. Tricks: mirrored copies of the training set, the mean of the
+The method. Five rough landmarks of a detector (eyes, nose tip, mouth corners) align the face: a
+similarity maps them to fixed places in a 192 px crop, so that all faces have the same position,
+size and angle. A MobileNetV2 ends in a 6 x 6 map. A string of letters, the upsampling strategy,
+enlarges it, each letter a block that doubles its side: S, pixel shuffle, is cheap and stands where
+the map is small; D, deconvolution, is better and stands at the end. The result is one heatmap for
+each landmark, trained to be a Gaussian about it. Its centre is found between the pixels: the
+logarithm of a Gaussian is a parabola, whose top one Newton step finds. The inverse of the alignment
+brings the landmarks back to the image. Tricks: mirrored copies of the training set, the mean of the
 predictions for the image and its mirror image, random erasing late in the training, and rotation.
 
-Train on LaPa, the open set in the paper's 106 points (not run here, see README):
+Train on LaPa, the open set in the paper's 106 points, or on WFLW on four GPUs: --batch-size is over
+all of them, and the 4 images that 16 leave for each are few for a batch norm (not run, see README):
   python heatmap_landmarks.py --data lapa --data-root LaPa --amp --cache device
+  python heatmap_landmarks.py --data wflw --data-root WFLW --gpus 4 --batch-size 64 --amp
+Without --five FILE, the five points of a detector, crops (of test images too) are made by the true
+points with 3 % noise, as of a very good detector: such numbers cannot be compared with Table 5.
 Without any data, on drawn faces, two to three minutes on two CPU cores:
   python heatmap_landmarks.py
 Continue, evaluate, use, and cut 112 px crops for face recognition (Sec. 5.4):
-  python heatmap_landmarks.py --data lapa --cache device --resume
-  python heatmap_landmarks.py --data lapa --data-root LaPa --eval RUN/last.pt
-  python heatmap_landmarks.py --predict photo.jpg --detector yunet.onnx --weights RUN/last.pt
-  python heatmap_landmarks.py --data lapa --data-root LaPa --eval RUN/last.pt --align-out CROPS
+  python heatmap_landmarks.py --data lapa --resume
+  python heatmap_landmarks.py --data lapa --data-root LaPa --eval LAST
+  python heatmap_landmarks.py --predict photo.jpg --detector yunet.onnx --weights LAST
+  python heatmap_landmarks.py --data lapa --data-root LaPa --eval LAST --align-out CROPS
+with LAST = runs/heatmap_landmarks-lapa/last.pt
 
 Where each equation is:
   Eq. (1)  argmax of a heatmap       decode_argmax
@@ -37,10 +42,12 @@ met within 0.01 MB, every GFLOPS but ResNet18's within 1 %. What we settle, or d
     filters; widths of MobileNetV2 are cut to whole numbers, not to multiples of 8. Three letters
     give 48 x 48 heatmaps, four give 96 x 96. The heatmaps come from a 1x1 convolution behind the
     last block: the paper's words put it before the upsampling, which its sizes exclude.
-  - Misprints: DDSS has 13.00 MB, not 12.00; "SDDSD" in Table 4 is SDSD. ResNet18's 1.13 GFLOPS in
-    Table 6 cannot be: the backbone alone has 1.33 G multiply-adds at 192 px, with SDD 1.54.
+  - Misprints: in Eq. (3) the exponent 1/2 belongs to |Sigma| only; Eq. (4) calls N the number of
+    images, but the mean is over the landmarks of one. DDSS has 13.00 MB, not 12.00; "SDDSD" in
+    Table 4 is SDSD. ResNet18's 1.13 GFLOPS in Table 6 cannot be: the backbone alone has 1.33 G
+    multiply-adds at 192 px, with SDD 1.54.
   - The paper does not name its loss. Ours is the squared error of a map, summed over its pixels and
-    divided by that of an empty map, so that 1 means "nothing learned". Gaussians have height 1 and
+    divided by pi sigma^2, so that 1 means "nothing learned". Gaussians have height 1 and
     sigma 2 px of the heatmap, as in GluonCV; their centres are not rounded, as in DARK: GluonCV's
     rounding costs up to half a heatmap px. A landmark whose 3-sigma box misses the map has no
     weight.
@@ -51,21 +58,18 @@ met within 0.01 MB, every GFLOPS but ResNet18's within 1 %. What we settle, or d
   - The paper's "affine transformation" is here a similarity, as is usual for recognition; with six
     free numbers a profile face is sheared. Its reference landmarks are not given: we take LaPa's
     mean face, 0.64 of the crop wide. Outside the image a crop is grey.
-  - The five points come from --five FILE, which any detector can be made to write; of several faces
-    in an image those nearest to the annotated face count (the paper takes the centre-most). Without
-    a file they are the true points with Gaussian noise of 3 % of the face's scale, one draw for
-    each face, which stand in for a detector. --align two-pass and box, for users who have only a
-    box, are not in the paper.
+  - --five FILE may come from any detector; of several faces in an image those nearest to the
+    annotated face count (the paper takes the centre-most). The noise without it is Gaussian, 3 % of
+    the face's scale, one draw for each face. --align two-pass and box are not in the paper.
   - Random erasing hides 2 to 15 % of the area in half of the images, with the mean colour, in the
     second half of the run: the paper's source for it, AID, erases in a second stage too. Rotation
     is up to 15 degrees; the paper tried 1 to 15 and does not say which it kept.
   - Colour: one affine map of RGB for each image holds the PCA shift, the jitter in its random order
     and the normalisation; nothing is clipped between them.
-  - The flip test doubles the cost (MNetV2-1.0 with SDD: 0.87 G multiply-adds), and the challenge
-    forbade it; --flip-test none leaves it out.
+  - The flip test doubles the cost (MNetV2-1.0 with SDD: 0.87 G multiply-adds); --flip-test none
+    leaves it out.
   - With --gpus N each process normalises its own share of the batch; the paper trained on one GPU.
-    The last epoch is reported. In a run of other than 40 epochs the rate falls at 1/2 and 3/4 of
-    it.
+    The last epoch is reported. In a run of E epochs the rate falls after E/2 and 3E/4.
 """
 import argparse
 import copy
@@ -92,10 +96,11 @@ from common import UserError, datasets, metrics, photos, run, synthetic, warp
 
 # Sec. 3.3, Table 4 and Sec. 5.1: the final MNetV2-1.0 with all tricks that helped.
 PAPER = dict(size=192, epochs=40, batch_size=16, lr=1e-3, backbone="mobilenetv2_1.0",
-             strategy="SDD", filters=128, sigma=2.0, kernel=11, flip_copies=True,
-             flip_test="coordinates", erase=0.5, erase_from=0.5, rotate=15.0, norm="box",
-             threshold=0.08, margin=1.6, points=106)
-SMALL = dict(size=128, epochs=20, batch_size=32, lr=2e-3, sigma=1.5, kernel=7, cache="device")
+             strategy="SDD", filters=128, sigma=2.0, flip_copies=True, flip_test="coordinates",
+             erase=0.5, erase_from=0.5, rotate=15.0, norm="box", threshold=0.08, margin=1.6,
+             points=106)
+# sigma: about 1/24 of the heatmap's side, as 2 of 48 px
+SMALL = dict(size=128, epochs=20, batch_size=32, lr=2e-3, sigma=1.5, cache="device")
 PRESETS = {
     "jd106": {},  # Table 5
     "lapa": {},
@@ -105,8 +110,9 @@ PRESETS = {
     "youtube": SMALL,
     "folder": SMALL,
     "faces": dict(SMALL, size=96, batch_size=16, epochs=8, eval_every=4, rotate=0.0, sigma=1.0,
-                  kernel=5, backbone="mobilenetv2_0.5", filters=64, strategy="SSD"),
+                  backbone="mobilenetv2_0.5", filters=64, strategy="SSD"),
 }
+NOISE_SEED = 5  # of the five points; not --seed, as a detector's error is the same in every run
 DRAWN = {"train": 1600, "test": 400}  # faces of --data faces
 
 
@@ -125,8 +131,8 @@ def parse_args(argv=None):
     add("--sigma", type=run.above_zero, default=2.0, help="of the target Gaussians, heatmap px")
     add("--decode", default="dark", choices=DECODERS, help="argmax: Eq. (1), shift: Eq. (2), "
         "dark: Eq. (3)")
-    add("--kernel", type=int, choices=range(1, 34, 2), default=11, help="side of the blur of "
-        "--decode dark in heatmap px: about 5 sigma")
+    add("--kernel", type=int, choices=range(1, 34, 2), default=0, help="side of the blur of "
+        "--decode dark in heatmap px (default: about 5 sigma)")
     add = parser.add_argument_group("alignment: Sec. 3.1").add_argument
     add("--align", default="five", choices=["five", "two-pass", "box"], help="crop by five points "
         "(the paper); by a box, then by the five points predicted there; by the box alone")
@@ -153,6 +159,8 @@ def parse_args(argv=None):
     add("--shift", type=run.within(float, 0, 192), default=0.0, help="random shift, up to so many "
         "px of a 192 px crop (Sec. 5.1: hurts)")
     args = run.parse(parser, argv)
+    args.kernel = args.kernel or min(2 * int(2.5 * args.sigma) + 1, 33)  # odd
+    args.trained_box = args.box  # a checkpoint keeps it; --predict --box 0,0,9,9 is another
     try:
         backbone_of(args.backbone)
         check_strategy(args.strategy)
@@ -232,7 +240,10 @@ class HeatmapNet(nn.Module):
         nn.init.normal_(self.head.weight, std=1e-3)  # GluonCV: training starts from empty maps
 
     def forward(self, image):
-        heatmaps = self.head(self.upsample(self.project(self.backbone(image))))
+        features = self.upsample(self.project(self.backbone(image)))
+        # float32: near the peak bfloat16 has steps of 0.004, so that px tie and Eq. (3) fits steps
+        with torch.autocast(image.device.type, enabled=False):
+            heatmaps = self.head(features.float())
         return heatmaps.contiguous()  # map after map, as loss and decoders go through them
 
 
@@ -326,8 +337,8 @@ def decode_argmax(heatmaps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def decode_shift(heatmaps: torch.Tensor, c: float = 0.25) -> tuple[torch.Tensor, torch.Tensor]:
     """Eq. (2): from the highest px `c` px towards the larger neighbour in x and in y. A peak whose
     x is not in 2 ... w - 2, or y not in 2 ... h - 2, stays. Shapes and bad maps as in
-    `decode_argmax`.   Source: Xiao et al., ECCV 2018, code: the sign of the gradient, and these
-    borders, which a mirror image does not share; the paper prints c dH/dxdy."""
+    `decode_argmax`.   Source: Xiao et al., ECCV 2018, code, also of these borders, which a mirror
+    image does not share."""
     peak, height = find_peaks(heatmaps)
     h, w = heatmaps.shape[2:]
     x, y = peak.unbind(-1)
@@ -337,7 +348,7 @@ def decode_shift(heatmaps: torch.Tensor, c: float = 0.25) -> tuple[torch.Tensor,
     below = pixels(heatmaps, x, (y + 1).clamp(max=h - 1))
     above = pixels(heatmaps, x, (y - 1).clamp(min=0))
     gradient = torch.stack([right - left, below - above], -1)
-    # Eq. (2): (x, y) = argmax H + c dH
+    # Eq. (2), with the sign of the gradient as in Xiao et al.: argmax H + c sign(dH/dx, dH/dy)
     return with_confidence(peak + c * gradient.sign() * inside[..., None], height)
 
 
@@ -345,10 +356,11 @@ def decode_dark(heatmaps: torch.Tensor, kernel: int = 11) -> tuple[torch.Tensor,
     """Eq. (3): the centre of the Gaussian that each map is, between the px.
     Shapes and bad maps as in `decode_argmax`; kernel, the side of the blur in px, is odd.
 
-    The logarithm of a Gaussian is a parabola, whose top is one Newton step away from any px:
-    mu = m - H^-1 g with the gradient g and the Hessian H of log G at the highest px m. Real maps
-    are rough and are blurred first. Noise asks for large steps: they end at 1 px in x and in y. A
-    peak less than 2 px from the outermost px stays where it is.
+    The paper says only that Eq. (3) is fitted to the map. For a Gaussian the fit has a closed form:
+    its logarithm is a parabola, whose top is one Newton step away from any px. From the highest px
+    m, mu = m - hessian^-1 gradient, both of log G. Real maps are rough and are blurred first. Noise
+    asks for large steps: they end at 1 px in x and in y. As in DARK, a saddle is not excluded; this
+    bound limits the harm. A peak less than 2 px from the outermost px stays where it is.
     Source: Zhang et al., "Distribution-Aware Coordinate Representation", CVPR 2020, and its code,
     ilovepose/DarkPose lib/core/inference.py, to rounding; there a loop over whole maps.
     Raises: ValueError for an even kernel.
@@ -359,22 +371,23 @@ def decode_dark(heatmaps: torch.Tensor, kernel: int = 11) -> tuple[torch.Tensor,
     h, w = heatmaps.shape[2:]
     x, y = peak.unbind(-1)
     inside = (1 < x) & (x < w - 2) & (1 < y) & (y < h - 2) & height.isfinite()  # (B, P)
-    G = blurred_about(heatmaps, peak, kernel)  # (B, P, 5, 5), rows are y
-    # DARK brings a blurred map back to the height that it had. A factor changes the derivatives of
-    # log G only at the floor of the logarithm, where nothing but noise comes.
-    low = inside & (G <= 1e-10).flatten(2).any(2)
+    blurred = blurred_about(heatmaps, peak, kernel)  # (B, P, 5, 5), rows are y
+    # DARK rescales a blurred map to its old height. log(a G) = log a + log G has the same
+    # derivatives, so we skip it except for maps that reach the floor of 1e-10.
+    low = inside & (blurred <= 1e-10).flatten(2).any(2)
     if low.any():
         factor = height[low].double() / blurred_peaks(heatmaps, low, kernel)
-        G[low] *= factor[:, None, None]
-    L = G.clamp(min=1e-10).log()
-    dx = (L[..., 2, 3] - L[..., 2, 1]) / 2
-    dy = (L[..., 3, 2] - L[..., 1, 2]) / 2
-    dxx = (L[..., 2, 4] - 2 * L[..., 2, 2] + L[..., 2, 0]) / 4
-    dyy = (L[..., 4, 2] - 2 * L[..., 2, 2] + L[..., 0, 2]) / 4
-    dxy = (L[..., 3, 3] - L[..., 1, 3] - L[..., 3, 1] + L[..., 1, 1]) / 4
-    # Eq. (3): log G has the gradient g = -Sigma^-1 (m - mu) and the Hessian H = -Sigma^-1
+        blurred[low] *= factor[:, None, None]
+    log_G = blurred.clamp(min=1e-10).log()
+    dx = (log_G[..., 2, 3] - log_G[..., 2, 1]) / 2
+    dy = (log_G[..., 3, 2] - log_G[..., 1, 2]) / 2
+    dxx = (log_G[..., 2, 4] - 2 * log_G[..., 2, 2] + log_G[..., 2, 0]) / 4
+    dyy = (log_G[..., 4, 2] - 2 * log_G[..., 2, 2] + log_G[..., 0, 2]) / 4
+    dxy = (log_G[..., 3, 3] - log_G[..., 1, 3] - log_G[..., 3, 1] + log_G[..., 1, 1]) / 4
+    # Eq. (3): log G has the gradient -Sigma^-1 (m - mu) and the Hessian -Sigma^-1
     determinant = dxx * dyy - dxy**2
-    step = torch.stack([dxy * dy - dyy * dx, dxy * dx - dxx * dy], -1) / determinant[..., None]
+    step = torch.stack([dxy * dy - dyy * dx, dxy * dx - dxx * dy], -1)  # -hessian^-1 gradient,
+    step = step / determinant[..., None]  # written out for 2 x 2
     good = inside & step.isfinite().all(-1)
     step = step.clamp(-1, 1).where(good[..., None], 0)
     return with_confidence(peak + step, height)
@@ -427,10 +440,11 @@ def heatmap_loss(heatmaps: torch.Tensor, points: torch.Tensor, stride: float,
                  sigma: float) -> torch.Tensor:
     """Squared error of heatmaps (B, P, h, w) against Gaussians about points (B, P, 2) px of the
     crop: summed over a map, divided by pi sigma^2, the sum of a whole Gaussian's squares, and
-    averaged over the landmarks that have a weight. Empty maps have 1, perfect ones 0. A scalar."""
+    averaged over the landmarks that have a weight. Empty maps have 1 (less at the border), perfect
+    ones 0. A scalar."""
     size = tuple(heatmaps.shape[2:])
     target = gaussian_heatmaps(points, size, stride, sigma)
-    error = (heatmaps.float() - target).square().sum((2, 3)) / (math.pi * sigma**2)  # (B, P)
+    error = (heatmaps - target).square().sum((2, 3)) / (math.pi * sigma**2)  # (B, P)
     weight = landmark_weights(points, size, stride, sigma)
     return (error * weight).sum() / weight.sum().clamp(min=1)
 
@@ -452,8 +466,8 @@ PCA = ((-0.5675 * 55.46, 0.7192 * 4.794, 0.4009 * 1.148),
 
 @functools.cache
 def device_tensor(values: tuple, device: torch.device) -> torch.Tensor:
-    """A float32 tensor that is copied to a device once: a copy waits for what the GPU is at."""
-    with torch.inference_mode(False):  # or, first made in an evaluation, training cannot use it
+    """A float32 tensor, kept: copying from the CPU in every step would make it wait for the GPU."""
+    with torch.inference_mode(False):  # a tensor created in this mode cannot be used in training
         return torch.tensor(values, device=device)
 
 
@@ -469,7 +483,7 @@ def align_five(points5, size: int = 192) -> torch.Tensor:
     if points5.shape[-2:] != (5, 2):
         raise ValueError(f"points5 {tuple(points5.shape)}: expected (..., 5, 2)")
     warp.check_points(points5, "similarity")
-    reference = to_heatmap(REFERENCE_5, 192 / size)  # px of 192 -> px of size
+    reference = (REFERENCE_5 + 0.5) * (size / 192) - 0.5  # of a 192 px crop -> of a size px crop
     return warp.fit_similarity(points5, reference.expand_as(points5))
 
 
@@ -484,59 +498,19 @@ def five_of(points):
     return datasets.group_means(points, datasets.SCHEMES[count].five)
 
 
-def is_face(five: torch.Tensor) -> torch.Tensor:
-    """Which five points (M, 5, 2) px could be a face's: (M,) bool. Not those within 1 px, or not
-    finite; nor those that no similarity brings near REFERENCE_5, as a face seen in a mirror: the
-    best scale is then about 0 and the crop endless."""
-    five = five.double()
-    reference = REFERENCE_5.expand_as(five)
-    fitted = warp.apply_affine(warp.fit_similarity(five, reference), five)
-    spread = (reference - reference.mean(1, keepdim=True)).square().sum((1, 2))
-    residual = (fitted - reference).square().sum((1, 2)) / spread  # 1 - correlation^2
-    extent = (five.amax(1) - five.amin(1)).amax(1)
-    return (extent > 1) & (residual < 0.94)  # a correlation of 0.25: only what is no face has less
-
-
 def rough_five(args, faces: list) -> np.ndarray:
     """Five points (M, 5, 2) px as of a detector: those of --five, else the true ones with noise.
-    The noise is one draw for each face of a set, the same in every run as a detector's error is."""
+    The noise is one draw for each face of a set."""
     true = five_of(np.stack([face.points for face in faces]).astype(np.float64))
     across = true[:, 1] - true[:, 0]
     down = true[:, :2].mean(1) - true[:, 3:].mean(1)
     scale = np.linalg.norm([across, down], axis=2).max(0)  # (M,): in profile the eyes coincide
-    noise = [np.random.default_rng((5, i)).normal(size=(5, 2)) for i in range(len(faces))]
+    noise = [np.random.default_rng((NOISE_SEED, i)).normal(size=(5, 2)) for i in range(len(faces))]
     rough = true + args.five_noise * scale[:, None, None] * np.stack(noise)
     if args.five:
         found = detected_five(args, faces, true, scale)
         rough = np.where(np.isfinite(found), found, rough)
     return rough
-
-
-def detected_five(args, faces: list, true: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """The points of --five (M, 5, 2) px, nan for a face that has none there: of several faces of an
-    image the nearest to the `true` five (M, 5, 2), but none further away than `scale` (M,) px."""
-    table = datasets.read_points_csv(args.five)
-    found = np.full(true.shape, np.nan)
-    missed = []
-    for i, face in enumerate(faces):
-        name = f"face {i}"
-        if isinstance(face.image, str):
-            name = os.path.relpath(face.image, args.data_root or ".")
-        if name in table:
-            rows = five_of(table[name])  # (K, 5, 2)
-            distance = np.linalg.norm(rows - true[i], axis=2).mean(1)
-            if distance.min() < scale[i]:
-                found[i] = rows[distance.argmin()]
-        if np.isnan(found[i]).any():
-            missed.append(name)
-    if len(missed) == len(faces):
-        raise UserError(f"--five {args.five}: none of its images ({', '.join(list(table)[:3])}, "
-                        f"...) is one of the set's ({', '.join(missed[:3])}, ...), as paths below "
-                        "--data-root")
-    if missed:
-        warnings.warn(f"--five {args.five} has no points for {len(missed)} of {len(faces)} faces, "
-                      f"the first is {missed[0]}: the true ones with noise are taken", stacklevel=3)
-    return found
 
 
 def first_crops(args, faces: list, align: str) -> np.ndarray:
@@ -550,31 +524,6 @@ def first_crops(args, faces: list, align: str) -> np.ndarray:
         raise UserError(f"{face.where or face.image}: its eyes, nose tip and mouth corners "
                         "coincide, which aligns nothing; correct or leave out that face")
     return align_five(five, args.size).numpy()
-
-
-def next_crops(args, points: torch.Tensor, crop_matrices: torch.Tensor) -> torch.Tensor:
-    """Maps (M, 2, 3) of the crops of a second pass: by the five points in the first predictions
-    (M, P, 2) px of the image or, with --align box, by their box. Where these are no face, the crop
-    stays as it is."""
-    good = are_faces(args, points)
-    matrices = crop_matrices.clone()
-    if args.align == "box":
-        boxes = torch.cat([points.amin(1), points.amax(1)], 1)[good]
-        squares = datasets.square_crops(boxes.numpy(), args.size, args.margin)
-        matrices[good] = torch.from_numpy(squares)
-    else:
-        matrices[good] = align_five(five_of(points[good]), args.size)
-    return matrices
-
-
-def are_faces(args, points: torch.Tensor) -> torch.Tensor:
-    """Which predictions (M, P, 2) px of the image could be faces: (M,) bool. Where no five points
-    are needed, all that are not one place."""
-    extent = (points.amax(1) - points.amin(1)).amax(1)  # nan if a point is not finite
-    good = (extent > 1) & extent.isfinite()
-    if args.align != "box" or args.align_out:
-        good &= is_face(five_of(points))
-    return good
 
 
 def augment(rng: np.random.Generator, size: int, rotate=0.0, scale=0.0, shift=0.0, lighting=0.0,
@@ -632,19 +581,18 @@ def prepare(batch: dict, device: torch.device, erase: bool = False) -> torch.Ten
     """Network input (B, 3, H, W), normalised, from a batch: with the colour of its draws if it has
     any and, if `erase`, its erased boxes."""
     image = batch["image"].to(device, non_blocking=True)
-    if image.dtype == torch.float32:  # (B, 3, H, W) of the DeviceLoader
-        image = image.permute(0, 2, 3, 1)
-    image = image.float()  # (B, H, W, 3)
+    if image.dtype == torch.uint8:  # (B, H, W, 3) of the loader; permuted, it is channels_last.
+        image = image.permute(0, 3, 1, 2).float()  # --cache device gives (B, 3, H, W) float32
     mean = 255 * device_tensor(MEAN, device)
     std = 255 * device_tensor(STD, device)
     if "colour" in batch:
-        M, t = colour_map(batch["colour"].to(device, non_blocking=True), image.mean((1, 2)))
+        M, t = colour_map(batch["colour"].to(device, non_blocking=True), image.mean((2, 3)))
+        pixels = image.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, 3)
         # (M x + t - mean) / std of all px x
-        image = torch.baddbmm(((t - mean) / std)[:, None], image.flatten(1, 2),
-                              (M / std[:, None]).mT).view_as(image)
+        pixels = torch.baddbmm(((t - mean) / std)[:, None], pixels, (M / std[:, None]).mT)
+        image = pixels.mT.unflatten(2, image.shape[2:])
     else:
-        image = (image - mean) / std
-    image = image.permute(0, 3, 1, 2)  # channels_last as it stands
+        image = (image - mean[:, None, None]) / std[:, None, None]
     if erase:
         box = batch["erase"].to(device, non_blocking=True)
         x0, y0, x1, y1 = box[..., None].unbind(1)  # (B, 1) each
@@ -794,10 +742,10 @@ def train(args) -> dict:
         job.save(epoch, results[0] if results and job.due(epoch) else {})
     if job.rank > 0:
         return {}
-    scores, errors, found = results or evaluate(net, test_loader, args)
-    print_table(scores, args, net)
-    write_pictures(job.folder, net, test_set, errors, found, args)
-    return scores
+    results = results or evaluate(net, test_loader, args)
+    print_table(results[0], args, net)
+    write_pictures(job.folder, net, args, *results[1:])
+    return results[0]
 
 
 # ---- Evaluation: Sec. 3.2 ------------------------------------------------------------------------
@@ -810,16 +758,16 @@ def predict_points(net: HeatmapNet, image: torch.Tensor, decode: str = "dark", k
     flip_test: "coordinates", the mean of the points for the image and its mirror image (Sec. 5.1);
     "heatmaps", the points of the mean heatmaps. `flip` (P,) is then the scheme's permutation.
     """
-    read = partial(decode_dark, kernel=kernel) if decode == "dark" else DECODERS[decode]
+    decoder = partial(decode_dark, kernel=kernel) if decode == "dark" else DECODERS[decode]
     if flip_test == "none":
-        points, confidence = read(net(image).float())
+        points, confidence = decoder(net(image))
         return to_crop(points, net.stride), confidence
     flip = device_tensor(tuple(flip), image.device).long()
-    heatmaps, mirrored = net(torch.cat([image, image.flip(3)])).float().chunk(2)
+    heatmaps, mirrored = net(torch.cat([image, image.flip(3)])).chunk(2)
     if flip_test == "heatmaps":
-        points, confidence = read((heatmaps + mirrored.flip(3)[:, flip]) / 2)
+        points, confidence = decoder((heatmaps + mirrored.flip(3)[:, flip]) / 2)
         return to_crop(points, net.stride), confidence
-    points, confidence = read(torch.cat([heatmaps, mirrored]))
+    points, confidence = decoder(torch.cat([heatmaps, mirrored]))
     points, back = to_crop(points, net.stride).chunk(2)
     confidence, other = confidence.chunk(2)
     back[..., 0] = image.shape[3] - 1 - back[..., 0]
@@ -846,34 +794,24 @@ def predict_batches(net: HeatmapNet, batches, crop_matrices: torch.Tensor,
     return points, torch.cat(confidence)
 
 
-def recropped(args, data: datasets.CropDataset, points: torch.Tensor) -> datasets.CropDataset:
-    """The same faces, cropped by the predictions (M, P, 2) px of the images of a first pass."""
-    return datasets.CropDataset(data.faces, next_crops(args, points, data.crop_matrices), args.size)
-
-
 def predict_set(net: HeatmapNet, loader, args) -> tuple[torch.Tensor, datasets.CropDataset]:
-    """Landmarks (M, P, 2) px of a set's images, and the crops of the last pass of --align."""
-    device = net.head.weight.device
+    """Landmarks (M, P, 2) px of a set's images, and the crops that they were predicted in."""
     data = loader.dataset
     points, _ = predict_batches(net, loader, data.crop_matrices, args)
-    if args.align != "two-pass":
-        return points, data
-    data = recropped(args, data, points)
-    uncached = copy.copy(args)
-    uncached.cache = ""  # these crops are not seen again
-    loader = run.make_loader(uncached, data, datasets.in_order(len(data), 64), device)
-    points, _ = predict_batches(net, loader, data.crop_matrices, args)
+    if args.align == "two-pass":
+        return second_pass(net, data, points, args)
     return points, data
 
 
-def evaluate(net: HeatmapNet, loader, args) -> tuple[dict, torch.Tensor, torch.Tensor]:
+def evaluate(net: HeatmapNet, loader, args):
     """NME, FR and AUC in the pixels of the images, over the test set and its subsets.
 
     Args: loader, in order, of a CropDataset without augmentation.
-    Returns: fractions "nme", "fr", "auc", "nme/pose", ...; to compare with, "nme/floor", that of
-        the argmax of perfect heatmaps of this size, "nme/mean face", that of the same mean face in
-        every crop, and "spread", a landmark's rms distance from its mean over the crop's side; the
-        NME of each face (M,); predictions (M, P, 2) px of the images.
+    Returns: fractions "nme", "fr", "auc", "nme/pose", ...; to compare with, "nme/perfect argmax",
+        that of the argmax of perfect heatmaps of this size, "nme/mean face", that of the same mean
+        face in every crop, and "spread", a landmark's rms distance from its mean over the crop's
+        side; the NME of each face (M,); predictions (M, P, 2) px of the images; the crops, a
+        CropDataset: with --align two-pass not those of the loader.
     """
     points, data = predict_set(net, loader, args)
     divisors = data.divisors(args.norm)
@@ -882,13 +820,13 @@ def evaluate(net: HeatmapNet, loader, args) -> tuple[dict, torch.Tensor, torch.T
     truth = warp.apply_affine(data.crop_matrices, data.points)  # (M, P, 2) crop px
     to_image = warp.invert(data.crop_matrices)
     cells = to_heatmap(truth, net.stride).round().clamp(0, args.size // net.stride - 1)
-    floor = warp.apply_affine(to_image, to_crop(cells, net.stride))
-    scores["nme/floor"] = float(metrics.nme(floor, data.points, divisors).mean())
+    argmax = warp.apply_affine(to_image, to_crop(cells, net.stride))
+    scores["nme/perfect argmax"] = float(metrics.nme(argmax, data.points, divisors).mean())
     mean_face = warp.apply_affine(to_image, truth.mean(0).expand_as(truth))
     scores["nme/mean face"] = float(metrics.nme(mean_face, data.points, divisors).mean())
     variance = (truth - truth.mean(0)).square().sum(2).mean(0)  # (P,) px^2
     scores["spread"] = float(variance.sqrt().mean()) / args.size
-    return scores, errors, points
+    return scores, errors, points, data
 
 
 def how_aligned(args) -> str:
@@ -908,7 +846,7 @@ def print_table(scores: dict, args, net: HeatmapNet):
     print(metrics.landmark_table(scores, {"NME (%)": "nme", "FR (%)": "fr", "AUC (%)": "auc"}))
     side = args.size // net.stride
     print(f"NME of the argmax of perfect {side} x {side} heatmaps: "
-          f"{100 * scores['nme/floor']:.2f} %")
+          f"{100 * scores['nme/perfect argmax']:.2f} %")
     print(f"NME of a constant mean face: {100 * scores['nme/mean face']:.2f} %; a landmark is "
           f"{192 * scores['spread']:.1f} px (rms, of 192) from its mean")
 
@@ -936,29 +874,109 @@ def evaluate_checkpoint(args) -> dict:
                         f"--data {args.data} have {data.points.shape[1]}")
     batches = datasets.in_order(len(data), args.batch_size)
     loader = run.make_loader(args, data, batches, net.head.weight.device)
-    scores, errors, found = evaluate(net, loader, args)
+    scores, *results = evaluate(net, loader, args)
     print_table(scores, args, net)
     if folder:
-        write_pictures(run.make_run(args, folder), net, data, errors, found, args)
+        write_pictures(run.make_run(args, folder), net, args, *results)
     if args.align_out:
         align_set(net, args, Path(args.align_out), "train")
         align_set(net, args, Path(args.align_out), "test")
     return scores
 
 
-# ---- Your own photographs ------------------------------------------------------------------------
+# ---- Not in the paper: points of a file, crops by a box, what is no face -------------------------
+
+def detected_five(args, faces: list, true: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The points of --five (M, 5, 2) px, nan for a face that has none there: of several faces of an
+    image the nearest to the `true` five (M, 5, 2), but none further away than `scale` (M,) px."""
+    table = datasets.read_points_csv(args.five)
+    found = np.full(true.shape, np.nan)
+    missed = []
+    for i, face in enumerate(faces):
+        name = f"face {i}"
+        if isinstance(face.image, str):
+            name = os.path.relpath(face.image, args.data_root or ".")
+        if name in table:
+            rows = five_of(table[name])  # (K, 5, 2)
+            distance = np.linalg.norm(rows - true[i], axis=2).mean(1)
+            if distance.min() < scale[i]:
+                found[i] = rows[distance.argmin()]
+        if np.isnan(found[i]).any():
+            missed.append(name)
+    if len(missed) == len(faces):
+        raise UserError(f"--five {args.five}: none of its images ({', '.join(list(table)[:3])}, "
+                        f"...) is one of the set's ({', '.join(missed[:3])}, ...), as paths below "
+                        "--data-root")
+    if missed:
+        warnings.warn(f"--five {args.five} has no points for {len(missed)} of {len(faces)} faces, "
+                      f"the first is {missed[0]}: the true ones with noise are taken", stacklevel=3)
+    return found
+
+
+def is_face(five: torch.Tensor) -> torch.Tensor:
+    """Which five points (M, 5, 2) px could be a face's: (M,) bool. Not those within 1 px, or not
+    finite. A similarity cannot mirror, so mirrored points are fitted best by a scale near 0, which
+    would ask for an enormous crop: nor are those that shrink below a quarter of REFERENCE_5."""
+    five = five.double()
+    fitted = warp.apply_affine(warp.fit_similarity(five, REFERENCE_5.expand_as(five)), five)
+    size = (fitted - fitted.mean(1, keepdim=True)).norm(dim=(1, 2))
+    whole = (REFERENCE_5 - REFERENCE_5.mean(0)).norm()
+    extent = (five.amax(1) - five.amin(1)).amax(1)
+    return (extent > 1) & (size > whole / 4)  # size / whole is their correlation
+
+
+def are_faces(args, points: torch.Tensor) -> torch.Tensor:
+    """Which predictions (M, P, 2) px of the image could be faces: (M,) bool. Where no five points
+    are needed, all that are not one place."""
+    extent = (points.amax(1) - points.amin(1)).amax(1)  # nan if a point is not finite
+    good = (extent > 1) & extent.isfinite()
+    if args.align != "box" or args.align_out:
+        good &= is_face(five_of(points))
+    return good
+
+
+def next_crops(args, points: torch.Tensor, crop_matrices: torch.Tensor) -> torch.Tensor:
+    """Maps (M, 2, 3) of the crops of a second pass: by the five points in the first predictions
+    (M, P, 2) px of the image or, with --align box, by their box. Where these are no face, the crop
+    stays as it is."""
+    good = are_faces(args, points)
+    matrices = crop_matrices.clone()
+    if args.align == "box":
+        boxes = torch.cat([points.amin(1), points.amax(1)], 1)[good]
+        squares = datasets.square_crops(boxes.numpy(), args.size, args.margin)
+        matrices[good] = torch.from_numpy(squares)
+    else:
+        matrices[good] = align_five(five_of(points[good]), args.size)
+    return matrices
+
+
+def second_pass(net: HeatmapNet, data: datasets.CropDataset, points: torch.Tensor,
+                args) -> tuple[torch.Tensor, datasets.CropDataset]:
+    """What `predict_set` returns, from crops by the predictions (M, P, 2) px of a first pass."""
+    data = datasets.CropDataset(data.faces, next_crops(args, points, data.crop_matrices), args.size)
+    uncached = copy.copy(args)
+    uncached.cache = ""  # these crops are not seen again
+    batches = datasets.in_order(len(data), 64)
+    loader = run.make_loader(uncached, data, batches, net.head.weight.device)
+    return predict_batches(net, loader, data.crop_matrices, args)[0], data
+
 
 def find_crops(args, image: np.ndarray, detector) -> tuple[torch.Tensor, int]:
     """Crops of an image's faces, (M, 2, 3) image px -> crop px, and how many passes they need: five
-    points of a detector align at once, a box is a first guess, and the whole image a rough one."""
+    points of a detector align at once, a box is a first guess, and the whole image a rough one. A
+    network that was trained on the set's own boxes has never seen the box of a prediction."""
     if detector is not None and args.align != "box":
         five = torch.from_numpy(photos.detect(detector, image)[:, 4:14].reshape(-1, 5, 2))
         return align_five(five[is_face(five)], args.size), 1
     boxes = photos.find_boxes(args, image, detector)
     whole = detector is None and args.box in args.boxes  # an image that has its margin in it
     matrices = datasets.square_crops(boxes, args.size, 1.0 if whole else args.margin)
+    if args.align == "box" and args.trained_box == "face":
+        return torch.from_numpy(matrices), 1
     return torch.from_numpy(matrices), 3 if whole else 2
 
+
+# ---- Your own photographs ------------------------------------------------------------------------
 
 def find_points(net: HeatmapNet, image: np.ndarray, matrix: torch.Tensor, passes: int,
                 args) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1059,11 +1077,11 @@ def draw_alignment(data: datasets.CropDataset, side: int = 192) -> np.ndarray:
 
 @torch.inference_mode()
 def draw_heatmaps(net: HeatmapNet, data: datasets.CropDataset, args, side: int = 256) -> np.ndarray:
-    """8 test faces under the highest of all their heatmaps, and below with the landmarks read."""
+    """8 test faces under the highest of all their heatmaps, and below with the landmarks."""
     tiles = []
     for i in photos.spread(len(data), 8):
         batch = data.__getitems__([(0, i)])
-        heatmaps = net(prepare(batch, net.head.weight.device)).float()
+        heatmaps = net(prepare(batch, net.head.weight.device))
         heat = heatmaps[0].amax(0).clamp(0, 1).cpu().numpy()
         heat = cv2.resize(heat, (side, side), interpolation=cv2.INTER_NEAREST)[..., None]
         warm = cv2.applyColorMap((255 * heat).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
@@ -1074,10 +1092,9 @@ def draw_heatmaps(net: HeatmapNet, data: datasets.CropDataset, args, side: int =
     return photos.tile(tiles, 4)
 
 
-def write_pictures(folder: Path, net: HeatmapNet, data, errors, points, args):
-    """From this run: Fig. 1 (alignment.png), heatmaps.png, predictions.png and errors (ced.png)."""
-    if args.align == "two-pass":
-        data = recropped(args, data, points)
+def write_pictures(folder: Path, net: HeatmapNet, args, errors, points, data):
+    """From what `evaluate` returned: Fig. 1 (alignment.png), heatmaps.png, predictions.png and the
+    cumulative errors (ced.png)."""
     datasets.write_image(folder / "alignment.png", draw_alignment(data))
     datasets.write_image(folder / "heatmaps.png", draw_heatmaps(net, data, args))
     datasets.write_image(folder / "predictions.png", photos.draw_predictions(data, points))
