@@ -3,27 +3,38 @@
 Huawei Wei, Peng Lu, Yichen Wei; 2020. https://arxiv.org/abs/2003.10168
 
 The method. A face is not aligned before recognition, but inside it: a small network, LocNet, looks
-at the unaligned crop and moves an 8 x 8 lattice of points. The thin-plate spline through them is a
-grid by which the image is warped, or better the feature map of the recognition network's stage 0.
+at the unaligned crop and moves an 8 x 8 lattice of points. The thin-plate spline from the regular
+lattice to the moved one gives the grid by which the image is warped, or better the feature map of
+the recognition network's stage 0.
 Trained by recognition alone (a spatial transformer) the alignment is weak; the alignment loss,
 weighted by lambda, draws the warped faces' landmarks to a learned template. ANME, the scatter of
 aligned landmarks, says how strong an alignment is: too weak, and pose remains; too strong, and what
 tells people apart is gone.
 
-Train on VGGFace2 on four GPUs (the paper: 90.20 % rank-1 on MegaFace, withdrawn; not run here):
+Train on VGGFace2 on four GPUs (the paper: 90.20 % rank-1 on MegaFace, a set that has since been
+withdrawn; not run here). POINTS are landmarks of its images, as a landmark script writes them:
+  python sdfl.py --predict VGGFace2 --weights runs/sdfl-wflw/last.pt --output POINTS
   python stn_align.py --data vggface2 --data-root VGGFace2 --landmarks POINTS --gpus 4 --amp
-Without any data, on drawn faces, lambda 3 and then 0, 90 s each on two CPU cores:
+Without any data, on drawn faces, 90 s on two CPU cores; then the spatial transformer without the
+alignment loss (Sec. 5.2's baseline):
   python stn_align.py
   python stn_align.py --lam 0
+Table 2: --align-at input | fmap, --lam 3 | 0. Table 3: --template fixed; with a dagger: --template
+fixed --template-file RUN/template.pts. Fig. 8(a): --alpha fixed. Table 4: --data ms1m.
 Continue, evaluate on LFW and on a folder of your own, use:
   python stn_align.py --data vggface2 --gpus 4 --resume
   python stn_align.py --eval RUN/last.pt --test lfw.bin --data folder --data-root FOLDER
   python stn_align.py --predict photo.jpg --weights RUN/last.pt
 
-Where each equation is:
+Where each equation and box is:
   Eq. (1)        ANME                                           common.metrics.anme
   Eq. (2), (5)   alignment loss, whole loss                     Learner
   Eq. (3), (4)   landmarks' distance, weights' regularisation   alignment_loss
+  Fig. 2         Affine2D, STN-Proj                             Affine2D, Projective
+                 STN-TPS-Grid-k, FullAlign                      TPSGrid, FullAlign
+  Fig. 5         ConvNet, recognition network                   IRNet.stem, IRNet.body
+                 LocNet, warp grid                              LocNet, Maps.grid
+                 differentiable sampler                         AlignedRecognizer.align
 
 What the paper leaves open, and where we differ (the authors have published no code):
   - The blocks are ArcFace's IR units, as in Table 4's LResNet100E-IR; Table 1 draws two 3 x 3
@@ -33,22 +44,29 @@ What the paper leaves open, and where we differ (the authors have published no c
   - LocNet's outputs, template and loss are in px of a 112 px crop, whatever --size is; so are the
     axes of Fig. 9. In normalised coordinates (1 = 56 px) gradients are 56 times as large, and the
     training diverges at lambda 0 already.
-  - W leads from the aligned face to the input. The warp looks up pixels by it, and W(T) is compared
-    with the input's landmarks: the loss needs no inverse. ANME does, y = W^-1(x), by Newton's
+  - W maps a point of the aligned face to the input image, as in Fig. 6. The warp needs exactly this
+    direction, and so does Eq. (3). Only ANME needs the inverse, y = W^-1(x), found by Newton's
     method.
+  - The paper's 84 landmarks are of no public order. Any known scheme serves, as 68 or 98 points;
+    with another number nothing is mirrored, there is no ANME, and T needs --template-file.
+  - A homography's last two numbers are bounded, so that it stays finite all over the crop.
   - The norms of Eq. (3) are not squared and Eq. (4) is a sum over landmarks, as printed. The best
     weight of landmark s is then 1 - D_s / (2 |S|), D_s being its mean distance in px, whatever
     recognition wants: above 0.9 for all that is aligned within 13 px, where Fig. 8(b) shows 0.1 to
-    0.6. Squared px or a mean in Eq. (4) give such weights, but they collapse to 0 at the start.
+    0.6. Squared px or a mean in Eq. (4) give such weights, but then all fall to 0 at the start. So
+    Fig. 8(b) does not follow from the equations as printed.
   - T starts as the mean of frontal training faces, told by the place of the nose between the eyes
     (the paper: yaw within 15 degrees). Weights start at 0.5; fixed ones are 1. Weight decay would
-    draw T to the crop's corner, so neither has any. L_fr reaches both only through LocNet.
+    draw T to the crop's corner, so neither has any. L_fr has no gradient to either: it acts on them
+    only by changing LocNet.
   - "TPS-Grid-2" is 2 x 2 points (tps2), 8 numbers as the homography has, and fits landmarks less
-    well than that. The paper's order of strength asks for 2 x 2 cells (tps3). Both are here.
+    well than the homography, which the paper ranks below it. 2 x 2 cells (tps3) fit its order.
+    Both are here.
   - Affine2D fits five points (eye centres, nose, mouth corners) to those of T, by six numbers.
-  - LocNet learns at a hundredth of the rate (--loc-lr), on drawn faces at three. Its last layer
-    sums thousands of features: at the full rate, lambda 0 throws the lattice out of the image
-    within an epoch, and lambda 3 folds four drawn faces in ten.
+  - LocNet's learning rate is 0.01 of --lr (--loc-lr; 0.03 on drawn faces); the paper has one rate.
+    Its last layer sums thousands of features: at the full rate, lambda 0 throws the lattice out of
+    the image within an epoch, and lambda 3 folds four drawn faces in ten: their warp turns over,
+    and mirrors a part of the face.
   - Half of the training images are mirrored, and the rate rises over the first 500 steps.
   - Outside the image is mid-grey, outside the feature map 0. Images are RGB. The embedding of a
     test image is the sum of its own and its mirror image's. We report the last epoch.
@@ -97,7 +115,7 @@ BY_LANDMARKS = ("affine2d", "fullalign")  # need those of every image, also to r
 DATA_FLAGS = ("landmarks", "test")  # with another --data, these are not the run's
 
 
-def part(text: str) -> float:
+def part_of_run(text: str) -> float:
     """A flag's type: a part of the run, as 17/24."""
     return float(Fraction(text))
 
@@ -127,8 +145,8 @@ def parse_args(argv=None):
         "scripts write it")
     add("--loc-lr", type=run.above_zero, default=0.01, help="LocNet's learning rate over --lr; "
         "higher aligns sooner, and folds faces")
-    add("--drop-at", type=run.listed(part), default=[], help="parts of the run, as 12/24,17/24, "
-        "after which the rate falls by 10")
+    add("--drop-at", type=run.listed(part_of_run), default=[], help="parts of the run, as "
+        "12/24,17/24, after which the rate falls by 10")
     add("--warmup", type=run.natural, default=500, help="steps over which the rate rises to --lr")
     add("--test", nargs="+", default=[], metavar="PATH", help="sets to verify and identify on, "
         "beside the test split: a .bin, the folder of LFW, YTF, ..., a .csv of pairs or of roles; "
@@ -183,7 +201,8 @@ class Affine2D(Maps):
 
     def __init__(self, template: torch.Tensor):
         super().__init__()
-        # A matrix of means, (5, S): lists of indices would have to wait for a GPU in every step.
+        # The five means are a matrix product: a list of indices would be copied to the GPU anew in
+        # every step, which waits.
         means = torch.zeros(5, len(template), dtype=torch.float64)
         for row, group in zip(means, datasets.SCHEMES[len(template)].five):
             row[list(group)] = 1 / len(group)
@@ -222,8 +241,8 @@ class Projective(Maps):
 
 
 class ThinPlate(Maps):
-    """Thin-plate splines through targets (K, 2) px of the aligned face. Their places in the input,
-    (B, K, 2) px, are fitted exactly; w is the splines' coefficients (B, K + 3, 2)."""
+    """Thin-plate splines from target points (K, 2) px of the aligned face to source points
+    (B, K, 2) px of the input, which they meet exactly; w is their coefficients (B, K + 3, 2)."""
 
     def __init__(self, targets: torch.Tensor):
         super().__init__()
@@ -260,7 +279,7 @@ class TPSGrid(ThinPlate):
 
 
 class FullAlign(ThinPlate):
-    """The spline's targets are T, their places the landmarks, so that every face becomes T."""
+    """The target points are T, the source points the landmarks: every face becomes T."""
 
 
 def make_maps(method: str, template: torch.Tensor | None) -> Maps:
@@ -344,19 +363,19 @@ class AlignedRecognizer(nn.Module):
             return self.alpha_logit.sigmoid()
         return torch.ones_like(self.alpha_logit)
 
-    def fit(self, image, landmarks=None):
+    def find_map(self, image, landmarks=None):
         """The map W of each face, the w of `maps`.   Raises: UserError for missing landmarks."""
         if self.locnet is not None:
             return self.maps.fit(self.locnet(image))
         if self.method == "none":
-            return self.maps.fit(image)
+            return self.maps.fit(image)  # the same for all
         found = 0 if landmarks is None else landmarks.shape[1]
         if found != len(self.template):
             raise UserError(f"method {self.method} needs the {len(self.template)} landmarks of "
                             f"every image, found {found}")
         return self.maps.fit(landmarks.float())
 
-    def warp(self, x, w):
+    def align(self, x, w):
         """Images or feature maps (B, C, H, W), aligned; 0 is what lies beyond their edge."""
         if self.method == "none":
             return x
@@ -367,11 +386,11 @@ class AlignedRecognizer(nn.Module):
     def forward(self, image, landmarks=None):
         """Fig. 5: image (B, 3, size, size), and landmarks (B, S, 2) if the method needs them ->
         embeddings (B, 512), not normalised, and the map W of each face."""
-        w = self.fit(image, landmarks)
+        w = self.find_map(image, landmarks)
         if self.align_at == "input":
-            x = self.backbone.stem(self.warp(image, w))
+            x = self.backbone.stem(self.align(image, w))
         else:
-            x = self.warp(self.backbone.stem(image), w)
+            x = self.align(self.backbone.stem(image), w)
         return self.backbone.body(x), w
 
     def to_aligned(self, w, landmarks):
@@ -441,7 +460,7 @@ class Learner(nn.Module):
 
 # ---- Data ----------------------------------------------------------------------------------------
 
-GREY = 127.5  # pixels are x / 127.5 - 1 (Sec. 5.1)
+HALF_RANGE = 127.5  # pixels are x / 127.5 - 1 (Sec. 5.1)
 
 
 def augment(rng: np.random.Generator, size: int):
@@ -533,7 +552,7 @@ def prepare(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.Tens
     points = batch.get("points")
     if points is not None:
         points = to_112(points.to(device, non_blocking=True), image.shape[-1])
-    return (image / GREY - 1).contiguous(memory_format=torch.channels_last), points
+    return (image / HALF_RANGE - 1).contiguous(memory_format=torch.channels_last), points
 
 
 def mean_frontal_template(landmarks: torch.Tensor) -> torch.Tensor:
@@ -574,8 +593,10 @@ def first_template(args, data) -> torch.Tensor | None:
         if count is not None and len(template) != count:
             raise UserError(f"--template-file {args.template_file} has {len(template)} points, the "
                             f"landmarks of --data {args.data} are {count}")
-    elif count is None or not needs_landmarks(args, "train") and count not in datasets.SCHEMES:
+    elif count is None:
         return None
+    elif count not in datasets.SCHEMES and not needs_landmarks(args, "train"):
+        return None  # no T can be made of these landmarks, and nobody asks for one
     else:
         template = mean_frontal_template(landmarks_of(data))
     try:
@@ -699,9 +720,15 @@ def mirrored(points: torch.Tensor | None) -> torch.Tensor | None:
 
 @torch.inference_mode()
 def look(net: AlignedRecognizer, loader, args) -> dict:
-    """What the network makes of a set, in order, on the CPU: "features" (N, 512), of image and
-    mirror image, and "folded" (N,). With landmarks, in px of 112: "crops" (N, S, 2), these;
-    "aligned" (N, S, 2), where the warp brings them; "converged" (N, S); "distance" (N, S) to W(T).
+    """What the network makes of a set, in order, on the CPU, a dict:
+
+    features (N, 512)    of the image and its mirror image, added
+    folded (N,)          whether the warp turns over
+    and with landmarks, in px of a 112 px crop:
+    crops (N, S, 2)      the landmarks x
+    aligned (N, S, 2)    y = W^-1(x)
+    converged (N, S)     whether y was found
+    distance (N, S)      from W(T) to x
     """
     net.eval()
     found = {}
@@ -775,7 +802,7 @@ def test_sets(args, device: torch.device) -> list[TestSet]:
         if args.box == "landmarks" and protocol.points is not None:
             flags.box = "landmarks"
             read = protocol.images.__getitem__
-            faces = [datasets.Face(partial(read, i), own) for i, own in enumerate(protocol.points)]
+            faces = [datasets.Face(partial(read, i), p) for i, p in enumerate(protocol.points)]
             split = Split(protocol.images, faces, protocol.points)
         elif args.box != "image":
             print(f"--test {path}: whole images; the network was trained on crops about {args.box}")
@@ -816,7 +843,9 @@ def print_table(scores: dict, args):
     if "accuracy" in scores:
         print(f"{header}\n{line}")
     for key, value in scores.items():
-        if "@" in key and key.startswith(("accuracy", "rank", "tar")):
+        if "@" in key and key.startswith("anme"):
+            print(f"{title}: {key} {value:.4f}")
+        elif "@" in key and key.startswith(("accuracy", "rank", "tar", "folded")):
             print(f"{title}: {key} {100 * value:.2f} %")
 
 
@@ -850,7 +879,7 @@ def evaluate_checkpoint(args) -> dict:
 
 def to_picture(image: torch.Tensor) -> np.ndarray:
     """Network input (3, H, W) in [-1, 1] as RGB uint8 (H, W, 3)."""
-    pixels = ((image + 1) * GREY).round().clamp(0, 255).byte()
+    pixels = ((image + 1) * HALF_RANGE).round().clamp(0, 255).byte()
     return pixels.permute(1, 2, 0).cpu().numpy()
 
 
@@ -866,12 +895,12 @@ def recognise(net: AlignedRecognizer, image: np.ndarray, box: np.ndarray, margin
         data = datasets.CropDataset([datasets.Face(image, points)], matrix, args.size)
         batch = data.__getitems__([(0, 0)])
         crop, landmarks = prepare(batch, net.device)
-        w = net.fit(crop, landmarks)
+        w = net.find_map(crop, landmarks)
         if uses_template:
             places = from_112(net.maps.to_input(w, net.template)[0].cpu().double(), args.size)
             places = warp.apply_affine(warp.invert(matrix), places)[0].numpy()
             box = np.concatenate([places.min(0), places.max(0)])
-    aligned = to_picture(net.warp(crop, w)[0])
+    aligned = to_picture(net.align(crop, w)[0])
     feature = look(net, [batch], args)["features"].float()
     return aligned, places, F.normalize(feature)[0].numpy()
 
@@ -940,9 +969,9 @@ def draw_alignment(net: AlignedRecognizer, data, side: int = 224) -> np.ndarray:
     faces = []
     for i in photos.spread(len(data), 8):
         image, points = prepare(data.__getitems__([(0, i)]), net.device)
-        w = net.fit(image, points)
+        w = net.find_map(image, points)
         crop = cv2.resize(to_picture(image[0]), (side, side))
-        aligned = cv2.resize(to_picture(net.warp(image, w)[0]), (side, side))
+        aligned = cv2.resize(to_picture(net.align(image, w)[0]), (side, side))
         lines = place(net.maps.to_input(w, lattice))
         draw_lines(crop, lines.reshape(16, 57, 2), (250, 230, 120))
         if points is not None:

@@ -89,7 +89,7 @@ def aligning(method, size=32, **options):
     if net.locnet is not None:
         set_moves(net)
     own = landmarks() if method in sa.BY_LANDMARKS else None
-    return net, net.fit(images(size=size), own), own
+    return net, net.find_map(images(size=size), own), own
 
 
 def anme(points):
@@ -173,10 +173,10 @@ def test_any_layout_trains(layout):
 @pytest.mark.parametrize("method", [*sa.BY_LOCNET, "none"])
 def test_the_start_is_the_identity(method, size):
     net, image = network(method, size=size), images(2, size)
-    w = net.fit(image)
+    w = net.find_map(image)
     still = warp.to_norm(warp.pixel_centres((size, size)), (size, size)).view(size, size, 2)
     same(net.maps.grid(w, size), still)
-    same(net.warp(image, w), image, 1e-4)
+    same(net.align(image, w), image, 1e-4)
     points = landmarks(2)
     same(net.maps.to_input(w, points), points, 1e-4)
     aligned, converged = net.to_aligned(w, points)
@@ -235,7 +235,7 @@ def test_an_image_of_its_own_coordinates_becomes_the_map(method, size):
     net, w, _ = aligning(method, size)
     places = centres(size)
     ramp = places.T.reshape(1, 2, size, size).expand(3, -1, -1, -1)
-    seen = net.warp(ramp, w).flatten(2).mT  # (3, size^2, 2)
+    seen = net.align(ramp, w).flatten(2).mT  # (3, size^2, 2)
     mapped = net.maps.to_input(w, places)
     inside = ((mapped > places.min()) & (mapped < places.max())).all(-1)
     assert inside.float().mean() > 0.5
@@ -249,10 +249,10 @@ def test_autocast_leaves_the_map_alone(method):
     plain = net.maps.to_input(w, template())
     grid = net.maps.grid(w, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        found = net.fit(images(), own)
+        found = net.find_map(images(), own)
         same(net.maps.grid(found, 32), grid, 1e-4)
         same(net.maps.to_input(found, template()), plain, 1e-2 if net.locnet else 1e-4)
-        assert net.warp(images().bfloat16(), found).dtype == torch.bfloat16
+        assert net.align(images().bfloat16(), found).dtype == torch.bfloat16
         if method.startswith("tps"):  # W(c) = p, of what LocNet said
             wanted = net.maps.lattice + moves(method).view(-1, 2)
             found = net.maps.fit(moves(method)[None])
@@ -268,10 +268,10 @@ def test_splines_pass_through_lattice_and_landmarks():
     set_moves(net, spread=0.02)
     numbers = net.locnet(images())
     assert (numbers[0] - numbers[1]).abs().max() > 0.1
-    same(net.maps.to_input(net.fit(images()), c), c + numbers.view(3, 64, 2), 1e-3)
+    same(net.maps.to_input(net.find_map(images()), c), c + numbers.view(3, 64, 2), 1e-3)
     full = network("fullalign")
     own = landmarks(8)
-    w = full.fit(None, own)
+    w = full.find_map(None, own)
     same(full.maps.to_input(w, full.template), own, 1e-3)
     aligned, converged = full.to_aligned(w, own)  # every landmark comes to the template
     assert converged.all() and anme(aligned) < 1e-4
@@ -293,7 +293,7 @@ def test_affine2d_is_least_squares_of_five_points(points):
     groups = datasets.SCHEMES[points].five
     five = datasets.group_means(own, groups).double()
     goal = datasets.group_means(template(points), groups).double()
-    aligned, converged = net.to_aligned(net.fit(None, own), own)
+    aligned, converged = net.to_aligned(net.find_map(None, own), own)
     assert converged.all()
     for i in range(4):
         rows = torch.cat([five[i], torch.ones(5, 1)], 1)
@@ -575,7 +575,7 @@ def joint():
             optimizer.step()
             if step % 10 == 9:
                 with torch.no_grad():
-                    moved = model.net.maps.to_input(model.net.fit(image), model.net.template)
+                    moved = model.net.maps.to_input(model.net.find_map(image), model.net.template)
                     distances.append((moved - points).norm(dim=-1).mean().item())
         args.limit = 60
         scores = sa.evaluate(model.net, sa.test_sets(args, CPU), args) if steps == 100 else {}
