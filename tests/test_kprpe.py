@@ -163,16 +163,6 @@ def test_static_biases_are_read_from_their_table(method):
     assert bias.stride()[-2] == 16  # rows of 16 for the GPU's attention
 
 
-def test_keypoints_are_x_then_y_like_the_grid():
-    """A keypoint near the right edge, weights on its x alone: tables fall along x only."""
-    net = kprpe.KPRPE(1, GRID, 1, 1, "kp-relative")
-    with torch.no_grad():
-        net.keypoint_linear.weight[:, 0] = 1
-    of_image, of_query = net.tables(torch.tensor([[[0.9, 0.2]]]))
-    table = (of_image[0, 0, :, None] + of_query[0])[0, :, 0].view(GRID)
-    same(table, torch.tensor([1 / 6, 3 / 6, 5 / 6]).expand(5, 3) - 0.9, 1e-6)
-
-
 def test_a_joint_shift_of_grid_and_keypoints_changes_nothing():
     points, shift = batch(2, dtype=torch.float64)[1], torch.tensor([0.3, -0.1])
     for variant in kprpe.KEYPOINT:
@@ -257,16 +247,6 @@ def test_the_network_is_its_equations(rpe):
         x = x + block.attn.proj((a @ v).transpose(1, 2).reshape(3, N, 16))
         x = x + block.mlp.fc2(F.relu6(block.mlp.fc1(block.norm2(x))))
     same(net(image, points), net.feature(net.norm(x).flatten(1)), 1e-7)
-
-
-@pytest.mark.parametrize("rpe", kprpe.KEYPOINT)
-def test_keypoints_change_the_answer(rpe):
-    """Also the paper's absolute form, whose code cancels in the softmax."""
-    net, plain, (image, points) = randomise(tiny(rpe)).eval(), tiny("none").eval(), batch()
-    plain.load_state_dict({k: v for k, v in net.state_dict().items() if "rpe." not in k})
-    with torch.no_grad():
-        answers = [plain(image), net(image, points), net(image, 1 - points)]
-    assert min((a - b).abs().max() for a, b in itertools.combinations(answers, 2)) > 1e-3
 
 
 def test_fewer_keypoints_are_the_first_ones_and_none_the_plain_vit():
