@@ -149,14 +149,15 @@ def ced_plot(errors, threshold=0.1):
     return image
 
 
-def _unit(embeddings):
-    """Embeddings (..., D) of length 1, float64.   Raises: ValueError for nan or inf."""
-    embeddings = torch.as_tensor(embeddings).detach().double()
-    bad = int((~embeddings.isfinite().all(-1)).sum())
+def _unit(embeddings, dtype=torch.float64):
+    """Embeddings (..., D) of length 1, in either precision.   Raises: ValueError for nan or inf."""
+    embeddings = torch.as_tensor(embeddings).detach().to(dtype)
+    norm = torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True, dtype=torch.float64)
+    bad = int((~norm.isfinite()).sum())
     if bad:
         raise ValueError(f"{bad} of {len(embeddings)} embeddings hold nan or inf; all entries must "
                          "be finite")
-    return torch.nn.functional.normalize(embeddings, dim=-1)
+    return embeddings / norm.clamp_min(1e-12).to(dtype)
 
 
 def verification_accuracy(a, b, same, folds=10):
@@ -201,10 +202,42 @@ def _checked_ids(query_ids, gallery_ids, shape, device):
     return query_ids, gallery_ids
 
 
+def _best_mates(probe, probe_ids, gallery, gallery_ids):
+    """(Q,) float64: the highest cosine of each probe, of unit rows (Q, D), with a mate."""
+    order = gallery_ids.argsort()
+    first = torch.searchsorted(gallery_ids[order], probe_ids)
+    count = torch.searchsorted(gallery_ids[order], probe_ids, right=True) - first
+    best = probe.new_full((len(probe),), -torch.inf)
+    for n in range(int(count.max())):                       # the n-th mate of those that have one
+        rows = (count > n).nonzero()[:, 0]
+        mates = gallery[order[first[rows] + n].to(gallery.device)].to(probe.device)
+        best[rows] = best[rows].maximum((probe[rows] * _unit(mates)).sum(1))
+    return best
+
+
+def _beaten_by(probe, best, gallery, dtype):
+    """Pairs (i, j) in which row j of gallery (G, D) has no lower cosine with probe i (Q, D) than
+    best (Q,). float32 settles nearly all, and what it cannot tell is settled in float64."""
+    with torch.autocast(probe.device.type, enabled=False):
+        cosine = probe.to(dtype) @ _unit(gallery, dtype).T
+    best = best - 1e-12             # equal embeddings tie, although other sums round differently
+    if dtype == torch.float64:
+        return (cosine >= best[:, None]).nonzero(as_tuple=True)
+    margin = (probe.shape[1] + 8) * torch.finfo(dtype).eps              # more than rounding can do
+    i, j = (cosine >= (best - margin)[:, None].float()).nonzero(as_tuple=True)
+    close = cosine[i, j] <= best[i] + margin
+    if close.sum() > cosine.numel() // 100:                             # of a collapsed network
+        return _beaten_by(probe, best, gallery, torch.float64)
+    exact = (probe[i[close]] * _unit(gallery[j[close]])).sum(1)
+    beaten = torch.ones_like(close)
+    beaten[close] = exact >= best[i[close]]
+    return i[beaten], j[beaten]
+
+
 def rank_k(probe, probe_ids, gallery, gallery_ids, ks=(1, 5), chunk=2048):
     """Closed-set identification, {k: share of probes with a mate among the k rows of highest
-    cosine}. Without sorting: the non-mates that score no less than a probe's best mate are counted,
-    in blocks of chunk x chunk.
+    cosine}. Exact without sorting: the non-mates that score no less than a probe's best mate are
+    counted, in blocks of chunk x chunk.
     Args: probe (Q, D), gallery (G, D); probe_ids (Q,), gallery_ids (G,) integers. Distractors:
         gallery rows whose id no probe has, as -100. The gallery may stay on the CPU.
     Raises: ValueError if a probe has no mate, as no system could find it."""
@@ -212,27 +245,16 @@ def rank_k(probe, probe_ids, gallery, gallery_ids, ks=(1, 5), chunk=2048):
     gallery = torch.as_tensor(gallery)
     shape = (len(probe), len(gallery))
     probe_ids, gallery_ids = _checked_ids(probe_ids, gallery_ids, shape, probe.device)
-
-    def compare(rows, columns):
-        """Cosines of probes and gallery rows, and which of them are mates: (rows, columns) each."""
-        block = _unit(gallery[columns.to(gallery.device)].to(probe.device))
-        return probe[rows] @ block.T, probe_ids[rows, None] == gallery_ids[columns]
-
-    everybody = torch.arange(len(gallery), device=probe.device)
-    with_mates = everybody[torch.isin(gallery_ids, probe_ids)]
-    ahead = []
+    plain = probe.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+    dtype = torch.float32 if plain else torch.float64       # float32 may stand for TF32 elsewhere
+    ahead = torch.zeros_like(probe_ids, dtype=torch.long)
     for rows in torch.arange(len(probe), device=probe.device).split(chunk):
-        best = probe.new_full((len(rows),), -torch.inf)                # cosine with the best mate
-        for columns in with_mates.split(chunk):
-            cosine, mate = compare(rows, columns)
-            best = best.maximum(cosine.masked_fill(~mate, -torch.inf).amax(1))
-        best = best - 1e-12     # equal embeddings tie, although other sums round differently
-        count = torch.zeros_like(rows)
-        for columns in everybody.split(chunk):
-            cosine, mate = compare(rows, columns)
-            count += ((cosine >= best[:, None]) & ~mate).sum(1)
-        ahead.append(count)
-    ahead = torch.cat(ahead)
+        best = _best_mates(probe[rows], probe_ids[rows], gallery, gallery_ids)
+        for g in range(0, len(gallery), chunk):
+            block = gallery[g:g + chunk].to(probe.device)
+            i, j = _beaten_by(probe[rows], best, block, dtype)
+            stranger = probe_ids[rows[i]] != gallery_ids[g + j]
+            ahead.index_add_(0, rows[i], stranger.long())
     return {k: (ahead < k).double().mean().item() for k in ks}
 
 
@@ -242,21 +264,25 @@ def tar_at_far(scores, same, fars=(1e-5, 1e-4, 1e-3)):
     Args: scores (M,), higher is more alike; same (M,) bool, with both kinds present. With fewer
         impostors than 1 / far the threshold lies above them all, and the rate is a lower bound."""
     scores = torch.as_tensor(scores).detach().cpu()
-    same = torch.as_tensor(same).bool().cpu()
-    fits = scores.dim() == 1 and scores.shape == same.shape
-    if not fits or same.all() or not same.any() or scores.isnan().any():
-        raise ValueError(f"scores {tuple(scores.shape)}, {int(scores.isnan().sum())} of them nan, "
-                         f"same {tuple(same.shape)} with {int(same.sum())} True; give two (M,), no "
-                         "nan, and pairs of both kinds")
+    scores = (scores if scores.dtype == torch.float32 else scores.double()).numpy()
+    same = torch.as_tensor(same).bool().cpu().numpy()
+    nan = np.isnan(scores.max(initial=-np.inf))
+    if scores.ndim != 1 or scores.shape != same.shape or same.all() or not same.any() or nan:
+        raise ValueError(f"scores {scores.shape}, largest {scores.max(initial=-np.inf)}, same "
+                         f"{same.shape} with {int(same.sum())} True; give two (M,), no nan, and "
+                         "pairs of both kinds")
     genuine = scores[same]
-    impostor = scores[~same].sort(descending=True).values
+    impostor = scores[~same]
+    count = len(impostor)
+    allowed = {far: int(far * count + 1e-9) for far in fars}    # 0.29 * 100 is 28.999999999999996
+    # Whoever beats impostor n (from 0) is let in with n of them at most, however many tie.
+    places = {count - 1 - n for n in allowed.values() if n < count}
+    impostor.partition(sorted(places))
     rates = {}
-    for far in fars:
-        allowed = int(far * len(impostor) + 1e-9)           # 0.29 * 100 is 28.999999999999996
+    for far, n in allowed.items():
         rates[far] = 1.0                                    # FAR 1 lets in all
-        if allowed < len(impostor):
-            # Whoever beats impostor n (from 0) is let in with n of them at most, whatever ties.
-            rates[far] = (genuine > impostor[allowed]).double().mean().item()
+        if n < count:
+            rates[far] = float(np.count_nonzero(genuine > impostor[count - 1 - n]) / len(genuine))
     return rates
 
 
