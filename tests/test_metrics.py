@@ -327,16 +327,16 @@ def test_rank_k_equals_sorting_the_gallery_in_blocks_of_any_size():
 
 
 def test_rank_k_never_holds_more_than_a_block(monkeypatch):
-    rows = []
-    unit = metrics._unit
+    largest = []
+    beaten_by = metrics._beaten_by
 
-    def spy(embeddings):
-        rows.append(len(embeddings))
-        return unit(embeddings)
+    def spy(probe, best, gallery, dtype):
+        largest.append(len(probe) * len(gallery))
+        return beaten_by(probe, best, gallery, dtype)
 
-    monkeypatch.setattr(metrics, "_unit", spy)
+    monkeypatch.setattr(metrics, "_beaten_by", spy)
     metrics.rank_k(*identification_set(), chunk=16)
-    assert rows[0] == 40 and len(rows) > 9 and max(rows[1:]) == 16      # the probes, then blocks
+    assert len(largest) > 9 and max(largest) == 16 * 16
 
 
 def test_rank_k_by_hand_with_several_mates_and_ties():
