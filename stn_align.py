@@ -751,13 +751,15 @@ def look(net: AlignedRecognizer, loader, args) -> dict:
 
 
 def alignment_scores(seen: dict, net: AlignedRecognizer) -> dict:
-    """Of what `look` has seen: ANME before and after alignment, Eq. (1), of the faces all of whose
-    landmarks could be mapped, and their share; the mean distance of W(T) from the landmarks, px;
+    """Of what `look` has seen: ANME before and after alignment, Eq. (1), of the faces with two
+    pupils all of whose landmarks could be mapped, and their share; the mean distance of W(T) from the landmarks, px;
     the share of folded faces; the extremes of the weights."""
     scores = {"folded": seen["folded"].double().mean().item()}
     scheme = datasets.SCHEMES.get(seen["crops"].shape[1]) if "crops" in seen else None
     if scheme:
-        whole = seen["converged"].all(1)
+        pupils = datasets.group_means(seen["crops"], scheme.pupils)
+        apart = (pupils[:, 0] != pupils[:, 1]).any(1)  # not in a full profile, whose d is 0
+        whole = seen["converged"].all(1) & apart
         scores["converged"] = whole.double().mean().item()
         for name, key in (("anme/crops", "crops"), ("anme", "aligned")):
             points = seen[key][whole].double()

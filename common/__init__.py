@@ -9,7 +9,9 @@ def message_of(error: Exception) -> str:
     """What an error that the user can mend says; "" for a bug."""
     text = str(error)
     if text.startswith("DataLoader worker"):
-        return f"{text.strip()} Out of memory? Try fewer --workers"
+        return f"{text.strip(' .')}: out of memory? Try fewer --workers"
+    if type(error).__name__ == "InductorError":
+        return f"--compile: {text.splitlines()[0]}; install that, or leave out --compile"
     unnamed = isinstance(error, OSError) and error.errno and not error.filename
     if unnamed or not isinstance(error, (OSError, UserError, FloatingPointError)):
         return ""
