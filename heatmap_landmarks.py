@@ -47,14 +47,12 @@ met within 0.01 MB, every GFLOPS but ResNet18's within 1 %. What we settle, or d
     Table 4 is SDSD. ResNet18's 1.13 GFLOPS in Table 6 cannot be: the backbone alone has 1.33 G
     multiply-adds at 192 px, with SDD 1.54.
   - The paper does not name its loss. Ours is the squared error of a map, summed over its pixels and
-    divided by pi sigma^2, so that 1 means "nothing learned". Gaussians have height 1 and
-    sigma 2 px of the heatmap, as in GluonCV; their centres are not rounded, as in DARK: GluonCV's
-    rounding costs up to half a heatmap px. A landmark whose 3-sigma box misses the map has no
-    weight.
-  - Eq. (2) is computed as its source does (Xiao et al. 2018): a quarter of a px towards the larger
-    neighbour in x and in y; the paper prints c times the mixed derivative. Eq. (3) is computed as
-    its source's code does (Zhang et al., DARK), with the same blur and differences, but a step ends
-    at 1 px, where theirs may leave the map.
+    divided by pi sigma^2, so that 1 means "nothing learned". Gaussians have height 1 and sigma 2 px
+    of the heatmap, as in GluonCV; their centres are not rounded, as in DARK: GluonCV's rounding
+    costs up to half a heatmap px. A landmark whose 3-sigma box misses the map has no weight.
+  - Eq. (2) and (3) are computed as their sources' code does. For Eq. (2) (Xiao et al. 2018) that is
+    a quarter of a px towards the larger neighbour in x and in y; the paper prints c times the mixed
+    derivative. For Eq. (3) (Zhang et al., DARK) our step ends at 1 px; theirs may leave the map.
   - The paper's "affine transformation" is here a similarity, as is usual for recognition; with six
     free numbers a profile face is sheared. Its reference landmarks are not given: we take LaPa's
     mean face, 0.64 of the crop wide. Outside the image a crop is grey.
@@ -64,15 +62,13 @@ met within 0.01 MB, every GFLOPS but ResNet18's within 1 %. What we settle, or d
   - Random erasing hides 2 to 15 % of the area in half of the images, with the mean colour, in the
     second half of the run: the paper's source for it, AID, erases in a second stage too. Rotation
     is up to 15 degrees; the paper tried 1 to 15 and does not say which it kept.
-  - Colour: one affine map of RGB for each image holds the PCA shift, the jitter in its random order
-    and the normalisation; nothing is clipped between them.
+  - The colour tricks are one affine map of RGB for each image; nothing is clipped between them.
   - The flip test doubles the cost (MNetV2-1.0 with SDD: 0.87 G multiply-adds); --flip-test none
     leaves it out.
   - With --gpus N each process normalises its own share of the batch; the paper trained on one GPU.
     The last epoch is reported. In a run of E epochs the rate falls after E/2 and 3E/4.
 """
 import argparse
-import copy
 import functools
 import hashlib
 import math
@@ -760,20 +756,19 @@ def predict_points(net: HeatmapNet, image: torch.Tensor, decode: str = "dark", k
     """
     decoder = partial(decode_dark, kernel=kernel) if decode == "dark" else DECODERS[decode]
     if flip_test == "none":
-        points, confidence = decoder(net(image))
-        return to_crop(points, net.stride), confidence
-    flip = device_tensor(tuple(flip), image.device).long()
-    heatmaps, mirrored = net(torch.cat([image, image.flip(3)])).chunk(2)
+        heatmaps = net(image)
+    else:
+        flip = device_tensor(tuple(flip), image.device).long()
+        heatmaps, mirrored = net(torch.cat([image, image.flip(3)])).chunk(2)
+        mirrored = mirrored.flip(3)[:, flip]  # mirrored back, each landmark in its map
     if flip_test == "heatmaps":
-        points, confidence = decoder((heatmaps + mirrored.flip(3)[:, flip]) / 2)
-        return to_crop(points, net.stride), confidence
-    points, confidence = decoder(torch.cat([heatmaps, mirrored]))
-    points, back = to_crop(points, net.stride).chunk(2)
-    confidence, other = confidence.chunk(2)
-    back[..., 0] = image.shape[3] - 1 - back[..., 0]
-    points = (points + back[:, flip]) / 2
-    confidence = (confidence + other[:, flip]) / 2
-    return points, confidence.where(points.isfinite().all(-1), 0)
+        heatmaps = (heatmaps + mirrored) / 2
+    points, confidence = decoder(heatmaps)
+    if flip_test == "coordinates":
+        others, heights = decoder(mirrored)
+        points = (points + others) / 2
+        confidence = ((confidence + heights) / 2).where(points.isfinite().all(-1), 0)
+    return to_crop(points, net.stride), confidence
 
 
 def predict_batches(net: HeatmapNet, batches, crop_matrices: torch.Tensor,
@@ -914,15 +909,14 @@ def detected_five(args, faces: list, true: np.ndarray, scale: np.ndarray) -> np.
 
 
 def is_face(five: torch.Tensor) -> torch.Tensor:
-    """Which five points (M, 5, 2) px could be a face's: (M,) bool. Not those within 1 px, or not
-    finite. A similarity cannot mirror, so mirrored points are fitted best by a scale near 0, which
-    would ask for an enormous crop: nor are those that shrink below a quarter of REFERENCE_5."""
+    """Which five points (M, 5, 2) px could be a face's: (M,) bool. Not those that coincide or are
+    not finite. A similarity cannot mirror, so mirrored points are fitted best by a scale near 0,
+    which would ask for an enormous crop: nor are those that shrink below a quarter of
+    REFERENCE_5."""
     five = five.double()
     fitted = warp.apply_affine(warp.fit_similarity(five, REFERENCE_5.expand_as(five)), five)
     size = (fitted - fitted.mean(1, keepdim=True)).norm(dim=(1, 2))
-    whole = (REFERENCE_5 - REFERENCE_5.mean(0)).norm()
-    extent = (five.amax(1) - five.amin(1)).amax(1)
-    return (extent > 1) & (size > whole / 4)  # size / whole is their correlation
+    return size > (REFERENCE_5 - REFERENCE_5.mean(0)).norm() / 4  # a correlation of 1/4
 
 
 def are_faces(args, points: torch.Tensor) -> torch.Tensor:
@@ -954,8 +948,7 @@ def second_pass(net: HeatmapNet, data: datasets.CropDataset, points: torch.Tenso
                 args) -> tuple[torch.Tensor, datasets.CropDataset]:
     """What `predict_set` returns, from crops by the predictions (M, P, 2) px of a first pass."""
     data = datasets.CropDataset(data.faces, next_crops(args, points, data.crop_matrices), args.size)
-    uncached = copy.copy(args)
-    uncached.cache = ""  # these crops are not seen again
+    uncached = argparse.Namespace(**vars(args) | {"cache": ""})  # these crops are not seen again
     batches = datasets.in_order(len(data), 64)
     loader = run.make_loader(uncached, data, batches, net.head.weight.device)
     return predict_batches(net, loader, data.crop_matrices, args)[0], data
@@ -971,9 +964,10 @@ def find_crops(args, image: np.ndarray, detector) -> tuple[torch.Tensor, int]:
     boxes = photos.find_boxes(args, image, detector)
     whole = detector is None and args.box in args.boxes  # an image that has its margin in it
     matrices = datasets.square_crops(boxes, args.size, 1.0 if whole else args.margin)
+    passes = 3 if whole else 2
     if args.align == "box" and args.trained_box == "face":
-        return torch.from_numpy(matrices), 1
-    return torch.from_numpy(matrices), 3 if whole else 2
+        passes = 1
+    return torch.from_numpy(matrices), passes
 
 
 # ---- Your own photographs ------------------------------------------------------------------------
@@ -992,10 +986,7 @@ def find_points(net: HeatmapNet, image: np.ndarray, matrix: torch.Tensor, passes
 
 def predict(args) -> dict:
     """--predict: for each face its landmarks as NAME.pts, for each image NAME.png with them drawn,
-    those of a confidence below 0.2 in orange; with --align-out recognition crops.
-
-    After a box the network looks again, at the face aligned by its first prediction. That is only
-    good if it has seen box crops in its training, by --align two-pass or box."""
+    those of a confidence below 0.2 in orange; with --align-out recognition crops."""
     net = open_checkpoint(args, args.weights)
     detector = photos.open_detector(args.detector) if args.detector else None
     if args.align == "five" and detector is None:
@@ -1223,32 +1214,27 @@ class InvertedResidual(nn.Module):
         return x + self.conv(x) if self.residual else self.conv(x)
 
 
-class Features(nn.Module):
-    """A chain of layers under the name `features`: (B, 3, H, W) -> (B, channels, H/32, W/32)."""
+class MobileNetV2(nn.Module):
+    """Sandler et al., CVPR 2018, Table 2, with the last 1x1 convolution, to 1280 channels at least:
+    (B, 3, H, W) -> (B, channels, H/32, W/32). As in GluonCV, `width` times the table's channels are
+    cut, not rounded to multiples of 8."""
 
-    def __init__(self, layers: Sequence[nn.Module], channels: int):
+    def __init__(self, width: float):
         super().__init__()
-        self.features = nn.Sequential(*layers)
-        self.channels = channels
+        cin = int(32 * width)
+        layers = [conv_bn(3, cin, 3, 2, act=nn.ReLU6)]
+        table = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1),
+                 (6, 160, 3, 2), (6, 320, 1, 1))  # expand, channels, blocks, stride of the first
+        for expand, cout, depth, stride in table:
+            for i in range(depth):
+                layers.append(InvertedResidual(cin, int(cout * width), 1 if i else stride, expand))
+                cin = int(cout * width)
+        self.channels = int(1280 * max(width, 1.0))
+        self.features = nn.Sequential(*layers, conv_bn(cin, self.channels, 1, act=nn.ReLU6))
         init_weights(self)
 
     def forward(self, image):
         return self.features(image)
-
-
-def mobilenetv2(width: float) -> Features:
-    """Sandler et al., CVPR 2018, Table 2, with the last 1x1 convolution, to 1280 channels at least.
-    As in GluonCV, `width` times the table's channels are cut, not rounded to multiples of 8."""
-    cin = int(32 * width)
-    layers = [conv_bn(3, cin, 3, 2, act=nn.ReLU6)]
-    table = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1),
-             (6, 160, 3, 2), (6, 320, 1, 1))  # expand, channels, blocks, stride of the first
-    for expand, cout, depth, stride in table:
-        for i in range(depth):
-            layers.append(InvertedResidual(cin, int(cout * width), 1 if i else stride, expand))
-            cin = int(cout * width)
-    last = int(1280 * max(width, 1.0))
-    return Features([*layers, conv_bn(cin, last, 1, act=nn.ReLU6)], last)
 
 
 def backbone_of(name: str) -> Callable[[], nn.Module]:
@@ -1259,7 +1245,7 @@ def backbone_of(name: str) -> Callable[[], nn.Module]:
         return partial(ResNet, Bottleneck, (3, 4, 6, 3))
     width = re.fullmatch(r"mobilenetv2_(\d+(?:\.\d+)?)", name)
     if width and 0.1 <= float(width[1]) <= 4:  # below 0.1 the first block would have no channel
-        return partial(mobilenetv2, float(width[1]))
+        return partial(MobileNetV2, float(width[1]))
     raise UserError(f"--backbone {name}: expected resnet18, resnet50 or mobilenetv2_WIDTH with a "
                     "width of 0.1 to 4, as mobilenetv2_0.25")
 

@@ -89,14 +89,14 @@ def test_backbone_sizes(name, channels, parameters, millions):
 
 def test_widths_are_cut_and_not_rounded_to_multiples_of_eight():
     with torch.device("meta"):
-        features = hl.mobilenetv2(0.25).features
+        features = hl.MobileNetV2(0.25).features
     assert features[0][0].out_channels == 8
     stages = [block.conv[-1].num_features for block in list(features)[1:-1]]
     assert sorted(set(stages)) == [4, 6, 8, 16, 24, 40, 80] and stages == sorted(stages)
     first, second = features[1].conv, features[2].conv
     assert len(first) == 3 and len(second) == 4  # the first block does not widen
     with torch.device("meta"):
-        assert [hl.mobilenetv2(width).channels for width in (0.1, 0.5, 2)] == [1280, 1280, 2560]
+        assert [hl.MobileNetV2(width).channels for width in (0.1, 0.5, 2)] == [1280, 1280, 2560]
 
 
 # ---- Pixel centres, target heatmaps and loss -----------------------------------------------------
