@@ -8,8 +8,8 @@ landmark four channels of it, which become the features of one graph node (map-t
 joins each landmark to the k landmarks whose coordinates correlate most with its own over the
 training set; a small network weighs these edges anew for every image, so that an occluded landmark
 can be muted. One graph convolution, four residual blocks of two, and a last one pass features along
-the edges and end in the coordinates. The loss is a soft wing on the coordinates and, by the graph's Laplacian, on each
-landmark's place among its neighbours.
+the edges and end in the coordinates. The loss is a soft wing on the coordinates and, by the graph's
+Laplacian, on each landmark's place among its neighbours.
 
 Train on WFLW on four GPUs (the paper: NME 4.35 %; not run here, see README):
   python sdfl.py --data wflw --data-root WFLW --gpus 4 --amp --cache device
@@ -38,8 +38,8 @@ Where each equation and box is:
 Where the paper is silent, or the authors' code (BeierZhu/Sturcture-Coherency-Face-Alignment at
 97513e9) differs from it:
   - sigma in Eq. (4) is a softmax over the edges of a node: if the zeros of A entered it, each would
-    get the weight e^0, and every pair of landmarks would be joined. The code takes it over the edges too, but then transposes A, so that columns
-    sum to 1.
+    get the weight e^0, and every pair of landmarks would be joined. The code takes it over the
+    edges too, but then transposes A, so that columns sum to 1.
   - We have one W a graph layer, k + 1 entries in each row of M, and edge weights from the image, as
     the paper does. The code has two W (for the node and for its neighbours), makes M symmetric, and
     its released model learns fixed edge weights.

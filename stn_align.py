@@ -752,8 +752,8 @@ def look(net: AlignedRecognizer, loader, args) -> dict:
 
 def alignment_scores(seen: dict, net: AlignedRecognizer) -> dict:
     """Of what `look` has seen: ANME before and after alignment, Eq. (1), of the faces with two
-    pupils all of whose landmarks could be mapped, and their share; the mean distance of W(T) from the landmarks, px;
-    the share of folded faces; the extremes of the weights."""
+    pupils all of whose landmarks could be mapped, and their share; the mean distance of W(T) from
+    the landmarks, px; the share of folded faces; the extremes of the weights."""
     scores = {"folded": seen["folded"].double().mean().item()}
     scheme = datasets.SCHEMES.get(seen["crops"].shape[1]) if "crops" in seen else None
     if scheme:
