@@ -212,8 +212,7 @@ def launch(function: Callable, args):
         for process in ranks.processes:
             process.kill()
         raise
-    except (multiprocessing.ProcessExitedException,
-            multiprocessing.ProcessRaisedException) as error:
+    except Exception as error:
         if not messages.empty():
             raise UserError(messages.get()) from None
         if isinstance(error, multiprocessing.ProcessExitedException):
