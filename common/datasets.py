@@ -859,9 +859,13 @@ class DeviceLoader:
     def __iter__(self):
         for keys in self.batches:
             batch, matrix = self.dataset.geometry(keys)
-            # non_blocking, or each copy would wait for the training step that the GPU is at
+            matrix = matrix.float()
+            # Pinned and non_blocking, or each copy could wait for the step that the GPU is at
+            if self.device.type == "cuda":
+                batch = {name: values.pin_memory() for name, values in batch.items()}
+                matrix = matrix.pin_memory()
             region = self.canvas[batch["index"].to(self.device, non_blocking=True)].float()
-            matrix = matrix.float().to(self.device, non_blocking=True)
+            matrix = matrix.to(self.device, non_blocking=True)
             size = (self.dataset.size, self.dataset.size)
             batch["image"] = warp.warp_affine(region, matrix, size, border=BORDER)
             yield batch
@@ -870,7 +874,7 @@ class DeviceLoader:
 def make_loader(dataset: CropDataset, batches, workers: int, device, on_device: bool = False):
     """Loader over `batches` (lists of keys): a DataLoader, or a DeviceLoader if the regions lie on
     a GPU."""
-    if on_device and device.type == "cuda" and isinstance(dataset, CropDataset):
+    if on_device and device.type != "cpu" and isinstance(dataset, CropDataset):
         return DeviceLoader(dataset, batches, device)
     if workers:  # they are the parallelism; and a fork that finds OpenCV's threads running can hang
         cv2.setNumThreads(1)

@@ -2,6 +2,8 @@
 tensors are PyTorch's fake ones, which have shapes, types and a device but no values. To mix devices
 is an error as it is on a real one, and so is all that would wait for a value, as item() or bool().
 """
+import warnings
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -63,21 +65,19 @@ class Done(Exception):
 
 
 class Job(run.Job):
-    """A run that ends after two steps."""
-
-    def restore(self, net, optimizer, data, backbone=None):
-        self.net = net
-        self.optimizer = optimizer
+    """A run that ends after two steps, on a device of the test's."""
+    mode = None
 
     def begin(self, data, batches=None, loader=None):
         super().begin(data, batches, loader)
         self.bar.close()
 
     def steps_of(self, epoch):
-        batch = next(iter(self.loader))
-        yield 0, batch  # constants and the optimizer's state are made
-        self.mode.no_waiting = True
-        yield 1, batch
+        batches = iter(self.loader)
+        yield 0, next(batches)  # constants and the optimizer's state are made
+        if self.mode:
+            self.mode.no_waiting = True
+        yield 1, next(batches)
         raise Done
 
     def note(self, step, **losses):
@@ -90,17 +90,15 @@ class Job(run.Job):
 
 SHARED = "--limit 16 --batch-size 4 --epochs 1 --cache="
 RUNS = [
-    (sdfl, "--size 64 --backbone resnet18"),
+    (sdfl, "--size 64 --backbone resnet18 --optimizer sgd --cache device"),
     (sdfl, "--size 64 --backbone resnet18 --head fc --optimizer adam --loss l1"),
     (sdfl, "--size 64 --backbone resnet18 --adjacency binary --loss wing"),
-    (sdfl, "--size 64 --backbone efficientnet_b0"),
-    (heatmap_landmarks, "--size 64 --strategy SDD"),
-    (heatmap_landmarks, "--size 64 --backbone resnet18 --strategy D --erase 1"),
+    (heatmap_landmarks, "--size 64 --backbone resnet18 --strategy SD --erase 1"),
     (lddmm_face, "--size 64"),
     (lddmm_face, "--size 64 --train-points 50 --squared"),
     (lddmm_face, "--size 64 --backbone dan"),
     (lddmm_face, "--size 64 --method coord"),
-    (lddmm_face, "--size 64 --method heatmap"),  # HRNet
+    (lddmm_face, "--size 64 --method heatmap"),
     *((stn_align, f"--depth 10 --width 8 --method {name}") for name in stn_align.METHODS),
     (stn_align, "--depth 10 --width 8 --align-at input --template fixed --alpha fixed"),
     (stn_align, "--depth 10 --width 8 --lam 0"),
@@ -109,17 +107,56 @@ RUNS = [
     (kprpe, "--depth 2 --sample-rate 0.5 --draw-keypoints --clip 0"),
     (kprpe, "--task dfa"),
     *((kprpe, f"--task gait --batch-size 8 --frames 2 --dim 32 --rpe {name}")
-      for name in ("none", "swin", "kp-multihead")),
+      for name in ("swin", "kp-multihead")),
 ]
+
+
+
+
+def train(script, flags, device, folder, monkeypatch):
+    """Two steps of a script's own training."""
+    args = script.parse_args(f"{SHARED} {flags} --output {folder}/run".split())
+    monkeypatch.setattr(run, "setup", lambda args: (0, 1, device))
+    monkeypatch.setattr(run, "Job", Job)
+    with pytest.raises(Done), warnings.catch_warnings(action="ignore"):
+        (kprpe.main if script is kprpe else script.train)(args)
 
 
 @pytest.mark.parametrize("script, flags", RUNS)
 def test_a_step_on_a_gpu_waits_for_nothing(script, flags, tmp_path, monkeypatch):
-    argv = f"{SHARED} {flags} --output {tmp_path}/run".split()
-    args = script.parse_args(argv)
-    mode = PretendedGPU()
-    monkeypatch.setattr(run, "setup", lambda args: (0, 1, GPU))
-    monkeypatch.setattr(run, "Job", Job)
-    monkeypatch.setattr(Job, "mode", mode, raising=False)
-    with pytest.raises(Done), mode:
-        (kprpe.main if script is kprpe else script.train)(args)
+    monkeypatch.setattr(lddmm_face, "HRModule", torch.nn.Identity)  # 300 blocks alike
+    with PretendedGPU() as mode:
+        monkeypatch.setattr(Job, "mode", mode)
+        train(script, flags, GPU, tmp_path, monkeypatch)
+
+
+COMPILED = [
+    (sdfl, "--size 64 --backbone resnet18"),
+    (heatmap_landmarks, "--size 64 --backbone resnet18 --strategy SD"),
+    (lddmm_face, "--size 64 --backbone dan"),
+    *((stn_align, f"--depth 10 --width 8 --method {name}")
+      for name in ("affine2d", "proj", "tps8", "fullalign")),
+    *((kprpe, f"--depth 2 --rpe {name}") for name in ("none", "euclidean", "irpe", "kp-multihead")),
+    (kprpe, "--task dfa"),
+    (kprpe, "--task gait --batch-size 8 --frames 2 --dim 32 --rpe none"),
+]
+
+
+@pytest.mark.parametrize("script, flags", COMPILED)
+def test_a_network_compiles_once_and_whole(script, flags, tmp_path, monkeypatch):
+    """The batches of training all have one size. With --amp, whose types are checked on the way."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def whole(net):
+        talks = isinstance(net, kprpe.GaitLoss)  # to the other processes, and is not compiled
+        return compiler(net, fullgraph=not talks, backend=backend)
+
+    torch.compiler.reset()
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", whole)
+    train(script, f"{flags} --compile --amp", torch.device("cpu"), tmp_path, monkeypatch)
+    assert len(graphs) == 1
