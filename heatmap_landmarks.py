@@ -63,8 +63,7 @@ met within 0.01 MB, every GFLOPS but ResNet18's within 1 %. What we settle, or d
     second half of the run: the paper's source for it, AID, erases in a second stage too. Rotation
     is up to 15 degrees; the paper tried 1 to 15 and does not say which it kept.
   - The colour tricks are one affine map of RGB for each image; nothing is clipped between them.
-  - The flip test doubles the cost (MNetV2-1.0 with SDD: 0.87 G multiply-adds); --flip-test none
-    leaves it out.
+  - The flip test doubles the cost: MNetV2-1.0 with SDD then has 0.87 G multiply-adds.
   - With --gpus N each process normalises its own share of the batch; the paper trained on one GPU.
     The last epoch is reported. In a run of E epochs the rate falls after E/2 and 3E/4.
 """
@@ -380,10 +379,9 @@ def decode_dark(heatmaps: torch.Tensor, kernel: int = 11) -> tuple[torch.Tensor,
     dxx = (log_G[..., 2, 4] - 2 * log_G[..., 2, 2] + log_G[..., 2, 0]) / 4
     dyy = (log_G[..., 4, 2] - 2 * log_G[..., 2, 2] + log_G[..., 0, 2]) / 4
     dxy = (log_G[..., 3, 3] - log_G[..., 1, 3] - log_G[..., 3, 1] + log_G[..., 1, 1]) / 4
-    # Eq. (3): log G has the gradient -Sigma^-1 (m - mu) and the Hessian -Sigma^-1
+    # Eq. (3): log G has gradient -Sigma^-1 (m - mu), hessian -Sigma^-1: step = -hessian^-1 gradient
     determinant = dxx * dyy - dxy**2
-    step = torch.stack([dxy * dy - dyy * dx, dxy * dx - dxx * dy], -1)  # -hessian^-1 gradient,
-    step = step / determinant[..., None]  # written out for 2 x 2
+    step = torch.stack([dxy * dy - dyy * dx, dxy * dx - dxx * dy], -1) / determinant[..., None]
     good = inside & step.isfinite().all(-1)
     step = step.clamp(-1, 1).where(good[..., None], 0)
     return with_confidence(peak + step, height)
@@ -462,7 +460,8 @@ PCA = ((-0.5675 * 55.46, 0.7192 * 4.794, 0.4009 * 1.148),
 
 @functools.cache
 def device_tensor(values: tuple, device: torch.device) -> torch.Tensor:
-    """A float32 tensor, kept: copying from the CPU in every step would make it wait for the GPU."""
+    """A float32 tensor, kept: copying from the CPU in every step would make the CPU wait for the
+    GPU."""
     with torch.inference_mode(False):  # a tensor created in this mode cannot be used in training
         return torch.tensor(values, device=device)
 
@@ -583,10 +582,10 @@ def prepare(batch: dict, device: torch.device, erase: bool = False) -> torch.Ten
     std = 255 * device_tensor(STD, device)
     if "colour" in batch:
         M, t = colour_map(batch["colour"].to(device, non_blocking=True), image.mean((2, 3)))
-        pixels = image.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, 3)
+        flat = image.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, 3)
         # (M x + t - mean) / std of all px x
-        pixels = torch.baddbmm(((t - mean) / std)[:, None], pixels, (M / std[:, None]).mT)
-        image = pixels.mT.unflatten(2, image.shape[2:])
+        flat = torch.baddbmm(((t - mean) / std)[:, None], flat, (M / std[:, None]).mT)
+        image = flat.mT.unflatten(2, image.shape[2:])
     else:
         image = (image - mean[:, None, None]) / std[:, None, None]
     if erase:
@@ -709,8 +708,7 @@ def train(args) -> dict:
     net = build(args, points, job.device)
     optimizer = torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay,
                                  fused=True)
-    side = args.size // net.stride
-    job.say(f"{args.backbone} + {args.strategy}, heatmaps of {side} x {side}")
+    job.say(f"{args.backbone} + {args.strategy}, heatmaps of {args.size // net.stride} px")
     job.restore(net, optimizer, [len(train_set), points], net.backbone)
     model = job.wrap(net)
     job.begin(train_set)
@@ -827,8 +825,8 @@ def evaluate(net: HeatmapNet, loader, args):
 def how_aligned(args) -> str:
     """What the crops of a set were made from, in words."""
     if args.align == "five":
-        return f"five points of {args.five}" if args.five else \
-            f"true five points with {args.five_noise:.0%} noise"
+        noisy = f"true five points with {args.five_noise:.0%} noise"
+        return f"five points of {args.five}" if args.five else noisy
     box = f"the {args.box} box x {args.margin}"
     return box if args.align == "box" else f"{box}, then five points of the prediction"
 
@@ -909,14 +907,13 @@ def detected_five(args, faces: list, true: np.ndarray, scale: np.ndarray) -> np.
 
 
 def is_face(five: torch.Tensor) -> torch.Tensor:
-    """Which five points (M, 5, 2) px could be a face's: (M,) bool. Not those that coincide or are
-    not finite. A similarity cannot mirror, so mirrored points are fitted best by a scale near 0,
-    which would ask for an enormous crop: nor are those that shrink below a quarter of
-    REFERENCE_5."""
+    """Which five points (M, 5, 2) px could be a face's: (M,) bool; none that are not finite or that
+    coincide. A similarity cannot mirror, so mirrored points are fitted best by a scale near 0,
+    which would ask for an enormous crop."""
     five = five.double()
     fitted = warp.apply_affine(warp.fit_similarity(five, REFERENCE_5.expand_as(five)), five)
     size = (fitted - fitted.mean(1, keepdim=True)).norm(dim=(1, 2))
-    return size > (REFERENCE_5 - REFERENCE_5.mean(0)).norm() / 4  # a correlation of 1/4
+    return size > (REFERENCE_5 - REFERENCE_5.mean(0)).norm() / 4  # a face about keeps its size
 
 
 def are_faces(args, points: torch.Tensor) -> torch.Tensor:
