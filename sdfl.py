@@ -154,23 +154,24 @@ def neighbour_mask(landmarks: torch.Tensor, k: int) -> torch.Tensor:
         raise UserError(f"neighbours are mined from at least 2 training images, found {count}")
     if not 0 <= k < points:
         raise UserError(f"--k {k}: expected 0 to {points - 1}, less than the {points} landmarks")
-    xy = landmarks.permute(2, 1, 0).double().contiguous()  # (2, N, M)
+    xy = landmarks.permute(2, 1, 0).contiguous().double()  # (2, N, M)
     centred = xy - xy.mean(2, keepdim=True)
-    if not centred.isfinite().all():
+    scale = centred.norm(dim=2)  # (2, N)
+    if not scale.isfinite().all():
         raise UserError("the training landmarks hold values that are not finite")
-    scale = centred.norm(dim=2, keepdim=True)  # (2, N, 1)
-    still = scale <= 1e-9 * xy.abs().amax().clamp(min=1) * math.sqrt(count)
+    still = scale <= 1e-9 * landmarks.abs().amax().clamp(min=1) * math.sqrt(count)
     if still.all(0).any():
-        first = int(still.all(0).nonzero()[0, 0])
+        first = int(still.all(0).nonzero()[0])
         raise UserError(f"landmark {first} has the same place in all {count} training images, so "
                         "it has no neighbours; check the annotation, or train on more images")
     if still.any():
-        first = int(still.any(0).nonzero()[0, 0])
+        first = int(still.any(0).nonzero()[0])
         warnings.warn(f"landmark {first} is constant in one coordinate over the training set: "
                       "taken as correlation 0 there", stacklevel=2)
-    x, y = torch.where(still, 0, centred / scale)  # (N, M) each: rows of mean 0 and length 1
-    # Eq. (1): C = (abs(C_x) + abs(C_y)) / 2, both Pearson's
-    correlation = ((x @ x.T).abs() + (y @ y.T).abs()) / 2  # (N, N)
+    scale = scale.masked_fill(still, math.inf)
+    # Pearson's C_x and C_y, (2, N, N)
+    correlation = centred @ centred.mT / (scale[:, :, None] * scale[:, None])
+    correlation = correlation.abs().mean(0)  # Eq. (1): C = (abs(C_x) + abs(C_y)) / 2
     # Eq. (2): the k + 1 largest of each row. A landmark is its own first, so that ties cannot
     # displace it.
     correlation.fill_diagonal_(math.inf)

@@ -18,6 +18,7 @@ import sdfl
 import stn_align
 from common import run
 
+
 class Backend(_DummyBackendModule):
     """What PyTorch asks of a device."""
     def current_device(self):
@@ -54,10 +55,25 @@ class PretendedGPU(TorchDispatchMode):
         if FakeTensor not in types and kwargs.get("device") != GPU:
             return function(*args, **kwargs)
         if self.no_waiting and function.name() in ("aten::_to_copy", "aten::copy_"):
-            ends = {args[0].device, args[-1].device, kwargs.get("device", args[0].device)}
-            assert len(ends) == 1 or kwargs.get("non_blocking"), "this copy waits"
+            ends = {x.device for x in args if isinstance(x, torch.Tensor)}
+            ends.add(kwargs.get("device") or args[0].device)
+            waits = not (kwargs.get("non_blocking") or args[-1] is True)
+            assert len(ends) == 1 or not waits, "this copy waits"
         with self.fake:
             return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("work", [
+    lambda x: x.item(), lambda x: bool(x.any()), lambda x: x.nonzero(), lambda x: x.cpu(),
+    lambda x: x[[0]], lambda x: x + torch.ones(1), lambda x: torch.tensor([1.0], device=GPU)])
+def test_the_pretended_gpu_notices_what_waits_or_mixes_devices(work):
+    with PretendedGPU() as mode:
+        x = torch.ones(1).to(GPU)
+        mode.no_waiting = True
+        x[:1] = 2 * x.square()
+        torch.ones(1).to(GPU, non_blocking=True)
+        with pytest.raises(Exception):
+            work(x)
 
 
 class Done(Exception):
