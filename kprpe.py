@@ -1235,7 +1235,6 @@ def build(args, device: torch.device) -> nn.Module:
 
 def train(args) -> dict:
     """Trains, evaluates or predicts, as the flags say; returns the last evaluation's numbers."""
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU; the geometry is done on the CPU
     if args.eval:
         return evaluate_checkpoint(args)
     if args.predict:
@@ -2748,6 +2747,7 @@ TASKS = {"face": PRESETS, "dfa": DFA_PRESETS, "gait": GAIT_PRESETS}  # and the p
 
 def main(args) -> dict:
     """Trains, evaluates or predicts in the task of the flags; returns the last numbers."""
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU; no geometry is a product there
     return {"face": train, "dfa": train_dfa, "gait": train_gait}[args.task](args)
 
 

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import os
+import platform
 import re
 import struct
 import warnings
@@ -56,7 +57,7 @@ def cached(make: Callable[[], np.ndarray], *sources: str) -> np.ndarray:
         if os.stat(kept).st_mtime_ns == stamp:
             return np.load(kept, allow_pickle=False)
     array = make()
-    part = f"{kept}.{os.getpid()}.part"
+    part = f"{kept}.{platform.node()}.{os.getpid()}.part"
     try:
         with open(part, "wb") as file:
             np.save(file, array)
