@@ -2747,7 +2747,7 @@ TASKS = {"face": PRESETS, "dfa": DFA_PRESETS, "gait": GAIT_PRESETS}  # and the p
 
 def main(args) -> dict:
     """Trains, evaluates or predicts in the task of the flags; returns the last numbers."""
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU; no geometry is a product there
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU; warps are in float64
     return {"face": train, "dfa": train_dfa, "gait": train_gait}[args.task](args)
 
 
