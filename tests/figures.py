@@ -1,14 +1,13 @@
-"""README's pictures, from drawn faces.
+"""README's pictures, all of drawn faces.
 
     python -m tests.figures
 
-writes .github/figures. All but schemes.png are of the scripts' default runs: their checkpoints are
-those of --runs, and a run that is missing there is made first, on a CPU in minutes.
+writes .github/figures. A paper's figure is that of its script's default run, whose checkpoint lies
+in --runs; a run that is missing there is made first, in minutes on a CPU. schemes.png needs none.
 """
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -24,23 +23,150 @@ from common import datasets, photos, synthetic, warp
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".github" / "figures"
-WHITE = (255, 255, 255)
-GREY = (90, 90, 90)
 FONT = cv2.FONT_HERSHEY_SIMPLEX
+BLACK, GREY, WHITE, YELLOW = (0, 0, 0), (190, 190, 190), (255, 255, 255), (250, 230, 120)
+LAUGHING, OCCLUDED, SIDEWAYS, TILTED, TURNED, STRAIGHT = 47, 83, 37, 57, 8, 861  # test faces
 
 
-def write(picture: np.ndarray, scale: float, text: str, x: float, y: float, colour=GREY):
+def write(picture: np.ndarray, scale: float, text: str, x: float, y: float, colour=BLACK):
     """Text on RGB uint8 (H, W, 3), in place; x, y px is its lower left corner."""
     cv2.putText(picture, text, (round(x), round(y)), FONT, scale, colour, 1, cv2.LINE_AA)
 
 
+# ---- A figure a paper ----------------------------------------------------------------------------
+
+def row(panels: list[tuple[str, np.ndarray]]) -> np.ndarray:
+    """Pictures of one size beside each other, each above its caption."""
+    framed = []
+    for caption, panel in panels:
+        cv2.rectangle(panel, (0, 0), (len(panel) - 1, len(panel) - 1), GREY)
+        panel = cv2.copyMakeBorder(panel, 4, 30, 4, 4, cv2.BORDER_CONSTANT, value=WHITE)
+        write(panel, 0.5, caption, 6, len(panel) - 10)
+        framed.append(panel)
+    return np.concatenate(framed, 1)
+
+
+def read_test(script, args):
+    """The test faces in crops of --size."""
+    if script is kprpe:
+        split = kprpe.face_split(args, kprpe.identity_faces(args, "test"))
+        return kprpe.make_crops(args, split, 0.0)  # not aligned
+    if script is heatmap_landmarks:
+        return script.make_dataset(args, script.read_faces(args, "test"), augmented=False)
+    if script is stn_align:
+        return script.make_dataset(args, script.read_set(args, "test"), augmented=False)
+    return script.make_dataset(args, "test")
+
+
+def load(script, checkpoint: str, side: int) -> tuple:
+    """A script's flags, its network, and some test faces in crops twice: as the network wants them,
+    and of `side` px to look at."""
+    args = script.parse_args(["--eval", checkpoint, "--device", "cpu"])
+    net = script.open_checkpoint(args, checkpoint)
+    args.limit = 96
+    shown = read_test(script, argparse.Namespace(**vars(args) | dict(size=side)))
+    return args, net[0] if isinstance(net, tuple) else net, read_test(script, args), shown
+
+
+def draw_found(shown, i: int, points: torch.Tensor, size: int, colour) -> np.ndarray:
+    """Crop i with points (P, 2) that were found in a crop of `size` px."""
+    points = (points.numpy() + 0.5) * shown.size / size - 0.5
+    return photos.draw_points(photos.draw_crop(shown, i, shown.size), points, colour, 2)
+
+
+def draw_sdfl(checkpoint: str, side: int = 232) -> np.ndarray:
+    """Figs. 7 and 4: predictions, and the graph."""
+    _, net, small, shown = load(sdfl, checkpoint, side)
+    faces = {"laughing": LAUGHING, "tilted": TILTED, "occluded": OCCLUDED, "strong pose": SIDEWAYS}
+    panels = []
+    for caption, i in faces.items():
+        image = sdfl.prepare(small.__getitems__([(0, i)]), net.mask.device)
+        points = sdfl.predict_points(net, image)[0]
+        panels.append((caption, draw_found(shown, i, points, small.size, photos.RED)))
+    graph = sdfl.draw_graph(net.mask, net.mean_face, 2 * side)[:, 2 * side:]
+    graph = cv2.resize(graph, (side, side), interpolation=cv2.INTER_AREA)
+    return row([*panels, ("graph on the mean face", graph)])
+
+
+@torch.inference_mode()
+def draw_heatmaps(checkpoint: str, side: int = 292) -> np.ndarray:
+    """Fig. 1, and the way from heatmaps to landmarks."""
+    args, net, small, shown = load(heatmap_landmarks, checkpoint, side)
+    photo = shown.faces[TILTED].image()
+    five = heatmap_landmarks.rough_five(args, shown.faces[:TILTED + 1])[TILTED]
+    crop = photos.draw_crop(shown, TILTED, side)
+    image = heatmap_landmarks.prepare(small.__getitems__([(0, TILTED)]), torch.device("cpu"))
+    heat = net(image)[0].amax(0).clamp(0, 1).numpy()
+    heat = cv2.resize(heat, (side, side))[..., None]
+    warm = cv2.applyColorMap((255 * heat).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
+    over = crop * (1 - 0.85 * heat) + warm * 0.85 * heat
+    points = heatmap_landmarks.predict_points(net, image, args.decode, args.kernel)[0][0]
+    found = draw_found(shown, TILTED, points, small.size, photos.RED)
+    return row([("image, five rough points", photos.draw_points(photo, five, photos.GREEN, 4)),
+                ("aligned crop", crop), ("heatmaps", over.astype(np.uint8)),
+                (f"{len(points)} landmarks", found)])
+
+
+def draw_flow(checkpoint: str, side: int = 392) -> np.ndarray:
+    """Fig. 2: the flow, and the landmarks of two annotations."""
+    args, net, small, shown = load(lddmm_face, checkpoint, side)
+    i = LAUGHING
+    one = datasets.CropDataset(small.faces[i:i + 1], small.crop_matrices[i:i + 1], small.size)
+    bent = lddmm_face.draw_flow(net, one, side)[:, :side]
+    panels = [("flow from mean face (red) to face (green)", bent)]
+    image = lddmm_face.prepare(small.__getitems__([(0, i)]), torch.device("cpu"))
+    args.limit = 0  # the mean face of another annotation is that of all training faces
+    for caption, count in (("68 landmarks, learned", 68), ("194 landmarks, predicted", 194)):
+        args.points = count
+        extra = lddmm_face.find_extra(net, args, count)
+        points = lddmm_face.predict_points(net, image, extra, args)[0][0]
+        panels.append((caption, draw_found(shown, i, points, small.size, photos.GREEN)))
+    return row(panels)
+
+
+@torch.inference_mode()
+def draw_alignment(checkpoint: str, side: int = 292) -> np.ndarray:
+    """Fig. 5: the lattice on the face, and the aligned face with T."""
+    _, net, small, shown = load(stn_align, checkpoint, side)
+    T = stn_align.from_112(net.template.numpy(), side)
+    panels = []
+    for i in (TILTED, 29):
+        w = net.find_map(stn_align.prepare(small.__getitems__([(0, i)]), net.device)[0])
+        lattice = net.maps.to_input(w, net.maps.lattice)[0].numpy()
+        lattice = stn_align.from_112(lattice, side).reshape(8, 8, 2)
+        lines = np.concatenate([lattice, lattice.transpose(1, 0, 2)])
+        crop = stn_align.draw_lines(photos.draw_crop(shown, i, side), lines, YELLOW)
+        crop = photos.draw_points(crop, lattice.reshape(64, 2), YELLOW, 2.5)
+        image = stn_align.prepare(shown.__getitems__([(0, i)]), net.device)[0]
+        image = stn_align.to_picture(warp.sample(image, net.maps.grid(w, side))[0]).copy()
+        aligned = photos.draw_points(image, T, photos.RED, 2)
+        panels += [("lattice, moved", crop), ("aligned face, T in red", aligned)]
+    return row(panels)
+
+
+def draw_offsets(checkpoint: str, side: int = 232) -> np.ndarray:
+    """Fig. 12: what KP-RPE adds to the attention of a patch (star) to all others, higher is
+    darker."""
+    _, net, _, shown = load(kprpe, checkpoint, side)
+    image, keypoints = kprpe.picture(shown, TURNED, side, "")
+    maps = kprpe.offsets(net, torch.from_numpy(keypoints)[None])[:, 0].numpy()  # (depth, N, N)
+    width = round(maps.shape[1] ** 0.5)
+    points = keypoints * side - 0.5
+    panels = [("turned face, keypoints", photos.draw_points(image, points, photos.GREEN, 4))]
+    for y, x in ((width // 4, width // 4), (3 * width // 4, width // 2)):
+        for layer in (0, len(maps) - 1):
+            values = maps[layer, y * width + x].reshape(width, width)
+            tile = kprpe.draw_offset(values, (y, x), keypoints, side)
+            panels.append((f"offsets, layer {layer + 1}", tile[4:-4, 4:-4].copy()))  # no frame
+    return row(panels)
+
+
 # ---- The point order of every scheme -------------------------------------------------------------
 
-FRONTAL = 861  # a test face that looks straight ahead, eyes and mouth wide open
-PAIRS = ((200, 0, 0), (0, 90, 210), (0, 120, 0), (150, 0, 170), (160, 80, 0), (0, 120, 130),
-         (210, 0, 110), (80, 70, 200))  # colours, all dark enough to be read
 SETS = {5: "5", 19: "19: AFLW", 29: "29: COFW", 68: "68: 300-W", 98: "98: WFLW", 106: "106: LaPa",
         194: "194: HELEN"}
+PAIRS = ((200, 0, 0), (0, 90, 210), (0, 120, 0), (150, 0, 170), (160, 80, 0), (0, 120, 130),
+         (210, 0, 110), (80, 70, 200))  # colours of mirrored pairs
 
 
 def draw_schemes() -> np.ndarray:
@@ -49,203 +175,55 @@ def draw_schemes() -> np.ndarray:
     for line, text in enumerate(("Numbers count from 0.", "Mirrored points have one colour",
                                  "and a line between them;", "black ones are on the midline.")):
         write(legend, 0.45, text, 20, 100 + 30 * line)
-    small = photos.tile([draw_scheme(5, 300), draw_scheme(19, 300), draw_scheme(29, 300), legend], 2)
-    rows = [small, draw_scheme(68, 600), draw_scheme(98, 600), draw_scheme(106, 600)]
-    picture = np.concatenate([photos.tile(rows, 2), draw_scheme(194, 1200)])
-    return picture // 15 * 15  # few colours make a small file
+    small = photos.tile([*(draw_scheme(count, 300) for count in (5, 19, 29)), legend], 2)
+    large = photos.tile([small, *(draw_scheme(count, 600) for count in (68, 98, 106))], 2)
+    return np.concatenate([large, draw_scheme(194, 1200)]) // 15 * 15  # few colours: a small file
 
 
 def draw_scheme(count: int, side: int) -> np.ndarray:
-    """A scheme's points with their numbers and mirrored pairs on a pale face, (side, side, 3)."""
-    box = synthetic.read_faces("test", FRONTAL + 1, side, 98)[FRONTAL].points
-    box = np.concatenate([box.min(0), box.max(0)])[None]
-    face = synthetic.read_faces("test", FRONTAL + 1, side, count)[FRONTAL]
-    crop = datasets.CropDataset([face], datasets.square_crops(box, side, 1.16), side,
+    """A scheme's points with numbers and mirrored pairs on a pale face: (side, side, 3)."""
+    faces = [synthetic.read_faces("test", STRAIGHT + 1, side, n)[STRAIGHT] for n in (98, count)]
+    box = datasets.face_boxes(faces[:1], "landmarks")  # one crop for all schemes
+    data = datasets.CropDataset(faces[1:], datasets.square_crops(box, side, 1.16), side,
                                 reflect=True)
-    grey = cv2.cvtColor(photos.draw_crop(crop, 0, side), cv2.COLOR_RGB2GRAY)
-    grey = cv2.equalizeHist(cv2.medianBlur(grey, side // 100 * 2 + 1))
-    picture = np.repeat(195 + grey[..., None] // 52 * 15, 3, 2)  # five pale greys
-    points = crop.crop_points()[0].numpy()
+    pale = cv2.cvtColor(photos.draw_crop(data, 0, side), cv2.COLOR_RGB2GRAY)
+    pale = 195 + cv2.equalizeHist(cv2.medianBlur(pale, side // 100 * 2 + 1)) // 52 * 15
+    picture = np.repeat(pale[..., None], 3, 2)
+    points = data.crop_points()[0].numpy()
     flip = datasets.SCHEMES[count].flip
-    colours = [(0, 0, 0)] * count
+    colours = [BLACK] * count
     for rank, i in enumerate(np.flatnonzero(np.arange(count) < flip)):
         colours[i] = colours[flip[i]] = PAIRS[rank % len(PAIRS)]
-    for i, j in enumerate(flip):
-        if i < j:
-            pale = tuple(190 + c // 4 for c in colours[i])
-            ends = np.round(16 * points[[i, j]]).astype(int).tolist()
-            cv2.line(picture, *ends, pale, 1, cv2.LINE_AA, 4)
+        ends = np.round(16 * points[[i, flip[i]]]).astype(int).tolist()
+        cv2.line(picture, *ends, tuple(190 + c // 4 for c in colours[i]), 1, cv2.LINE_AA, 4)
     scale = 0.42 if count < 194 else 0.38
-    places = place_numbers(points, side, scale)
-    for i, place in enumerate(places):
+    for i, place in enumerate(place_numbers(points, side, scale)):
         photos.draw_points(picture, points[i:i + 1], colours[i], 2.2)
         write(picture, scale, str(i), *place, colours[i])
-    write(picture, 0.5, SETS[count], 10, 22, (0, 0, 0))
-    return cv2.rectangle(picture, (0, 0), (side - 1, side - 1), (190, 190, 190))
+    write(picture, 0.5, SETS[count], 10, 22)
+    return cv2.rectangle(picture, (0, 0), (side - 1, side - 1), GREY)
 
 
-def place_numbers(points: np.ndarray, side: int, scale: float) -> np.ndarray:
-    """Lower left corners (P, 2) px of the points' numbers, each where it hides least."""
-    used = np.zeros((side, side))  # what a pixel costs
+def place_numbers(points: np.ndarray, side: int, scale: float) -> list[tuple[int, int]]:
+    """Lower left corners x, y px of the points' numbers, each where it hides least."""
+    used = np.zeros((side, side), int)
     for x, y in points.round().astype(int):
-        used[max(y - 2, 0):y + 3, max(x - 2, 0):x + 3] = 1
-    angles = np.arange(16) * np.pi / 8
-    around = np.stack([np.cos(angles), np.sin(angles)], 1)
+        used[y - 2:y + 3, x - 2:x + 3] = 1
     corners = []
     for i, point in enumerate(points):
-        (width, height), _ = cv2.getTextSize(str(i), FONT, scale, 1)
-        half = np.array([width, height]) / 2
-        best = np.inf
+        width, height = cv2.getTextSize(str(i), FONT, scale, 1)[0]
+        choices = []
         for away in (4, 7, 10, 14, 18):
-            for direction in around:
-                middle = point + direction * (away + half)
-                x, y = np.round(middle - half).astype(int).clip(0, side - 20)
-                cost = used[y - 1:y + height + 1, x - 1:x + width + 1].sum() + away
-                if cost < best:
-                    best = cost
-                    corner = x, y
-        x, y = corner
+            for angle in np.arange(16) * np.pi / 8:
+                reach = np.array([width, height]) / 2 + away
+                middle = point + reach * (np.cos(angle), np.sin(angle))
+                x, y = np.round(middle - (width / 2, height / 2)).astype(int).tolist()
+                hidden = used[y - 1:y + height + 1, x - 1:x + width + 1].sum()
+                choices.append((hidden + away, len(choices), x, y))
+        _, _, x, y = min(choices)
         used[y - 1:y + height + 1, x - 1:x + width + 1] = 1
         corners.append((x, y + height))
-    return np.array(corners)
-
-
-# ---- A figure a paper ----------------------------------------------------------------------------
-
-def row(*panels: np.ndarray, captions: tuple[str, ...]) -> np.ndarray:
-    """Panels of one size beside each other, each above its caption."""
-    framed = []
-    for panel, caption in zip(panels, captions):
-        panel = cv2.copyMakeBorder(panel, 4, 30, 4, 4, cv2.BORDER_CONSTANT, value=WHITE)
-        write(panel, 0.5, caption, 6, len(panel) - 10)
-        framed.append(panel)
-    return np.concatenate(framed, 1)
-
-
-def enlarge(points, size: int, side: int) -> np.ndarray:
-    """Points px of a crop of `size` px, as px of a crop of `side` px."""
-    return (np.asarray(points) + 0.5) * side / size - 0.5
-
-
-def crops(args, make: Callable, side: int) -> tuple:
-    """Crops of the first 96 test faces for the network, and the same of `side` px for the eye."""
-    args.limit = 96
-    small = make(args)
-    sharp = make(argparse.Namespace(**vars(args) | dict(size=side)))
-    return small, sharp
-
-
-def draw_sdfl(checkpoint: str, side: int = 232) -> np.ndarray:
-    """Figs. 7 and 4."""
-    args = sdfl.parse_args(["--eval", checkpoint, "--device", "cpu"])
-    net, _ = sdfl.open_checkpoint(args, checkpoint)
-    small, sharp = crops(args, lambda args: sdfl.make_dataset(args, "test"), side)
-    panels = []
-    for i in (47, 57, 83, 37):
-        image = sdfl.prepare(small.__getitems__([(0, i)]), net.mask.device)
-        points = enlarge(sdfl.predict_points(net, image)[0], small.size, side)
-        panels.append(photos.draw_points(photos.draw_crop(sharp, i, side), points, photos.RED, 1.8))
-    graph = sdfl.draw_graph(net.mask, net.mean_face, side)[:, side:]
-    return row(*panels, graph, captions=("laughing", "turned", "occluded", "strong pose",
-                                         "graph on the mean face"))
-
-
-def draw_heatmaps(checkpoint: str, side: int = 292) -> np.ndarray:
-    """From an image to its landmarks."""
-    args = heatmap_landmarks.parse_args(["--eval", checkpoint, "--device", "cpu"])
-    net = heatmap_landmarks.open_checkpoint(args, checkpoint)
-
-    def make(args):
-        faces = heatmap_landmarks.read_faces(args, "test")
-        return heatmap_landmarks.make_dataset(args, faces, augmented=False)
-
-    small, sharp = crops(args, make, side)
-    i = 57
-    image = heatmap_landmarks.prepare(small.__getitems__([(0, i)]), net.head.weight.device)
-    with torch.inference_mode():
-        heat = net(image)[0].amax(0).clamp(0, 1).numpy()
-    heat = cv2.resize(heat, (side, side), interpolation=cv2.INTER_LINEAR)[..., None]
-    warm = cv2.applyColorMap((255 * heat).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
-    crop = photos.draw_crop(sharp, i, side)
-    over = (crop * (1 - 0.85 * heat) + warm * 0.85 * heat).astype(np.uint8)
-    points, _ = heatmap_landmarks.predict_points(net, image, args.decode, args.kernel)
-    found = enlarge(points[0], small.size, side)
-    found = photos.draw_points(crop.copy(), found, photos.RED, 2)
-    photo = sharp.faces[i].image()
-    five = heatmap_landmarks.rough_five(args, sharp.faces[:i + 1])[i]
-    photos.draw_points(photo, five, photos.GREEN, 4)
-    return row(photo, crop, over, found, captions=("image, five rough points", "aligned crop",
-                                                   "heatmaps", "landmarks"))
-
-
-def draw_flow(checkpoint: str, side: int = 392) -> np.ndarray:
-    """Fig. 2: the flow, and landmarks of two annotations that it carries."""
-    args = lddmm_face.parse_args(["--eval", checkpoint, "--device", "cpu"])
-    net = lddmm_face.open_checkpoint(args, checkpoint)
-    i = 47
-    small, sharp = crops(args, lambda args: lddmm_face.make_dataset(args, "test"), side)
-    one = datasets.CropDataset(small.faces[i:i + 1], small.crop_matrices[i:i + 1], small.size)
-    panels = [lddmm_face.draw_flow(net, one, side)[:, :side]]
-    image = lddmm_face.prepare(small.__getitems__([(0, i)]), net.mean.device)
-    for count, colour in ((net.scheme, photos.GREEN), (194, photos.RED)):
-        args.points = count
-        args.limit = 0  # the mean face of another annotation is that of all training faces
-        extra = lddmm_face.find_extra(net, args, count)
-        points = lddmm_face.predict_points(net, image, extra, args)[0][0]
-        crop = photos.draw_crop(sharp, i, side)
-        panels.append(photos.draw_points(crop, enlarge(points, small.size, side), colour, 2))
-    return row(*panels, captions=("flow from the mean face (red) to the face (green)",
-                                  f"{net.scheme} landmarks, as trained on",
-                                  "194 landmarks, carried by the same flow"))
-
-
-@torch.inference_mode()
-def draw_alignment(checkpoint: str, side: int = 292) -> np.ndarray:
-    """Fig. 5: the lattice on the face, and the aligned face with T."""
-    args = stn_align.parse_args(["--eval", checkpoint, "--device", "cpu"])
-    net, _ = stn_align.open_checkpoint(args, checkpoint)
-
-    def make(args):
-        return stn_align.make_dataset(args, stn_align.read_set(args, "test"), augmented=False)
-
-    small, sharp = crops(args, make, side)
-    across = torch.linspace(-0.5, stn_align.SIDE - 0.5, 8)
-    along = torch.linspace(-0.5, stn_align.SIDE - 0.5, 57)
-    columns = torch.cartesian_prod(across, along)
-    lattice = torch.cat([columns, columns.flip(1)])  # 16 lines of 57 points
-    T = stn_align.from_112(net.template.numpy(), side)
-    panels = []
-    for i in (57, 29):
-        image, _ = stn_align.prepare(small.__getitems__([(0, i)]), net.device)
-        w = net.find_map(image)
-        lines = stn_align.from_112(net.maps.to_input(w, lattice)[0].numpy(), side)
-        crop = photos.draw_crop(sharp, i, side)
-        panels.append(stn_align.draw_lines(crop, lines.reshape(16, 57, 2), (250, 230, 120)))
-        image, _ = stn_align.prepare(sharp.__getitems__([(0, i)]), net.device)
-        aligned = stn_align.to_picture(warp.sample(image, net.maps.grid(w, side))[0])
-        panels.append(photos.draw_points(np.ascontiguousarray(aligned), T, photos.RED, 2))
-    return row(*panels, captions=("moved lattice", "aligned face, template T (red)") * 2)
-
-
-def draw_offsets(checkpoint: str, side: int = 232) -> np.ndarray:
-    """Figs. 12 and 13: what KP-RPE adds to attention."""
-    args = kprpe.parse_args(["--eval", checkpoint, "--device", "cpu"])
-    net, _, device = kprpe.open_checkpoint(args, checkpoint)
-
-    def make(args):
-        split = kprpe.face_split(args, kprpe.identity_faces(args, "test"))
-        return kprpe.make_crops(args, split, 0.0)
-
-    _, sharp = crops(args, make, side)
-    image, keypoints = kprpe.picture(sharp, 57, side, "")
-    maps = kprpe.offsets(net, torch.from_numpy(keypoints)[None])[:, 0].numpy()  # (depth, N, N)
-    cells = round(maps.shape[1] ** 0.5)
-    panels = [photos.draw_points(image, keypoints * side - 0.5, photos.GREEN, 4)]
-    for row_, column in ((2, 2), (4, 3)):
-        for layer in (0, 3):
-            values = maps[layer, row_ * cells + column].reshape(cells, cells)
-            panels.append(kprpe.draw_offset(values, (row_, column), keypoints, side)[4:-4, 4:-4])
-    return row(*panels, captions=("keypoints", "layer 1, query *", "layer 4", "layer 1", "layer 4"))
+    return corners
 
 
 # ---- All figures ---------------------------------------------------------------------------------
@@ -255,26 +233,26 @@ FIGURES = {"sdfl.jpg": draw_sdfl, "heatmap_landmarks.jpg": draw_heatmaps,
            "kprpe.jpg": draw_offsets, "schemes.png": draw_schemes}
 
 
-def find_run(runs: Path, script: str) -> str:
-    """The checkpoint of a script's default run, which is made if it is missing."""
-    folder = runs / f"{script}-faces"
-    if not (folder / "last.pt").exists():
-        subprocess.run([sys.executable, ROOT / f"{script}.py", "--output", folder], check=True)
-    return str(folder / "last.pt")
-
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="README's pictures")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the default runs")
-    parser.add_argument("--only", nargs="+", default=list(FIGURES), choices=FIGURES, metavar="NAME",
-                        help="figures to make, of " + ", ".join(FIGURES))
+    parser = argparse.ArgumentParser("tests.figures", description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where default runs are")
+    parser.add_argument("--only", nargs="+", default=FIGURES, choices=FIGURES, metavar="NAME",
+                        help=", ".join(FIGURES))
     args = parser.parse_args(argv)
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in args.only:
         script = Path(name).stem
-        inputs = [] if script == "schemes" else [find_run(args.runs, script)]
-        picture = FIGURES[name](*inputs)
-        quality = [cv2.IMWRITE_JPEG_QUALITY, 90, cv2.IMWRITE_PNG_COMPRESSION, 9]
+        folder = args.runs / f"{script}-faces"
+        if script == "schemes":
+            picture = draw_schemes()
+        else:
+            if not (folder / "last.pt").exists():
+                command = [sys.executable, ROOT / f"{script}.py", "--output", folder]
+                subprocess.run(command, check=True)
+            picture = FIGURES[name](str(folder / "last.pt"))
+        quality = [cv2.IMWRITE_PNG_COMPRESSION, 9]
+        if name.endswith(".jpg"):
+            quality = [cv2.IMWRITE_JPEG_QUALITY, 90]
         cv2.imwrite(str(FOLDER / name), picture[..., ::-1], quality)
         print(FOLDER / name)
 
