@@ -106,8 +106,10 @@ PRESETS = {
     "folder": SMALL,
     "faces": dict(SMALL, size=64, depth=10, width=16, epochs=6, batch_size=32, warmup=20,
                   loc_lr=0.03, eval_every=3),
+    "faces-geometry": dict(SMALL, size=48, depth=10, width=8, epochs=12, batch_size=32, warmup=20,
+                           loc_lr=0.03, lam=1.0, eval_every=6, limit=640),
 }
-DRAWN = {"train": 1600, "test": 400}  # faces of --data faces
+DRAWN = {"train": 1600, "test": 400}  # faces of --data faces, and at most of faces-geometry
 # From no alignment to all that landmarks allow, in the order of Sec. 3.1.
 METHODS = ("none", "affine2d", "proj", "tps2", "tps3", "tps8", "fullalign")
 BY_LOCNET = METHODS[2:6]  # learn to align
@@ -504,11 +506,13 @@ def read_set(args, split: str) -> Split | None:
     if args.data == "ms1m":
         return read_records(args) if split == "train" else None
     folder = os.path.join(args.data_root, split)
-    if split == "test" and args.data not in ("faces", "youtube") and not os.path.isdir(folder):
+    drawn = args.data.startswith("faces")
+    if split == "test" and not drawn and args.data != "youtube" and not os.path.isdir(folder):
         return None
-    if args.data == "faces":  # the same for every --seed
+    if drawn:  # the same for every --seed
         count = min(args.limit or DRAWN["train"], DRAWN[split])
-        faces = synthetic.read_faces(split, count, args.size, args.points)
+        faces = synthetic.read_faces(split, count, args.size, args.points,
+                                     geometry=args.data == "faces-geometry")
     elif args.data == "youtube":
         faces = datasets.read("youtube", args.data_root, split)
     else:

@@ -40,6 +40,8 @@ LOOK = "skin red hair iris style beard lips specs volume".split()
 NORMAL = "open smile lids brows frown skew gaze_x gaze_y yaw pitch roll light_x light_y".split()
 UNIFORM = [*TAGS, "turn", "act", "much", "lit", "hue", "cover", "soft", "noise", "jpeg", "fill",
            "tone", "at_x", "at_y", "box_x", "box_y", "box_size"]
+# Of faces that differ in geometry: these draws are weaker or stronger, the others halved.
+GEOMETRY = {"yaw": 0.3, "pitch": 0.3, "roll": 3.0}
 # Strong expressions (shout, laugh, eyes shut, scowl) in the first five of NORMAL.
 ACTS = np.array([(.8, -.2, 1.25, .05, .1), (.35, .9, .65, .03, 0),
                  (.05, .2, .06, -.02, .2), (0, -.5, .7, -.06, .9)])
@@ -219,8 +221,8 @@ def _draws(seed, split, kind, number, normals, uniforms):
     return np.concatenate([rng.standard_normal(len(normals)), rng.random(len(uniforms))])
 
 
-def _parameters(seed: int, split: str, indices: Sequence[int],
-                per_identity: int) -> SimpleNamespace:
+def _parameters(seed: int, split: str, indices: Sequence[int], per_identity: int,
+                geometry: bool = False) -> SimpleNamespace:
     """All that defines some faces but their placement, each field (N, 1); angles in radians."""
     if split not in SPLITS:
         raise UserError(f"split is {split!r}, wanted 'train' or 'test'")
@@ -230,6 +232,12 @@ def _parameters(seed: int, split: str, indices: Sequence[int],
     people = {number: _draws(seed, split, 0, number, SHAPE, LOOK) for number in set(numbers)}
     draws = np.stack([np.r_[people[number], _draws(seed, split, 1, i, NORMAL, UNIFORM)]
                       for number, i in zip(numbers, indices)])
+    if geometry:
+        look = len(SHAPE)
+        normal = look + len(LOOK)
+        draws[:, look:normal] = 0.37
+        draws[:, normal:normal + len(NORMAL)] *= [GEOMETRY.get(name, 0.5) for name in NORMAL]
+        draws[:, normal + len(NORMAL):][:, :len(TAGS)] = 1  # no face has a tag
     mean, deviation = np.array([*SHAPE.values()]).T
     draws[:, :len(SHAPE)] = mean + deviation * draws[:, :len(SHAPE)].clip(-2, 2)
     q = SimpleNamespace(**dict(zip([*SHAPE, *LOOK, *NORMAL, *UNIFORM], draws.T[..., None])))
@@ -617,30 +625,31 @@ def _unit_points(q, points: int) -> np.ndarray:
     return _points(q, SCHEMES[points])
 
 
-def draw_face(seed: int, split: str, index: int, size: int = 128,
-              per_identity: int = 10) -> np.ndarray:
+def draw_face(seed: int, split: str, index: int, size: int = 128, per_identity: int = 10,
+              geometry: bool = False) -> np.ndarray:
     """Pixels of face `index` of a split: RGB uint8 (size, size, 3). Arguments: `read_faces`."""
-    q = _parameters(seed, split, [index], per_identity)
+    q = _parameters(seed, split, [index], per_identity, geometry)
     return _Painter(q, size, np.random.default_rng([seed, SPLITS[split], 2, index])).draw()
 
 
 def read_faces(split: str, count: int, size: int = 128, points: int = 68, seed: int = 0,
-               per_identity: int = 10) -> list[Face]:
+               per_identity: int = 10, geometry: bool = False) -> list[Face]:
     """The first `count` faces of a split, "train" or "test". Images are drawn when they are asked
     for.
 
     size: height and width of the images, px; geometry scales with it.   points: a key of `SCHEMES`.
-    per_identity: faces that share an identity.
+    per_identity: faces that share an identity.   geometry: all people have one look, and differ in
+        the shape of their faces alone; faces of a person differ most in roll.
     Raises: UserError for an unknown split or number of points, or a count or per_identity below 1.
     """
     if count < 1:
         raise UserError(f"count is {count}, wanted 1 or more faces")
-    q = _parameters(seed, split, range(count), per_identity)
+    q = _parameters(seed, split, range(count), per_identity, geometry)
     found = (size * _unit_points(q, points) - 0.5).astype(np.float32)
     boxes = (size * q.box - 0.5).tolist()
     faces = []
     for i in range(count):
-        image = functools.partial(draw_face, seed, split, i, size, per_identity)
+        image = functools.partial(draw_face, seed, split, i, size, per_identity, geometry)
         tags = tuple(tag for tag in TAGS if getattr(q, tag)[i, 0])
         person = f"{split}-{i // per_identity:05d}"
         faces.append(Face(image, found[i], tuple(boxes[i]), person, tags))

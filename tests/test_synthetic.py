@@ -394,3 +394,14 @@ def test_tags_come_at_their_rates_and_mean_something():
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         read_faces(**arguments)
+
+
+def test_faces_that_differ_in_geometry_have_one_look_and_no_tags():
+    faces = synthetic.read_faces("train", 20, 64, geometry=True)
+    assert not any(face.tags for face in faces)
+    q = synthetic._parameters(0, "train", range(20), 10, geometry=True)
+    plain = synthetic._parameters(0, "train", range(20), 10)
+    assert all(len(np.unique(getattr(q, name))) == 1 for name in ("skin", "iris", "beard", "red"))
+    assert np.array_equal(q.cheek, plain.cheek)  # the shapes of heads are those of the other faces
+    assert q.roll.std() > 1.5 * plain.roll.std() and q.yaw.std() < 0.5 * plain.yaw.std()
+    assert np.array_equal(faces[3].image(), synthetic.draw_face(0, "train", 3, 64, geometry=True))

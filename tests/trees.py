@@ -356,7 +356,7 @@ WRITERS = {"wflw": wflw, "300w": ibug_300w, "cofw": cofw, "cofw68": cofw68, "hel
 def make(name, root):
     """Writes the set `name`, a --data of any script, below the new folder `root`.
     Returns: the folder as text, "" for drawn sets, which need no files."""
-    if name in ("faces", "walkers"):
+    if name in ("faces", "faces-geometry", "walkers"):
         return ""
     root = Path(root)
     root.mkdir(parents=True)
