@@ -20,6 +20,9 @@ Digits; continue; evaluate with noise on the keypoints; use (photo.pts beside it
   python kprpe.py --data webface-base --gpus 4 --resume
   python kprpe.py --eval RUN/last.pt --keypoint-noise 0.02,0.05,0.1 --test lfw/
   python kprpe.py --predict photo.jpg --weights RUN/last.pt
+Published weights, of CVLface, AdaFace or insightface, and their aligner; the same from there on:
+  python kprpe.py --test lfw/ cfp/ --weights model.safetensors --dfa dfa/model.safetensors
+  python kprpe.py --data folder --data-root PEOPLE --init model.safetensors
 The face aligner, on drawn faces, two to three minutes on a CPU; its keypoints instead of a file's:
   python kprpe.py --task dfa
   python kprpe.py --dfa runs/kprpe-dfa-faces/last.pt --fusion average,norm,landmark
@@ -102,6 +105,7 @@ from torch.autograd.function import once_differentiable
 
 from common import (UserError, datasets, digits, gait, metrics, photos, recognition, run, synthetic,
                     warp)
+from common.checkpoint import read_state_dict, read_tensors
 
 # ---- Settings ------------------------------------------------------------------------------------
 
@@ -162,7 +166,8 @@ def face_flags(parser):
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("network").add_argument
     add("--size", type=run.within(int, 8, 1024), default=112, help="side of the crop in px")
-    add("--model", default="small", choices=MODELS, help="of Table 3, or by the next four flags")
+    add("--model", default="small", choices=MODELS, help="of Table 3, or by the next four flags; "
+        "arcface18, ...: iresnets with insightface's first shortcut")
     add("--dim", type=run.positive, default=192, help="width of --model own")
     add("--depth", type=run.within(int, 1, 1000), default=6, help="layers of --model own")
     add("--heads", type=run.positive, default=6, help="attention heads of --model own")
@@ -189,7 +194,9 @@ def face_flags(parser):
     add("--landmarks", default="", metavar="PATH", help="landmarks of a set that has none: a CSV "
         "of image,x0,y0,..., or a folder with the images' tree of .pts, as of the landmark scripts")
     add("--dfa", type=run.file, default="", metavar="CKPT", help="find the keypoints by this "
-        "checkpoint of --task dfa")
+        "checkpoint of --task dfa, or the published aligner")
+    add("--init", type=run.file, default="", metavar="CKPT", help="start from these weights, a "
+        "checkpoint's or published ones, and take over the flags of their network")
     add = parser.add_argument_group("evaluation").add_argument
     add("--unaligned", action=switch, default=False, help="also test on unaligned crops (Table 1)")
     add("--keypoint-noise", type=run.listed(run.within(float, 0, 0.3)), default=[], help="at the "
@@ -210,7 +217,7 @@ def fusion_rule(word: str) -> str:
 
 def check_faces(args, error: Callable):
     """Calls `error` for flags of --task face that do not go together."""
-    convolutional = args.model.startswith("iresnet")
+    convolutional = args.model in IRESNETS
     side = 16 if convolutional else args.patch
     if args.size % side:
         error(f"--size {args.size}: expected a multiple of {side}")
@@ -409,7 +416,9 @@ class ContextualRPE(nn.Module):
 # Table 3. The code's names; the supplement's "large" is the text's "base".
 VIT_SIZES = {"small": dict(dim=512, depth=12, heads=8, mlp_ratio=5, patch=8, image_size=112),
              "base": dict(dim=512, depth=24, heads=16, mlp_ratio=3, patch=8, image_size=112)}
-MODELS = ("small", "base", "own", "iresnet50", "iresnet101")
+IRESNETS = [f"{kind}{depth}" for kind in ("iresnet", "arcface") for depth in (18, 34, 50, 101)]
+MODELS = ("small", "base", "own", *IRESNETS)
+NETWORK = ("model", "size", "patch", "dim", "depth", "heads", "mlp_ratio", "rpe", "num_keypoints")
 
 
 class Attention(nn.Module):
@@ -1222,15 +1231,19 @@ def share_statistics(net: nn.Module):
             dist.broadcast(module.running_var, 0)
 
 
-def build(args, device: torch.device) -> nn.Module:
+def build(args, device: torch.device, features: int = 512) -> nn.Module:
     """The network that the flags describe, on `device`."""
-    if args.model.startswith("iresnet"):
-        net = IResNet(int(args.model.removeprefix("iresnet")), args.size)
+    if args.model in IRESNETS:
+        depth = int(args.model.removeprefix("iresnet").removeprefix("arcface"))
+        net = IResNet(depth, args.size, features, args.model.startswith("arcface"))
         return net.to(device, memory_format=torch.channels_last)
     own = dict(dim=args.dim, depth=args.depth, heads=args.heads, mlp_ratio=args.mlp_ratio)
-    size = VIT_SIZES.get(args.model, own) | dict(patch=args.patch, image_size=args.size)
+    seen = args.size - args.size % args.patch  # insightface: 108 of 112 px by patches of 9
+    size = VIT_SIZES.get(args.model, own) | dict(patch=args.patch, image_size=seen)
     channels = 1 if args.data == "affnist" else 3
-    return ViT(size, args.rpe, args.num_keypoints, channels, drop_path=args.drop_path).to(device)
+    net = ViT(size, args.rpe, args.num_keypoints, channels, features, args.drop_path)
+    net.wanted = (channels, args.size, args.size)  # patches begin at the top left
+    return net.to(device)
 
 
 def train(args) -> dict:
@@ -1240,6 +1253,7 @@ def train(args) -> dict:
     if args.predict:
         return predict(args)
     job = run.Job(args)
+    initial = None if job.state else take_initial(args)
     # Data
     images, crops = training_set(args, job.device)
     conditions = test_conditions(args, job.device)  # what is wrong with them is said now
@@ -1254,6 +1268,8 @@ def train(args) -> dict:
     loader = crop_loader(args, data, batches, job.device)
     # Network and classes, each with its optimizer
     net = build(args, job.device)
+    if initial:
+        run.load_weights(net, initial["model"], args.init)
     fc = PartialFC(512, classes, MARGINS[args.loss](scale=args.scale), args.sample_rate)
     fc.to(job.device)
     divided = args.rpe in (*STATIC, *KEYPOINT) and net.rpe is not None  # B by sqrt(d)
@@ -1300,6 +1316,16 @@ def train(args) -> dict:
         print_table(scores, args)
         write_pictures(job.folder, net, conditions, args.dfa)
     return scores
+
+
+def take_initial(args) -> dict | None:
+    """The checkpoint or published weights of --init, whose network `args` describes from now on."""
+    if not args.init:
+        return None
+    state = read_checkpoint(args.init, args.script)
+    network = {name: state["args"][name] for name in NETWORK if name in state["args"]}
+    run.restore_args(args, network, args.init)
+    return state
 
 
 def note_warmup(job: run.Job):
@@ -1349,7 +1375,7 @@ def read_tests(args) -> dict[str, tuple[Split, list]]:
     their scores: images, and what is asked of them.
     Raises: UserError for two sets of one name, and for --fusion without a test split."""
     found = {}
-    faces = None if args.data in RECORDS else identity_faces(args, "test")
+    faces = None if args.data in (*RECORDS, "") else identity_faces(args, "test")
     if faces is not None:
         protocols = [recognition.own_pairs(faces), recognition.own_identification(faces)]
         if args.fusion:
@@ -1500,7 +1526,7 @@ def evaluate(net: nn.Module, centres: torch.Tensor | None, conditions: Sequence[
 def print_table(scores: dict, args):
     """A line for each test condition: its scores in %."""
     box = f", unaligned: {args.box}" if args.unaligned else ""
-    print(f"{args.data}: {args.model}, {args.rpe}, {args.size} px{box}")
+    print(f"{args.data or args.eval}: {args.model}, {args.rpe}, {args.size} px{box}")
     lines = {}
     for key, value in scores.items():
         name, _, condition = key.partition("@")
@@ -1511,14 +1537,15 @@ def print_table(scores: dict, args):
 
 
 def open_checkpoint(args, path: str) -> tuple[nn.Module, dict, torch.device]:
-    """A checkpoint's network, for evaluation, its classifier's state, and the device; `args` takes
-    its flags over.   Raises: UserError for a network of digits and images of faces, or reverse."""
+    """The network of a checkpoint or of published weights, for evaluation, its classifier's state,
+    and the device; `args` takes its flags over.   Raises: UserError for a network of digits and
+    images of faces, or reverse."""
     named = args.data if "data" in args.given or args.predict else None
-    state, device = run.open_checkpoint(args, path, ("landmarks",))
+    state, device = run.open_checkpoint(args, path, ("landmarks",), read_checkpoint)
     own = state["args"]["data"]
     if named not in (None, own) and "affnist" in (named, own):
         raise UserError(f"{path} is of a run on {own}, not for --data {named}")
-    net = build(args, device)
+    net = build(args, device, state["args"].get("features", 512))
     run.load_weights(net, state["model"], path)
     return net.eval(), state["head"], device
 
@@ -1530,7 +1557,8 @@ def evaluate_checkpoint(args) -> dict:
     folder = run.find_run(args)
     conditions = test_conditions(args, device)
     if not conditions:
-        raise UserError(f"--data {args.data} has no test split in {args.data_root}; give --test")
+        where = f" in {args.data_root}" if args.data_root else ""
+        raise UserError(f"--data {args.data} has no test split{where}; give --test")
     scores = evaluate(net, head["weight"], conditions, args, device)
     print_table(scores, args)
     if folder:
@@ -1758,13 +1786,17 @@ class DFA(nn.Module):
     """Differentiable face aligner: the five landmarks of the one face in each image.
 
     Takes square images (B, 3, S, S), RGB in [-1, 1], and resizes those of another side than `size`,
-    pixel centres on pixel centres (code: corners on corners, up to half a pixel off).
-    Returns: `Found`.   Args: size in px of what the network sees.   Raises: ValueError.
+    pixel centres on pixel centres.
+    Args: size in px of what the network sees; published, whether it is for the published weights,
+        for which images are resized as the authors' code does: corners on corners, up to half a
+        pixel off, without antialiasing. Their places are x / S; here half a pixel is added.
+    Returns: `Found`.   Raises: ValueError.
     """
 
-    def __init__(self, size: int = 160):
+    def __init__(self, size: int = 160, published: bool = False):
         super().__init__()
         self.size = size
+        self.published = published
         self.register_buffer("priors", prior_boxes(size), persistent=False)
         self.body = MobileNet()
         self.fpn = FPN()
@@ -1787,7 +1819,10 @@ class DFA(nn.Module):
     def forward(self, image: torch.Tensor) -> Found:
         if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] != image.shape[3]:
             raise ValueError(f"images have the shape {tuple(image.shape)}: expected (B, 3, S, S)")
-        if image.shape[2] != self.size:  # places in [0, 1] stay
+        side = image.shape[2]
+        if side != self.size and self.published:
+            image = F.interpolate(image, (self.size,) * 2, mode="bilinear", align_corners=True)
+        elif side != self.size:  # places in [0, 1] stay
             image = F.interpolate(image, (self.size,) * 2, mode="bilinear", antialias=True)
         if image.device.type == "cpu":  # a quarter faster there
             image = image.contiguous(memory_format=torch.channels_last)
@@ -1804,6 +1839,10 @@ class DFA(nn.Module):
         score = fused[:, 4:6].softmax(-1)[:, 1]
         top = (logits[..., 1] - logits[..., 0]).argmax(1)
         best = landmarks[torch.arange(len(image), device=image.device), top]
+        if self.published:
+            best = best + 0.5 / side
+            fused[:, :4] += 0.5 / side
+            fused[:, 6:] += 0.5 / side
         return Found(fused[:, 6:].unflatten(-1, (5, 2)), score, best, weights, fused, boxes, logits,
                      points)
 
@@ -2003,17 +2042,17 @@ def report_dfa(folder: Path | None, net: DFA, data, scores: dict, errors: dict, 
 
 @functools.cache
 def open_dfa(path: str, device: torch.device) -> DFA:
-    """The network of a checkpoint of --task dfa, to be used as it is; read once.
-    Raises: UserError."""
-    state = run.load(path, "kprpe-dfa")
-    net = DFA(state["args"]["size"]).to(device)
+    """The network of a checkpoint of --task dfa, or of published weights, to be used as it is; read
+    once.   Raises: UserError."""
+    state = read_checkpoint(path, "kprpe-dfa")
+    net = DFA(state["args"]["size"], state["args"].get("published", False)).to(device)
     run.load_weights(net, state["model"], path)
     return net.eval().requires_grad_(False)
 
 
 def evaluate_aligner(args) -> dict:
     """--task dfa --eval: the errors of a checkpoint on the test split; with --output, pictures."""
-    state, device = run.open_checkpoint(args, args.eval, ["box"])
+    state, device = run.open_checkpoint(args, args.eval, ["box"], read_checkpoint)
     net = open_dfa(args.eval, device)
     folder = run.find_run(args)
     data = aligner_set(args, "test")
@@ -2058,12 +2097,19 @@ def find_face(net: DFA, image: np.ndarray, box: np.ndarray | None) -> np.ndarray
         box = np.array([-0.5, -0.5, image.shape[1] - 0.5, image.shape[0] - 0.5])
         margins = [1.0, DFA_MARGIN]
     for margin in margins:
-        matrix = torch.from_numpy(datasets.square_crops(box[None], net.size, margin))
-        data = datasets.CropDataset([datasets.Face(image)], matrix, net.size, reflect=True)
-        crop, _ = to_device(data.__getitems__([(0, 0)]), net.priors.device)
-        found = net(crop / 127.5 - 1)
+        size = net.size
+        if net.published:  # it resizes itself; outside the image is black
+            size = max(round(margin * np.ptp(box.reshape(2, 2), 0).max()), 1)
+        matrix = torch.from_numpy(datasets.square_crops(box[None], size, margin))
+        if net.published:
+            pixels = cv2.warpAffine(image, matrix[0].numpy(), (size, size))
+            batch = {"image": torch.from_numpy(pixels)[None]}
+        else:
+            data = datasets.CropDataset([datasets.Face(image)], matrix, size, reflect=True)
+            batch = data.__getitems__([(0, 0)])
+        found = net(to_device(batch, net.priors.device)[0] / 127.5 - 1)
         corners = found.fused[:, :4].unflatten(1, (2, 2))
-        places = torch.cat([found.landmarks, corners], 1).double().cpu() * net.size - 0.5
+        places = torch.cat([found.landmarks, corners], 1).double().cpu() * size - 0.5
         places = warp.apply_affine(warp.invert(matrix), places)[0].numpy()  # (7, 2)
         box = places[5:].flatten()
     return places[:5]
@@ -2072,7 +2118,7 @@ def find_face(net: DFA, image: np.ndarray, box: np.ndarray | None) -> np.ndarray
 def predict_dfa(args) -> dict:
     """--task dfa --predict: each face's landmarks, px of the image, as NAME.pts, which --landmarks
     takes, and the face aligned as NAME.png. Without --detector and --box, one face an image."""
-    device = run.open_checkpoint(args, args.weights)[1]
+    device = run.open_checkpoint(args, args.weights, read=read_checkpoint)[1]
     net = open_dfa(args.weights, device)
     detector = photos.open_detector(args.detector) if args.detector else None
     to = torch.from_numpy(datasets.ARCFACE_5)
@@ -2579,6 +2625,177 @@ def draw_walks(test_sets: dict) -> np.ndarray:
     return photos.tile(tiles, len(chosen))
 
 
+# ---- Published weights ---------------------------------------------------------------------------
+
+# Files of CVLface (Hugging Face's model.safetensors, or model.pt), AdaFace (.ckpt) and insightface
+# (backbone.pth) become checkpoints of this script. Names and shapes tell which network it is.
+
+# By how a file's names begin.
+SOURCES = {"model.net.": "CVLface, model.safetensors", "net.": "CVLface, model.pt",
+           "model.": "AdaFace, .ckpt", "": "insightface, backbone.pth"}
+# Flags of a recogniser: what all have in common, and how the paper tests.
+PUBLISHED = dict(data="", size=112, rpe="none", num_keypoints=5, drop_path=0.1, unaligned=False,
+                 box="image", margin=1.4)
+
+
+def load_published(path) -> tuple[nn.Module, dict]:
+    """The network of the authors' file, in evaluation mode, with the outputs of their code: a
+    recogniser, images (B, 3, 112, 112) RGB in [-1, 1] and, of KP-RPE, keypoints (B, 5, 2),
+    (x + 0.5) / W -> embeddings (B, 512), not normalised; or the face aligner, `DFA`.
+
+    Returns: the network; and a dict: kind; colour, the order that the authors' network takes, which
+        is turned to RGB in the weights here; size of images in px; source.   Raises: UserError.
+    """
+    state = read_published(path)
+    args = argparse.Namespace(**state["args"])
+    if state["script"] == "kprpe-dfa":
+        net = DFA(args.size, published=True)
+    else:
+        net = build(args, torch.device("cpu"), args.features)
+    run.load_weights(net, state["model"], path)
+    return net.eval(), state["info"]
+
+
+def read_checkpoint(path, script: str) -> dict:
+    """A checkpoint of `script`, "kprpe" or "kprpe-dfa", or published weights as one.
+    Raises: UserError."""
+    if "script" in read_tensors(path):
+        return run.load(path, script)
+    state = read_published(path)
+    if state["script"] != script:
+        wanted = "a face aligner" if script == "kprpe-dfa" else "a recogniser"
+        raise UserError(f"{path} holds {state['info']['kind']}, expected {wanted}")
+    return state
+
+
+def read_published(path) -> dict:
+    """Published weights as a checkpoint: script, args, model, head; and info, as `load_published`
+    returns it.   Raises: UserError."""
+    found = read_state_dict(path)
+    begins = next((start for start in SOURCES if any(name.startswith(start) for name in found)), "")
+    state = {}
+    for name, value in found.items():
+        if not name.startswith("head."):  # AdaFace's classes
+            name = re.sub(r"^(module\.|model\.|net\.)+", "", name)
+            state[name] = value.float() if value.is_floating_point() else value
+    first = next((name for name in CONVERTERS if name in state), None)  # the first convolution
+    if first is None:
+        raise UserError(f"{path}: its names, as {', '.join([*found][:3])}, are those of no "
+                        "checkpoint, and of no published network that is known here")
+    bgr = first == DFA_FIRST or begins == "model." or says_bgr(path)
+    try:
+        if bgr:
+            state[first] = state[first].flip(1)
+        kind, flags, weights = CONVERTERS[first](state)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: not the tensors of a published network ({error!r})") from None
+    info = dict(kind=kind, colour="BGR" if bgr else "RGB", size=flags["size"],
+                source=SOURCES[begins])
+    return dict(script="kprpe-dfa" if kind == "DFA" else "kprpe", args=flags, model=weights,
+                head={"weight": None}, mean=torch.full((5, 2), math.nan), info=info)
+
+
+def says_bgr(path) -> bool:
+    """Whether CVLface's model.yaml, beside the file or in pretrained_model/, says that its network
+    takes BGR."""
+    folder = Path(path).parent
+    for beside in (folder / "model.yaml", folder / "pretrained_model" / "model.yaml"):
+        if beside.is_file():
+            text = beside.read_text("utf-8", "replace")
+            return re.search(r"^color_space:\W*BGR", text, re.MULTILINE) is not None
+    return False
+
+
+# Each of these turns tensors by the authors' names into: kind, flags and tensors by our names.
+
+def convert_vit(state: dict) -> tuple[str, dict, dict]:
+    """CVLface's ViT, plain, with iRPE or KP-RPE; insightface's, which sees 108 of 112 px."""
+    dim = len(state["blocks.0.attn.proj.weight"])
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    patch = state["patch_embed.proj.weight"].shape[2]
+    kind = "ViT"
+    heads = 16 if (depth, patch) == (24, 8) else 8  # the file does not say: base 16; others 8
+    own = {}
+    weights = {}
+    for name, value in state.items():
+        table = re.fullmatch(r"(.+)\.rpe_([qkv])\.lookup_table_weight", name)
+        if table:  # (1, d, 49); of the values (1, 49, d)
+            table_value = value[0] if table[2] == "v" else value[0].T
+            weights[f"{table[1]}.contextual.{table[2]}"] = table_value
+            kind = "iRPE"
+            heads = dim // table_value.shape[1]
+            own = dict(rpe="irpe")
+        elif name != "mask_token":  # of insightface, unused
+            weights[name] = value
+    if "keypoint_linear.weight" in state:
+        kind = "KP-RPE"
+        W_L = weights.pop("keypoint_linear.weight")
+        bias = weights.pop("keypoint_linear.bias")
+        heads = len(W_L) // (depth * DISTANCES["product"])
+        own = dict(rpe="kp-multihead", num_keypoints=W_L.shape[1] // 2)
+        # Their keypoints are x / W, half a pixel less than ours; their B is not divided by sqrt(d).
+        root_d = math.sqrt(dim // heads)
+        weights["rpe.keypoint_linear.weight"] = root_d * W_L
+        weights["rpe.keypoint_linear.bias"] = root_d * (bias + 0.5 / 112 * W_L.sum(1))
+    if dim % heads or not 4 <= patch <= 112:
+        raise ValueError(f"{heads} heads of a width of {dim}, patches of {patch} px")
+    ratio = len(state["blocks.0.mlp.fc1.weight"]) / dim
+    flags = dict(model="own", dim=dim, depth=depth, heads=heads, mlp_ratio=ratio, patch=patch,
+                 features=len(state["feature.2.weight"]))
+    return kind, PUBLISHED | flags | own, weights
+
+
+def convert_iresnet(state: dict) -> tuple[str, dict, dict]:
+    """AdaFace's and CVLface's IResNet, whose names are ours."""
+    blocks = len({name.split(".")[1] for name in state if name.startswith("body.")})
+    depth = {8: 18, 16: 34, 24: 50, 49: 101}[blocks]
+    model = ("arcface" if "body.0.shortcut_layer.0.weight" in state else "iresnet") + str(depth)
+    flags = dict(model=model, features=len(state["output_layer.3.bias"]))
+    return f"IR-{depth}", PUBLISHED | flags, state
+
+
+def convert_arcface(state: dict) -> tuple[str, dict, dict]:
+    """insightface's iresnet, which is also CVLface's arcface_ir101."""
+    outer = dict(conv1="input_layer.0", bn1="input_layer.1", prelu="input_layer.2",
+                 bn2="output_layer.0", fc="output_layer.3", features="output_layer.4")
+    inner = dict(bn1="res_layer.0", conv1="res_layer.1", bn2="res_layer.2", prelu="res_layer.3",
+                 conv2="res_layer.4", bn3="res_layer.5", downsample="shortcut_layer")
+    blocks = {tuple(name.split(".")[:2]) for name in state if name.startswith("layer")}
+    blocks = sorted(blocks, key=lambda block: (block[0], int(block[1])))  # a file has any order
+    weights = {}
+    for name, value in state.items():
+        part, *rest = name.split(".")
+        if part.startswith("layer"):
+            block, unit, *rest = rest
+            part = f"body.{blocks.index((part, block))}.{inner[unit]}"
+        else:
+            part = outer[part]
+        weights[".".join([part, *rest])] = value
+    # Their last batch norm has a weight and a shift, ours has none: they go into its statistics.
+    last = "output_layer.4."
+    deviation = (weights[last + "running_var"] + 1e-5).sqrt() / weights.pop(last + "weight")
+    weights[last + "running_mean"] = (weights[last + "running_mean"]
+                                      - weights.pop(last + "bias") * deviation)
+    weights[last + "running_var"] = deviation.square() - 1e-5
+    return convert_iresnet(weights)
+
+
+def convert_dfa(state: dict) -> tuple[str, dict, dict]:
+    """CVLface's face aligner with a MobileNet."""
+    names = {"aggregator": "aggregation", "mlp_tokens": "across", "mlp_channels": "within",
+             "fc1": "0", "fc2": "2"}
+    weights = {}
+    for name, value in state.items():
+        weights[".".join(names.get(word, word) for word in name.split("."))] = value
+    return "DFA", dict(size=160, published=True), weights
+
+
+DFA_FIRST = "body.stage1.0.0.weight"
+# By the name of the first convolution.
+CONVERTERS = {"patch_embed.proj.weight": convert_vit, "input_layer.0.weight": convert_iresnet,
+              "conv1.weight": convert_arcface, DFA_FIRST: convert_dfa}
+
+
 # ---- Backbones: as published, nothing of this paper ----------------------------------------------
 
 def conv(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -2601,10 +2818,11 @@ class IRBlock(nn.Module):
     W/stride).
     Source: Deng et al., "ArcFace", CVPR 2019 (improved residual unit); AdaFace's code."""
 
-    def __init__(self, cin: int, planes: int, stride: int):
+    def __init__(self, cin: int, planes: int, stride: int, convolution: bool = False):
         super().__init__()
-        same = cin == planes
-        self.shortcut_layer = nn.MaxPool2d(1, stride) if same else conv_bn(cin, planes, 1, stride)
+        self.shortcut_layer = nn.MaxPool2d(1, stride)  # takes every `stride`-th pixel
+        if convolution or cin != planes:
+            self.shortcut_layer = conv_bn(cin, planes, 1, stride)
         self.res_layer = nn.Sequential(nn.BatchNorm2d(cin), *conv_bn(cin, planes, 3),
                                        nn.PReLU(planes), *conv_bn(planes, planes, 3, stride))
 
@@ -2615,22 +2833,24 @@ class IRBlock(nn.Module):
 class IResNet(nn.Module):
     """Table 3's comparators, as AdaFace has them: images (B, 3, size, size) -> (B, features), not
     normalised. `forward` takes keypoints like `ViT` and does not use them.
-    Args: depth, 50 or 101; size of the images in px, a multiple of 16.   Raises: ValueError.
+    Args: depth, 18, 34, 50 or 101; size of the images in px, a multiple of 16; arcface, whether the
+        first shortcut is a convolution, as in insightface's code.   Raises: ValueError.
     Source: AdaFace's code, whose names of weights are kept."""
 
-    def __init__(self, depth: int = 50, size: int = 112, features: int = 512):
+    def __init__(self, depth: int = 50, size: int = 112, features: int = 512,
+                 arcface: bool = False):
         super().__init__()
-        units = {50: (3, 4, 14, 3), 101: (3, 13, 30, 3)}.get(depth)
-        if units is None or size % 16 or size < 16:
-            raise ValueError(f"IResNet{depth}, images of {size} px: expected 50 or 101, and a "
-                             "multiple of 16")
+        units = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 101: (3, 13, 30, 3)}
+        if depth not in units or size % 16 or size < 16:
+            raise ValueError(f"IResNet{depth}, images of {size} px: expected one of {[*units]}, "
+                             "and a multiple of 16")
         self.wanted = (3, size, size)
         self.input_layer = nn.Sequential(*conv_bn(3, 64, 3), nn.PReLU(64))
         cin = 64
         blocks = []
-        for planes, count in zip((64, 128, 256, 512), units):
+        for planes, count in zip((64, 128, 256, 512), units[depth]):
             for i in range(count):
-                blocks.append(IRBlock(cin, planes, 1 if i else 2))
+                blocks.append(IRBlock(cin, planes, 1 if i else 2, arcface and not blocks))
                 cin = planes
         self.body = nn.Sequential(*blocks)
         self.output_layer = nn.Sequential(nn.BatchNorm2d(512), nn.Dropout(0.4), nn.Flatten(),

@@ -19,6 +19,8 @@ Continue; evaluate, also on a set of another annotation; use, also for another a
   python lddmm_face.py --data 300w --gpus 4 --cache device --resume
   python lddmm_face.py --data helen --data-root HELEN --eval runs/lddmm_face-300w/last.pt
   python lddmm_face.py --predict photo.jpg --as-points 194 --weights runs/lddmm_face-300w/last.pt
+The baseline of Tables 1 and 2 by HRNet's own weights; --predict takes them as --weights:
+  python lddmm_face.py --data wflw --data-root WFLW --eval HR18-WFLW.pth
 
 Where each equation is:
   Eq. (1)       inner product and norm of curves  inner
@@ -71,6 +73,7 @@ import copy
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -82,6 +85,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import UserError, datasets, metrics, photos, run, synthetic, warp
+from common.checkpoint import read_state_dict, read_tensors
 
 # ---- Settings ------------------------------------------------------------------------------------
 
@@ -339,21 +343,25 @@ class LDDMMFace(nn.Module):
     layer -> `Prediction`.
 
     Args: backbone, a name of BACKBONES or "dan"; scheme, P; mean (P, 2), the mean face in px of a
-        256 px crop; points, which landmarks have momenta, as `training_landmarks` takes them; steps
-        of the flow; sigma_factor, sigma_V over a curve's scale; method, "lddmm" or a baseline:
-        "coord" (the estimator's output is added to the mean face, nothing flows) or "heatmap".
+        256 px crop; points, which landmarks have momenta, as `training_landmarks` takes or returns
+        them; steps of the flow; sigma_factor, sigma_V over a curve's scale; method, "lddmm" or a
+        baseline: "coord" (the estimator's output is added to the mean face, nothing flows) or
+        "heatmap".
     Raises: UserError as `training_landmarks` does.
     """
 
     def __init__(self, backbone: str, scheme: int, mean: torch.Tensor,
-                 points: int | Sequence[int] = 100, steps: int = 2, sigma_factor: float = 1.0,
-                 method: str = "lddmm", size: int = 256):
+                 points: int | Sequence[int] | dict = 100, steps: int = 2,
+                 sigma_factor: float = 1.0, method: str = "lddmm", size: int = 256):
         super().__init__()
         self.scheme = scheme
         self.steps = steps
         self.method = method
         self.size = size
-        self.subset = training_landmarks(scheme, points)  # {curve: landmarks}
+        self.offset = 0.0  # px of a 256 px crop, added to the peaks of heatmaps
+        self.subset = points  # {curve: landmarks}
+        if not isinstance(points, dict):
+            self.subset = training_landmarks(scheme, points)
         self.landmarks = sum(self.subset.values(), [])  # (K,) the number of each training landmark
         count = len(self.landmarks)
         self.curves = Curves(number_points(self.subset).values())
@@ -737,7 +745,7 @@ def predict_points(net: LDDMMFace, image: torch.Tensor, extra: Extra, args):
             trained = prediction.stages[-1]
         else:
             maps = prediction.heatmaps.float()
-            trained = to_frame(peaks(maps), maps.shape[3])
+            trained = to_frame(peaks(maps), maps.shape[3]) + net.offset
         points = net.mean + net.interpolate @ (trained - net.start)
     return from_frame(points, net.size), from_frame(trained, net.size), prediction
 
@@ -801,7 +809,7 @@ def evaluate(net: LDDMMFace, loader, args, extra: Extra | None = None):
     for part, error in curves.items():
         scores["curves" if part == "overall" else f"curves/{part}"] = float(error.mean())
     scores["curves@alone"] = float(alone["overall"].mean())
-    if target.shape[1] == net.scheme:
+    if target.shape[1] == net.scheme and net.mean.any():  # 0 of published weights
         scores |= scores_without_flow(net, trained, data, divisors)
     if D is not None:
         det = torch.linalg.det(D)  # (M, P)
@@ -846,8 +854,13 @@ def evaluate_set(net: LDDMMFace, args, folder: Path | None = None, end: str = ""
 
 
 def open_checkpoint(args, path: str) -> LDDMMFace:
-    """A checkpoint's network, in evaluation mode; `args` takes its flags over."""
-    state, device = run.open_checkpoint(args, path)
+    """The network of a checkpoint, or of HRNet's weights, in evaluation mode; `args` takes its
+    flags over."""
+    state, device = run.open_checkpoint(args, path, read=read_checkpoint)
+    if "published" in state:
+        net = state["published"].to(device, memory_format=torch.channels_last)
+        net.size = args.size
+        return net
     mean = state["model"].get("mean")
     if not isinstance(mean, torch.Tensor) or mean.shape not in [(n, 2) for n in ANNOTATIONS]:
         raise UserError(f"{path}: its weights have no mean face; the file was changed")
@@ -960,6 +973,36 @@ def peaks(maps: torch.Tensor) -> torch.Tensor:
     shift_x = (neighbour(1) - neighbour(-1)).sign() / 4
     shift_y = (neighbour(width + 2) - neighbour(-width - 2)).sign() / 4
     return torch.stack([x + shift_x, y + shift_y], -1)
+
+
+# HRNet's own networks for landmarks: HR18-300W.pth and HR18-WFLW.pth.
+
+def load_published(path) -> LDDMMFace:
+    """The network of HRNet's file, as of --method heatmap, in evaluation mode: with a map for each
+    landmark, also for the pupils, in the order of its `ids`. It has no mean face.
+    Raises: UserError."""
+    state = {re.sub(r"^module\.", "", name): value for name, value in read_state_dict(path).items()}
+    head = ("head.3.weight", "head.3.bias")
+    rows = {len(state.get(name, ())) for name in head}
+    if rows not in ({68}, {98}):
+        raise UserError(f"{path}: expected a checkpoint, or HRNet's weights for 68 or 98 landmarks "
+                        f"(HR18-300W.pth, HR18-WFLW.pth); found maps: {', '.join(map(str, rows))}")
+    points = rows.pop()
+    net = LDDMMFace("hrnet_w18", points, torch.zeros(points, 2), curves_and_pupils(points),
+                    method="heatmap")
+    net.offset = 1.0  # what its own crops have lies 1 px of 256 further right and down than in ours
+    for name in head:
+        state[name] = state[name][net.ids.tolist()]
+    run.load_weights(net.backbone, state, path)
+    return net.eval()
+
+
+def read_checkpoint(path, script: str) -> dict:
+    """A checkpoint of this script, or one that has HRNet's network as `published`.
+    Raises: UserError."""
+    if "script" in read_tensors(path):
+        return run.load(path, script)
+    return dict(args=dict(method="heatmap", size=FRAME), published=load_published(path))
 
 
 # ---- Figures -------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ A checkpoint is a dict: script, model and optimizer (state dicts), epoch, args (
 before any of it is used.
 """
 import contextlib
+import json
+import math
 import os
 import re
 import zipfile
@@ -105,6 +107,31 @@ def save(path: Path, **state):
         raise UserError(f"{path} could not be written, after {size:,} bytes: {error}") from None
 
 
+# Of .safetensors files, by their name there.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file: 8 bytes, the length of its header; the header, JSON, with
+    the dtype, shape and place of each; their bytes.   Raises: for a file that is not so."""
+    with open(path, "rb") as file:
+        data = bytearray(file.read())
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        dtype = DTYPES[entry["dtype"]]
+        count = math.prod(entry["shape"])
+        first, last = entry["data_offsets"]
+        if not 0 <= first < last <= len(data) - start or last - first != count * dtype.itemsize:
+            raise ValueError(f"{name} {entry} does not fit into its {len(data) - start:,} bytes")
+        whole = torch.frombuffer(data, dtype=dtype, count=count, offset=start + first)
+        tensors[name] = whole.view(entry["shape"])
+    return tensors
+
+
 def read_tensors(path) -> dict:
     """A file's dict of tensors and plain values, on the CPU.   Raises: UserError."""
     if not os.path.isfile(path):
@@ -118,7 +145,10 @@ def read_tensors(path) -> dict:
                 raise ValueError(f"wrong checksum of {damaged}")
         # Mapped, each process reads what it takes: of 2 million classes' centres its own shard.
         mapped = zipfile.is_zipfile(path) and os.name == "posix"  # Windows cannot rename over it
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        if str(path).endswith(".safetensors"):
+            state = read_safetensors(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # zip, pickle and storage errors all mean the same here
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} is damaged, or holds more than tensors and plain values: "
@@ -126,6 +156,16 @@ def read_tensors(path) -> dict:
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, expected a dict of tensors")
     return state
+
+
+def read_state_dict(path) -> dict[str, torch.Tensor]:
+    """A file's tensors by name, which may be in it as `state_dict` or `model`.
+    Raises: UserError."""
+    state = read_tensors(path)
+    state = state.get("state_dict", state.get("model", state))
+    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+        raise UserError(f"{path}: expected tensors by name, or a dict of them as state_dict")
+    return {str(name): value for name, value in state.items()}
 
 
 def load(path, script: str) -> dict:
@@ -179,10 +219,7 @@ def not_finite(tensors: dict) -> list[str]:
 def init_backbone(backbone: nn.Module, path: str) -> str:
     """Loads what a published state dict and the backbone share by name; returns what matched.
     Raises: UserError when nothing matches, or a shared name has another shape."""
-    state = read_tensors(path)
-    state = state.get("state_dict", state.get("model", state))
-    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
-        raise UserError(f"--init {path}: expected tensors by name, or a dict of them as state_dict")
+    state = read_state_dict(path)
     state = {re.sub(r"^(module\.|backbone\.)+", "", name): value for name, value in state.items()}
     own = backbone.state_dict()
     shared = {name: state[name] for name in own if name in state}

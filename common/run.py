@@ -117,7 +117,7 @@ def make_parser(script: str, description: str, paper: dict, presets: dict, argv,
     add("--resume", action="store_true", help="continue the run in --output, or --data's newest")
     add("--eval", default="", metavar="CKPT", help="evaluate this checkpoint and stop")
     add("--predict", nargs="+", default=[], metavar="PATH", help="images, folders for --weights")
-    add("--weights", default="", metavar="CKPT", help="checkpoint for --predict")
+    add("--weights", default="", metavar="CKPT", help="checkpoint for --predict, or for --test")
     add("--detector", type=file, default="", metavar="ONNX", help="YuNet model for --predict")
     add("--box", default=boxes[0], help=f"what is cropped: {', '.join(boxes)} (landmarks: their "
         "true box; face: the set's own); with --predict, x0,y0,x1,y1 in pixels")
@@ -156,7 +156,9 @@ def parse(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
         parser.error(f"--box {args.box}: expected {', '.join(args.boxes)}; with --predict "
                      "x0,y0,x1,y1 in pixels, x0 < x1, y0 < y1 (--box=-5,... where x0 is negative)")
     if bool(args.predict) != bool(args.weights):
-        parser.error("--predict PATH and --weights CKPT belong together")
+        if args.predict or args.eval or not getattr(args, "test", None):
+            parser.error("--predict PATH and --weights CKPT belong together")
+        args.eval = args.weights
     if bool(args.resume) + bool(args.eval) + bool(args.predict) > 1:
         parser.error("only one of --resume, --eval and --predict")
     return args
@@ -282,11 +284,11 @@ def precision(args, device: torch.device):
 
 # ---- Folders and checkpoints ---------------------------------------------------------------------
 
-def open_checkpoint(args, path: str, data_flags: Sequence[str] = ()) -> tuple[dict, torch.device]:
+def open_checkpoint(args, path: str, data_flags=(), read=load) -> tuple[dict, torch.device]:
     """A checkpoint's state for --eval or --predict, and the device; `args` takes its flags over."""
     args.gpus = 1
     device = setup(args)[2]
-    state = load(path, args.script)
+    state = read(path, args.script)
     restore_args(args, state["args"], path, data_flags)
     return state, device
 
@@ -356,10 +358,8 @@ class Job:
         return nn.parallel.DistributedDataParallel(model, ids, broadcast_buffers=False)
 
     def begin(self, data, batches=None, loader=None):
-        """The training set's loader, and on the first process the folder, where nobody else may
-        train.
-        Args: batches of an epoch, if not shares of a permutation; loader, if not
-            `make_loader`'s."""
+        """The training set's loader, and on the first process the folder, which it locks.
+        Args: batches, if not shares of a permutation; loader, if not `make_loader`'s."""
         args = self.args
         self.batches = batches or datasets.EpochBatches(len(data), args.batch_size, args.seed,
                                                         self.rank, self.world)
@@ -432,8 +432,7 @@ class Job:
         if self.rank > 0:
             return
         seconds = time.time() - self.epoch_began
-        row = dict(epoch=epoch + 1, **self.means,
-                   lr=self.optimizer.param_groups[0]["lr"],
+        row = dict(epoch=epoch + 1, **self.means, lr=self.optimizer.param_groups[0]["lr"],
                    images_per_second=self.steps * self.args.batch_size / seconds)
         if self.device.type == "cuda":
             row["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
