@@ -110,7 +110,7 @@ def draw_heatmaps(checkpoint: str, side: int = 292) -> np.ndarray:
 def draw_flow(checkpoint: str, side: int = 392) -> np.ndarray:
     """Fig. 2: the flow, and the landmarks of two annotations."""
     args, net, small, shown = load(lddmm_face, checkpoint, side)
-    i = LAUGHING
+    i = 70
     one = datasets.CropDataset(small.faces[i:i + 1], small.crop_matrices[i:i + 1], small.size)
     bent = lddmm_face.draw_flow(net, one, side)[:, :side]
     panels = [("flow from mean face (red) to face (green)", bent)]
@@ -145,19 +145,19 @@ def draw_alignment(checkpoint: str, side: int = 292) -> np.ndarray:
 
 
 def draw_offsets(checkpoint: str, side: int = 232) -> np.ndarray:
-    """Fig. 12: what KP-RPE adds to the attention of a patch (star) to all others, higher is
-    darker."""
+    """Fig. 12: what KP-RPE adds to the attention of one patch, the star, to all; higher is darker."""
     _, net, _, shown = load(kprpe, checkpoint, side)
     image, keypoints = kprpe.picture(shown, TURNED, side, "")
     maps = kprpe.offsets(net, torch.from_numpy(keypoints)[None])[:, 0].numpy()  # (depth, N, N)
     width = round(maps.shape[1] ** 0.5)
     points = keypoints * side - 0.5
     panels = [("turned face, keypoints", photos.draw_points(image, points, photos.GREEN, 4))]
-    for y, x in ((width // 4, width // 4), (3 * width // 4, width // 2)):
+    for query, point in (("eye", keypoints[0]), ("mouth", keypoints[3])):
+        x, y = (width * point).astype(int)
         for layer in (0, len(maps) - 1):
             values = maps[layer, y * width + x].reshape(width, width)
             tile = kprpe.draw_offset(values, (y, x), keypoints, side)
-            panels.append((f"offsets, layer {layer + 1}", tile[4:-4, 4:-4].copy()))  # no frame
+            panels.append((f"{query}: layer {layer + 1}", tile[4:-4, 4:-4].copy()))  # no frame
     return row(panels)
 
 
