@@ -107,7 +107,7 @@ PRESETS = {
     "faces": dict(SMALL, size=64, depth=10, width=16, epochs=6, batch_size=32, warmup=20,
                   loc_lr=0.03, eval_every=3),
     "faces-geometry": dict(SMALL, size=48, depth=10, width=8, epochs=24, batch_size=32, warmup=20,
-                           loc_lr=0.03, lam=1.0, eval_every=8, limit=640),
+                           loc_lr=0.03, eval_every=8, limit=640),
 }
 DRAWN = {"train": 1600, "test": 400}  # faces of --data faces, and at most of faces-geometry
 # From no alignment to all that landmarks allow, in the order of Sec. 3.1.

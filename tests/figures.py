@@ -242,7 +242,8 @@ def main(argv=None):
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in args.only:
         script = Path(name).stem
-        folder = args.runs / f"{script}-faces"
+        data = "faces-geometry" if script == "stn_align" else "faces"  # the default of --data
+        folder = args.runs / f"{script}-{data}"
         if script == "schemes":
             picture = draw_schemes()
         else:
