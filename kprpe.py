@@ -11,7 +11,8 @@ layer. The image is not touched.
 
 Train on WebFace4M on four GPUs (the paper: TinyFace rank-1 75.80 %; not run here), its keypoints in
 a file like CVLface's, those of TinyFace in tinyface.landmarks.csv:
-  python kprpe.py --data webface-base --data-root WF4M --landmarks WF4M.csv --gpus 4 --test tinyface
+  python kprpe.py --data webface-base --data-root WF4M --landmarks WF4M.csv --gpus 4 --amp \
+      --test agedb_30.bin cfp_fp.bin tinyface IJBC
 Without any data, on drawn faces, three minutes on two CPU cores; the plain ViT, to compare:
   python kprpe.py
   python kprpe.py --rpe none
@@ -30,41 +31,43 @@ Gait, on drawn walkers; Gait3D (the paper: rank-1 68.2 %; not run here):
   python kprpe.py --task gait
   python kprpe.py --task gait --data gait3d --data-root GAIT3D --gpus 4 --amp
 
-Where each equation is:
-  Eq. (1), (2)         attention                             Attention
-  Eq. (3)              position embedding                    ViT
-  Eq. (4)              iRPE, on queries, keys and values     ContextualRPE
-  Eq. (5)              attention with a bias                 Attention
-  Eq. (6)              bias from a learned table             StaticRPE
-  Eq. (7)              f(P), absolute                        KPRPE
-  Eq. (8), (9), (10)   f(P), relative                        KPRPE
-  Eq. (11)             bias of a pair of patches             PairBias
-  Eq. (12)             noise on keypoints                    add_keypoint_noise
-  Eq. (13), (14)       face aligner: weights of its anchors  DFA
-  Eq. (15)             face aligner: landmarks               DFA
-  Eq. (16)             fusion weighted by norms              fuse
-  Eq. (17), (18)       fusion weighted by landmarks          fuse
+Where each equation, figure and task is:
+  Eq. (1), (2), (5)        attention, without and with a bias     Attention
+  Eq. (3)                  position embedding                     ViT
+  Eq. (4)                  iRPE, on queries, keys and values      ContextualRPE
+  Eq. (6)                  bias from a learned table              StaticRPE
+  Eq. (7), (8), (9), (10)  f(P), absolute (7) and relative        KPRPE
+  Eq. (11)                 bias of a pair of patches              PairBias
+  Eq. (12), Fig. 6         noise on keypoints (--keypoint-noise)  add_keypoint_noise
+  Eq. (13), (14), (15)     face aligner                           DFA
+  Eq. (16), (17), (18)     fusion, by norms and by landmarks      fuse
+  Fig. 1                   digits                                 --data affnist, --draw-keypoints
+  Fig. 3                   distances from a query                 bucket_ids
+  Fig. 4                   mesh grid M, f(P); B; MLP              KPRPE; PairBias; ViT.feature
+  Fig. 5                   from unaligned to aligned              python -m tests.claims
+  Fig. 8                   errors of the face aligner             report_dfa
+  Fig. 12, 13              learned offsets                        draw_offsets
+  supp. 3 (--task dfa)     face aligner                           section "Face aligner"
+  Sec. 5 (--task gait)     gait                                   section "Gait"
 
 Where the paper is silent, or the authors' code (CVLface at d3d09c9) differs from it:
-  - f(P) of Eq. (10) is linear in M - P, so it is a part of the queries, the same for all images,
-    plus a part of the keypoints, the same for all queries. They are added after the product with
-    W_L: 196 times fewer numbers an image.
+  - f(P) of Eq. (10), linear in M - P, is a part of the queries, the same for all images, plus one
+    of the keypoints, the same for all queries: 196 times fewer numbers an image.
   - "Absolute" is the paper's formula. The code's adds one number to a whole row, which the softmax
-    drops: that is the plain ViT, as which Table 2's first row looks.
-  - B is divided by sqrt(d) as in Eq. (5); the code's is not, and so learns sqrt(d) times as fast.
-    --rpe-lr makes up for that by default: sqrt(d) times --lr for the tables and W_L of Eq. (5) to
-    (10), --lr for iRPE, which both divide. W_L has a bias, as in the code and in Table 3's counts.
-  - Tables start at 0, from which a CPU's thousand steps do not bring them far enough. So the small
-    presets have 50 times the rate for them, a softmax without margin, and --augment wide: Table 6's
-    augmentation hardly moves the keypoints of aligned faces.
+    drops: so it equals the plain ViT, and so does Table 2's first row, nearly.
+  - Eq. (5) divides B by sqrt(d_k), the code does not. So the tables and W_L have sqrt(d_k) times
+    --lr (--rpe-lr); iRPE, divided in both, has --lr. W_L has a bias, as in the code and Table 3.
+  - Tables start at 0; a thousand steps on a CPU change them too little. So the small presets have
+    50 times the rate for them, a softmax without margin, and --augment wide: Table 6's augmentation
+    hardly moves the keypoints of aligned faces.
   - Keypoints and patch centres are (x + 0.5) / W. The code has keypoints at x / W, half a pixel off
     its grid. "No keypoints" is the plain ViT.
   - Eq. (12) is printed as a scaling, but the text has noise: normal, alpha of the crop's side in x
     and in y. That gives the NME of 0.12 which the supplement reports for alpha = 0.1.
-  - What Table 6 leaves out is the code's: --clip 5, and what decays: matrices, no embeddings.
-  - Losses have their true gradients; the code passes them through the margin unchanged.
-  - Sec. 4.1's "repeated augmentation" is the code's: the next image is one of the same person. A
-    picture that is drawn twice in an epoch is augmented alike.
+  - What Table 6 leaves out is the code's: --clip 5, and what decays: matrices, no embeddings. Its
+    "Cutout" blackens all but a box, not a box, as the code does.
+  - The margin is differentiated; the code's gradient skips it.
+  - Table 6's "RepeatedAug" is the code's: the next image is one of the same person.
   - An image is warped once, by alignment and augmentation in one matrix; the code warps the aligned
     crop again. Outside the image is its reflection, in training and in test, so that no black frame
     shows how far a face was moved; the code has black.
@@ -73,11 +76,12 @@ Where the paper is silent, or the authors' code (CVLface at d3d09c9) differs fro
     zoomed, turned and shifted at random by image. Without landmarks an image counts as aligned.
   - TAR is read at a false accept rate of at most the target; the code reads at the nearest.
   - Digits: the paper gives no settings. Trained on MNIST moved by up to 6 px on a canvas of 40 px,
-    tested on affNIST made by its published ranges; a normalised softmax of 10 classes.
+    tested on affNIST made by its published ranges; a normalised softmax of 10 classes, of the mean
+    over the patches: a head that has them in a row learns where they are.
   - With --dfa keypoints are found once before training, on the crops that are not augmented, as the
     code's are (there with a border of 0.215); in a test in the crop and anew in its mirror image.
   - Of the face aligner's training, optimiser, learning rate, augmentation, the weight of its
-    aggregation and the test split of WIDER FACE are ours. Its warps have align_corners=False.
+    aggregation and the test split of WIDER FACE are ours.
   - Gait (Sec. 5): SwinGait-2D is not published; it is made of OpenGait's SwinGait-3D. Here it is
     trained from scratch, at one rate, by a cosine without steps; OpenGait begins with trained
     convolutions. M is the grid of a window and serves all windows of a frame.
@@ -109,8 +113,9 @@ from common.checkpoint import read_state_dict, read_tensors
 
 # ---- Settings ------------------------------------------------------------------------------------
 
-# Table 6, in the supplement; its "large" is the text's "base". The flags' defaults are its, too.
-PAPER = dict(epochs=34, batch_size=512, weight_decay=0.05, box="image", margin=1.4)
+# Table 6, in the supplement; its "large" is the text's "base". box and margin are ours.
+PAPER = dict(epochs=34, batch_size=512, lr=1e-3, warmup=3.0, weight_decay=0.05, repeat=0.5,
+             loss="adaface", box="image", margin=1.4)
 SMALL = dict(model="own", epochs=40, batch_size=64, lr=6e-4, warmup=1.0, repeat=0.0, rpe_lr=50.0,
              loss="softmax", scale=32.0, box="landmarks", unaligned=True, cache="device",
              eval_every=7, augment="wide")
@@ -120,8 +125,8 @@ PRESETS = {
                          repeat=0.1),
     "folder": SMALL,
     "youtube": SMALL,
-    "affnist": dict(SMALL, size=40, patch=4, dim=64, depth=4, heads=4, mlp_ratio=2.0, epochs=12,
-                    lr=1e-3, scale=16.0, eval_every=2),
+    "affnist": dict(SMALL, size=40, patch=5, dim=64, depth=3, heads=4, mlp_ratio=2.0, pool="mean",
+                    epochs=16, lr=3e-3, rpe_lr=17.0, scale=16.0, eval_every=2),
     "faces": dict(SMALL, size=48, depth=4, dim=64, heads=4, limit=6000, epochs=12, batch_size=32,
                   eval_every=6),
 }
@@ -134,11 +139,12 @@ STATIC = ("euclidean", "cross", "product")
 KEYPOINT = ("kp-absolute", "kp-relative", "kp-multihead")
 RPES = ("none", *STATIC, "irpe", *KEYPOINT)
 FUSIONS = ("average", "norm", "landmark")  # --fusion
+TASKS = ("face", "dfa", "gait")  # --task; the settings of the last two stand in their sections
 
 
 def parse_args(argv=None):
     """The flags of all scripts and those of --task, with the defaults of the preset of --data."""
-    task = run.peek(argv, "--task", list(TASKS), "face")
+    task = run.peek(argv, "--task", TASKS, "face")
     if task == "face":
         parser = run.make_parser("kprpe", "Keypoint relative position encoding", PAPER, PRESETS,
                                  argv, ("image", "landmarks", "face"))
@@ -173,23 +179,21 @@ def face_flags(parser):
     add("--heads", type=run.positive, default=6, help="attention heads of --model own")
     add("--mlp-ratio", type=run.above_zero, default=3.0, help="hidden width over --dim")
     add("--patch", type=run.positive, default=8, help="side of a patch in px")
-    add("--drop-path", type=run.within(float, 0, 0.9), default=0.1, help="chance to skip the last "
-        "block in training")
+    add("--pool", default="flatten", choices=["flatten", "mean"], help="what the last layers read: "
+        "every patch (the paper's sizes), or the mean over the patches")
+    add("--drop-path", type=run.within(float, 0, 0.9), default=0.1, help="chance, in the last block")
     add("--rpe", default="kp-multihead", choices=RPES, help="position encoding (Tables 1 and 2)")
-    add("--num-keypoints", type=run.within(int, 0, 5), default=5, help="the first of the five "
-        "keypoints that kp-* gets (supp. 2.2)")
-    add("--draw-keypoints", action=switch, default=False, help="mark keypoints in the image "
-        "(Fig. 1, Abs-PE*)")
+    add("--num-keypoints", type=run.within(int, 0, 5), default=5, help="of kp-* (supp. 2.2)")
+    add("--draw-keypoints", action=switch, default=False, help="mark keypoints (Fig. 1: Abs-PE*)")
     add = parser.add_argument_group("training").add_argument
-    add("--loss", default="adaface", choices=MARGINS, help="margin of the softmax (supp. 2.1)")
+    add("--loss", choices=MARGINS, help="margin of the softmax (supp. 2.1)")
     add("--scale", type=run.above_zero, default=64.0, help="what cosines are multiplied by")
     add("--sample-rate", type=run.within(float, 1e-6, 1), default=1.0, help="PartialFC: share of "
         "the classes that a step sees")
     add("--rpe-lr", type=run.nonnegative, default=0.0, help="learning rate of relative encodings "
-        "over --lr; 0: sqrt(d) for biases, as the code's form of Eq. (5) learns; 1 for irpe")
-    add("--augment", default="full", choices=[*MOVES, "none"], help="Table 6's; wide: with more "
-        "shift and rotation; digits have their own")
-    add("--repeat", type=run.fraction, default=0.5, help="chance that the next image is one of the "
+        "over --lr; 0: sqrt(d_k) for biases, as the code's form of Eq. (5) learns; 1 for irpe")
+    add("--augment", default="full", choices=[*MOVES, "none"], help="Table 6's; wide: moves more")
+    add("--repeat", type=run.fraction, help="chance that the next image is one of the "
         "same person")
     add("--landmarks", default="", metavar="PATH", help="landmarks of a set that has none: a CSV "
         "of image,x0,y0,..., or a folder with the images' tree of .pts, as of the landmark scripts")
@@ -250,9 +254,8 @@ def bucket_ids(height: int, width: int, method: str) -> torch.Tensor:
     """d(i, j) of all pairs of N = height * width patches, query i and key j counted row by row.
 
     Args: method, "euclidean" (the rounded distance, quantised: 7 ids, of which the lower 3 stay
-        free, as no distance is negative), "product" (49 ids: quantised row offset times quantised
-        column offset) or "cross" (7 ids of the rows and 7 others of the columns; the values of both
-        are added).
+        free, as no distance is negative), "product" (one id for each pair of quantised row and
+        column offset, 49) or "cross" (7 ids of the rows and 7 of the columns, whose values add up).
     Returns: (N, N) long; of "cross" (2, N, N).   Raises: ValueError.
     Source: Sec. 3.1; iRPE's code. Offsets are query - key: 24 is a patch's own product id, and on a
         14 x 14 grid the query (7, 7) of Fig. 3 has 48 at the key (0, 0).
@@ -274,9 +277,9 @@ class PairBias(nn.Module):
 
     Args: grid, patches (height, width); method, of `bucket_ids`. `forward`: a table of each image,
         the same for all queries (B, H, K), and one of each query, the same for all images (H, N,
-        K), or None; their sum is the table -> (B, H, N, N).
-    It is read by a product with 0 and 1: a gather would add by atomics in the backward pass on a
-    GPU, slowly and in no fixed order, and keep the sum of both, 14.8 MB an image of ViT-B.
+        K), or None; their sum is the table -> bias (B, H, N, N).
+    It is read by a product with 0 and 1: a gather's gradient is slow on a GPU, adds up in no fixed
+    order, and keeps the sum of both, 14.8 MB an image of ViT-B.
     """
 
     def __init__(self, grid: tuple[int, int], method: str):
@@ -313,15 +316,15 @@ class StaticRPE(nn.Module):
 
 
 class KPRPE(nn.Module):
-    """Keypoint relative position encoding: keypoints P (B, L, 2) -> B of Eq. (5), (B, H, N, N),
-    times `scale`, of one layer after the other.
+    """Keypoint relative position encoding: keypoints P (B, L, 2) -> B of Eq. (5).
+    Yields the bias over sqrt(d_k), (B, H, N, N), of each layer in turn.
 
     Keypoints are ((x + 0.5) / W, (y + 0.5) / H) for pixel centres at whole numbers, as the grid's
     are patch centres: so a mirrored image has the keypoints (1 - x, y), left and right renamed.
     They may lie outside [0, 1], and gradients reach them.
     Args: keypoints, L; grid, patches (height, width); depth, layers of the network; heads; variant,
         of Sec. 3.2: "kp-absolute" or "kp-relative" (one table for all layers and heads) or
-        "kp-multihead" (one for each); scale, 1 / sqrt(d) of Eq. (5), here where B is still small.
+        "kp-multihead" (one for each); scale, 1 / sqrt(d_k), here where the bias is small.
     Raises: ValueError.
     """
 
@@ -336,9 +339,10 @@ class KPRPE(nn.Module):
         self.heads = heads
         self.variant = variant
         self.scale = scale
-        self.own = (depth, heads) if variant == "kp-multihead" else (1, 1)
+        self.table_counts = (depth, heads) if variant == "kp-multihead" else (1, 1)
+        width = math.prod(self.table_counts) * DISTANCES["product"]
         # W_L with a bias: code, and Table 3's parameters. At 0 the network is the plain ViT.
-        self.keypoint_linear = nn.Linear(2 * keypoints, math.prod(self.own) * DISTANCES["product"])
+        self.keypoint_linear = nn.Linear(2 * keypoints, width)
         nn.init.zeros_(self.keypoint_linear.weight)
         nn.init.zeros_(self.keypoint_linear.bias)
         rows, columns = ((torch.arange(n) + 0.5) / n for n in grid)
@@ -368,7 +372,7 @@ class KPRPE(nn.Module):
 
     def by_layer(self, f: torch.Tensor) -> torch.Tensor:
         """What W_L puts out, (A, depth * H * K) or (A, K), times scale: (depth, H, A, K)."""
-        f = (self.scale * f).unflatten(1, (*self.own, -1)).permute(1, 2, 0, 3)
+        f = (self.scale * f).unflatten(1, (*self.table_counts, -1)).permute(1, 2, 0, 3)
         return f.expand(self.depth, self.heads, -1, -1)
 
 
@@ -402,7 +406,7 @@ class ContextualRPE(nn.Module):
 
     def forward(self, q, k, v):
         ids = self.ids.expand(*q.shape[:2], -1, -1)                           # (B, H, N, N)
-        # Eq. (4): e_ij = (Q_i K_j + Q_i R^K[d(i, j)] + R^Q[d(j, i)] K_j) / sqrt(d)
+        # Eq. (4): e_ij = (Q_i K_j + Q_i R^K[d(i, j)] + R^Q[d(j, i)] K_j) / sqrt(d_k)
         on_keys = (q @ self.k.T).gather(-1, ids)
         on_queries = (k @ self.q.T).gather(-1, ids).mT
         a = ((q @ k.mT + on_keys + on_queries) * q.shape[-1] ** -0.5).softmax(-1)
@@ -418,12 +422,13 @@ VIT_SIZES = {"small": dict(dim=512, depth=12, heads=8, mlp_ratio=5, patch=8, ima
              "base": dict(dim=512, depth=24, heads=16, mlp_ratio=3, patch=8, image_size=112)}
 IRESNETS = [f"{kind}{depth}" for kind in ("iresnet", "arcface") for depth in (18, 34, 50, 101)]
 MODELS = ("small", "base", "own", *IRESNETS)
-NETWORK = ("model", "size", "patch", "dim", "depth", "heads", "mlp_ratio", "rpe", "num_keypoints")
+NETWORK = ("model", "size", "patch", "dim", "depth", "heads", "mlp_ratio", "pool", "rpe",
+           "num_keypoints")
 
 
 class Attention(nn.Module):
     """Multi-head self-attention: tokens (B, N, dim) -> the same.
-    Args: contextual, a `ContextualRPE` or None. `forward` takes B / sqrt(d), (B, H, N, N)."""
+    Args: contextual, a `ContextualRPE` or None. `forward`: bias over sqrt(d_k) (B, H, N, N)."""
 
     def __init__(self, dim: int, heads: int, contextual: ContextualRPE | None = None):
         super().__init__()
@@ -435,11 +440,11 @@ class Attention(nn.Module):
     def forward(self, x, bias=None):
         # Eq. (1): Q_i = x_i W_Q, K_j = x_j W_K, V_j = x_j W_V
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # (B, H, N, d) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # (B, H, N, d_k) each
         if self.contextual is not None:
             y = self.contextual(q, k, v)
         else:
-            # Eq. (2) without a bias, Eq. (5) with one: Y = softmax((Q K^T + B) / sqrt(d)) V
+            # Eq. (2) without a bias, Eq. (5) with one: Y = softmax((Q K^T + B) / sqrt(d_k)) V
             y = F.scaled_dot_product_attention(q, k, v, bias)
         return self.proj(y.transpose(1, 2).flatten(2))
 
@@ -477,21 +482,21 @@ class ViT(nn.Module):
         "small"; image_size is a side, or (height, width)); rpe, one of RPES; num_keypoints of kp-*,
         the first of the five (as the code has it), 0 for the plain ViT (supp. 2.2); channels;
         features; drop_path, of the last block, rising evenly from 0.
-    Raises: ValueError.   Source: Sec. 4.1 and Table 3; insightface's class, whose names of weights
-        are kept.
+    Raises: ValueError.   Source: Sec. 4.1, Table 3; insightface's class, with its weights' names.
     """
 
     def __init__(self, size: str | Mapping = "small", rpe: str = "none", num_keypoints: int = 5,
-                 channels: int = 3, features: int = 512, drop_path: float = 0.1):
+                 channels: int = 3, features: int = 512, drop_path: float = 0.1,
+                 pool: str = "flatten"):
         super().__init__()
-        own = VIT_SIZES.get(size) if isinstance(size, str) else dict(size)
-        if own is None or not own.keys() <= VIT_SIZES["small"].keys():
+        config = VIT_SIZES.get(size) if isinstance(size, str) else dict(size)
+        if config is None or not config.keys() <= VIT_SIZES["small"].keys():
             raise ValueError(f"ViT of size {size!r}: expected {', '.join(VIT_SIZES)} or a dict of "
                              f"{', '.join(VIT_SIZES['small'])}")
         if rpe not in RPES or num_keypoints < 0:
             raise ValueError(f"rpe {rpe!r}, {num_keypoints} keypoints: expected one of "
                              f"{', '.join(RPES)}, and at least 0")
-        dim, depth, heads, mlp_ratio, patch, image_size = (VIT_SIZES["small"] | own).values()
+        dim, depth, heads, mlp_ratio, patch, image_size = (VIT_SIZES["small"] | config).values()
         side = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if dim % heads or side[0] % patch or side[1] % patch:
             raise ValueError(f"dim {dim} by {heads} heads, images of {side[0]} x {side[1]} px by "
@@ -499,6 +504,7 @@ class ViT(nn.Module):
         # Supp. 2.2 calls "no keypoints" the vanilla ViT, though W_L's bias would remain.
         self.rpe_name = "none" if rpe in KEYPOINT and num_keypoints == 0 else rpe
         self.num_keypoints = num_keypoints
+        self.pool = pool
         self.wanted = (channels, *side)
         grid = (side[0] // patch, side[1] // patch)
         tokens = math.prod(grid)
@@ -510,8 +516,9 @@ class ViT(nn.Module):
             drop = drop_path * i / max(depth - 1, 1)
             self.blocks.append(Block(dim, heads, int(dim * mlp_ratio), drop, contextual))
         self.norm = nn.LayerNorm(dim)
+        seen = dim if pool == "mean" else tokens * dim
         self.feature = nn.Sequential(
-            nn.Linear(tokens * dim, dim, bias=False), nn.BatchNorm1d(dim, eps=2e-5),
+            nn.Linear(seen, dim, bias=False), nn.BatchNorm1d(dim, eps=2e-5),
             nn.Linear(dim, features, bias=False), nn.BatchNorm1d(features, eps=2e-5))
         init_transformer(self)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -523,7 +530,7 @@ class ViT(nn.Module):
             self.rpe = KPRPE(num_keypoints, grid, depth, heads, rpe, scale)
 
     def biases(self, keypoints: torch.Tensor | None) -> Iterator:
-        """B / sqrt(d) of each block in turn, (B or 1, H, N, N), or None.   Raises: ValueError."""
+        """Bias over sqrt(d_k) (B or 1, H, N, N) of each block, or None.   Raises: ValueError."""
         if self.rpe is None:
             return itertools.repeat(None)
         if isinstance(self.rpe, KPRPE):
@@ -541,7 +548,9 @@ class ViT(nn.Module):
         x = x.flatten(2).mT + self.pos_embed                                  # (B, N, dim)
         for block, bias in zip(self.blocks, self.biases(keypoints)):
             x = block(x, bias)
-        return at_least_float32(self.feature(self.norm(x).flatten(1)))        # (B, features)
+        x = self.norm(x)
+        x = x.mean(1) if self.pool == "mean" else x.flatten(1)
+        return at_least_float32(self.feature(x))                              # (B, features)
 
 
 def init_transformer(net: nn.Module):
@@ -574,8 +583,7 @@ class Margin(nn.Module):
     """What the losses share: forward(cosines, norms, labels) -> logits (B, C), for cross entropy.
 
     Args: cosines (B, C) between embeddings and class centres; norms (B,) of the embeddings, used by
-        AdaFace; labels (B,) long, -1 where the class is not among the C, as in another process's
-        shard.
+        AdaFace; labels (B,) long, -1 where the class is not among the C, but in another shard.
     The gradient is that of the formulas, and finite at cos = +-1, with the clamps of the AdaFace
     repository; CVLface and insightface clamp to +-1 only.
     """
@@ -590,16 +598,17 @@ class Margin(nn.Module):
         """The label's cosine (B, 1) with the margin; norms (B, 1)."""
         raise NotImplementedError
 
-    def turned(self, cosine: torch.Tensor, angle) -> torch.Tensor:
+    def add_angle(self, cosine: torch.Tensor, angle) -> torch.Tensor:
         """cos(theta + angle), the sum within 0 and pi, beyond which the cosine would rise again."""
         return (cosine.acos() + angle).clamp(self.eps, math.pi - self.eps).cos()
 
     def forward(self, cosines, norms, labels):
         cosines = cosines.clamp(-1 + self.eps, 1 - self.eps)
         index = labels[:, None].clamp(min=0)
-        own = cosines.gather(1, index)                                        # (B, 1)
-        own = torch.where(labels[:, None] < 0, own, self.target(own, norms.detach()[:, None]))
-        return self.scale * cosines.scatter(1, index, own)
+        label_cosine = cosines.gather(1, index)                               # (B, 1)
+        target = self.target(label_cosine, norms.detach()[:, None])
+        target = torch.where(labels[:, None] < 0, label_cosine, target)
+        return self.scale * cosines.scatter(1, index, target)
 
 
 class ArcFace(Margin):
@@ -609,7 +618,7 @@ class ArcFace(Margin):
         super().__init__(m, 1e-4, scale)
 
     def target(self, cosine, norms):
-        return self.turned(cosine, self.m)
+        return self.add_angle(cosine, self.m)
 
 
 class CosFace(Margin):
@@ -650,7 +659,7 @@ class AdaFace(Margin):
     def target(self, cosine, norms):
         z = self.quality(norms)
         # g_angle = -m z, g_add = m z + m
-        return self.turned(cosine, -self.m * z) - (self.m * z + self.m)
+        return self.add_angle(cosine, -self.m * z) - (self.m * z + self.m)
 
 
 MARGINS = {"adaface": AdaFace, "arcface": ArcFace, "cosface": CosFace,
@@ -704,21 +713,21 @@ class ShardedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels):
         index = labels.clamp(min=0)[:, None]
-        own = labels >= 0
+        here = labels >= 0
         top = all_reduce(logits.amax(1), dist.ReduceOp.MAX)                   # (B,)
         exps = (logits - top[:, None]).exp_()
-        target = torch.where(own, logits.gather(1, index)[:, 0] - top, 0)
+        target = torch.where(here, logits.gather(1, index)[:, 0] - top, 0)
         total, target = all_reduce(torch.stack([exps.sum(1), target]))
-        ctx.save_for_backward(exps, total, index, own)
+        ctx.save_for_backward(exps, total, index, here)
         # Code: -log(max(p, 1e-30)), which ends at 69 and has a gradient there all the same.
         return (total.log() - target).mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        exps, total, index, own = ctx.saved_tensors
+        exps, total, index, here = ctx.saved_tensors
         grad_logits = exps / total[:, None]  # softmax minus one-hot
-        grad_logits.scatter_add_(1, index, -own[:, None].to(exps))
+        grad_logits.scatter_add_(1, index, -here[:, None].to(exps))
         return grad_logits.mul_(grad / len(exps)), None
 
 
@@ -730,9 +739,8 @@ class PartialFC(nn.Module):
     rate below 1 a step looks at the labels' own centres and a random choice of the others. In one
     process and at rate 1 the loss is F.cross_entropy(margin(cosines, norms, labels), labels).
     It is not wrapped in DistributedDataParallel: the gradient of its shard is complete as it is,
-    and 0 for classes that were not sampled. AdamW moves these on by what is left of their momentum,
-    as in the code. Beside its weights, gradient and AdamW's moments, four times the shard, a step
-    keeps them once more, normalised: 0.4 GB for 206,000 classes in one process.
+    and 0 for classes that were not sampled (AdamW's momentum still moves them, as in the code). A
+    step keeps the weights once more, normalised: 0.4 GB for 206,000 classes in one process.
 
     Args: features, the length d of embeddings; classes, over all processes; margin, a `Margin`;
         sample_rate, the share of each shard's classes that a step looks at, or as many as the batch
@@ -840,15 +848,14 @@ class PartialFC(nn.Module):
 
 # ---- Augmentation: supplement, Table 6 -----------------------------------------------------------
 
-# The paper names the kinds and "magnitude 14/31"; numbers and order are the code's: geometry,
-# cutout, blur, colour. All is drawn in the loader, from (seed, epoch, index), 2,600 crops a second
-# and core: with a GPU too, for which --cache device then keeps faces in the host's memory.
+# The paper names the kinds; numbers and order are the code's: geometry, cutout, blur, colour. On
+# the CPU, 2,600 crops a second on each core; so with it --cache device keeps crops in host memory.
 
 ZOOM = 0.2
 TURN = math.radians(20)
 
 
-def place(size: int, zoom: float, angle: float, shift: np.ndarray) -> np.ndarray:
+def zoom_turn_shift(size: int, zoom: float, angle: float, shift: np.ndarray) -> np.ndarray:
     """p -> zoom (R (p - m) - shift) + m in px, m the crop's middle, R a turn by `angle`: (2, 3)."""
     middle = (size - 1) / 2
     c = math.cos(angle)
@@ -867,7 +874,7 @@ def draw_move(rng: np.random.Generator, size: int, shift: float = 0.1, turned: f
     angle = rng.uniform(-TURN, TURN) if rng.random() < turned else 0.0
     # U(-1, 1) (h / zoom - h + h e), h half the side: zoomed out, it stays in view but for h e.
     reach = size / 2 * (1 / zoom - 1 + rng.uniform(0, shift))
-    matrix = place(size, zoom, angle, rng.uniform(-1, 1, 2) * reach)
+    matrix = zoom_turn_shift(size, zoom, angle, rng.uniform(-1, 1, 2) * reach)
     return matrix, bool(rng.random() < 0.5), {}
 
 
@@ -880,7 +887,7 @@ SHIFTS = {"full": 0.1, "wide": 0.4}  # wide: ours, aligned faces as far off as u
 MOVES = {"full": draw_move, "wide": functools.partial(draw_move, shift=0.4, turned=1.0)}
 
 
-def cut_out(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def keep_box(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Black but for a box of 20 to 100 % of the area. (Code: one in 20 has small holes instead.)"""
     side = len(image)
     area = rng.uniform(0.2, 1)
@@ -943,7 +950,7 @@ def draw_colour(rng: np.random.Generator) -> tuple[str, float]:
     return op, 1 + change if rng.random() < 0.5 else 1 - change
 
 
-class Distorted(torch.utils.data.Dataset):
+class PhotometricAugmentation(torch.utils.data.Dataset):
     """The crops of another dataset, with Table 6's cutout, blur and two changes of colour."""
 
     def __init__(self, crops, seed: int):
@@ -960,7 +967,7 @@ class Distorted(torch.utils.data.Dataset):
             rng = np.random.default_rng((self.seed, *key, 1))  # another stream than the geometry's
             image = batch["image"][i].numpy()
             if rng.random() < 0.2:
-                image = cut_out(image, rng)
+                image = keep_box(image, rng)
             if rng.random() < 0.2:
                 image = blur(image, rng)
             for _ in range(2):
@@ -991,7 +998,8 @@ def repeated(order: np.ndarray, labels: np.ndarray, p: float, rng: np.random.Gen
 
 
 class SubjectBatches(datasets.EpochBatches):
-    """`EpochBatches` with images replaced by others of the same person, as `repeated` says."""
+    """`EpochBatches` with images replaced by others of the same person, as `repeated` says. A key
+    has its place in the run for the epoch: an image that is drawn twice is augmented anew."""
 
     def __init__(self, labels: np.ndarray, p: float, batch: int, seed: int, rank: int, world: int):
         super().__init__(len(labels), batch, seed, rank, world)
@@ -1002,20 +1010,26 @@ class SubjectBatches(datasets.EpochBatches):
         rng = np.random.default_rng((self.seed, self.epoch, 1))
         return repeated(super().order(), self.labels, self.p, rng)
 
+    def __iter__(self):
+        place = self.epoch * len(self) * self.batch + self.rank * (self.batch // self.world)
+        for keys in super().__iter__():
+            yield [(place + k, i) for k, (_, i) in enumerate(keys)]
+            place += self.batch
+
 
 # ---- Data ----------------------------------------------------------------------------------------
 
 class Split(NamedTuple):
-    """Images by index, of training with their .labels and .ids; five points (N, 5, 2) px or None,
-    where they are aligned as they stand; boxes (N, 4) of unaligned crops, None for whole images."""
-    images: Sequence
-    points: np.ndarray | None
-    boxes: np.ndarray | None = None
+    """Images of a set, of training with their .labels and .ids."""
+    images: Sequence                 # by index
+    points: np.ndarray | None        # (N, 5, 2) px; None: already aligned
+    boxes: np.ndarray | None = None  # (N, 4) of unaligned crops; None: whole image
 
 
 def five_points(points: np.ndarray, where: str) -> np.ndarray:
     """Landmarks (N, P, 2) of the file or set `where` -> (N, 5, 2): eyes, nose tip and mouth
-    corners, image-left first.   Raises: UserError for a number of landmarks of no known scheme."""
+    corners, image-left first. Of 98, Fig. 10 takes 57, below the nose, for its tip: here it is 54.
+    Raises: UserError for a number of landmarks of no known scheme."""
     if points.shape[1] not in datasets.SCHEMES:
         raise UserError(f"{where}: {points.shape[1]} landmarks are no known scheme "
                         f"{list(datasets.SCHEMES)}: give 5, eyes, nose tip and mouth corners, "
@@ -1087,16 +1101,17 @@ def unaligned(boxes: np.ndarray, size: int, margin: float) -> torch.Tensor:
     moves = []
     for i in range(len(boxes)):
         rng = np.random.default_rng((0, i))
-        moves.append(place(size, rng.uniform(1 - ZOOM, 1 + ZOOM), rng.uniform(-TURN, TURN),
-                           rng.uniform(-0.15, 0.15, 2) * size))
+        zoom = rng.uniform(1 - ZOOM, 1 + ZOOM)
+        angle = rng.uniform(-TURN, TURN)
+        moves.append(zoom_turn_shift(size, zoom, angle, rng.uniform(-0.15, 0.15, 2) * size))
     matrices = torch.from_numpy(datasets.square_crops(boxes, size, margin))
     return warp.compose(torch.from_numpy(np.stack(moves)), matrices)
 
 
 def make_crops(args, split: Split, t: float, augment: str = "none"):
-    """Crops of --size, one warp of each image: unaligned, t = 0, or aligned, t = 1, or between, for
-    Fig. 5: (1 - t) times one matrix plus t times the other. Without points images are taken as they
-    stand.   Args: augment, of --augment, whose geometry is in the matrix."""
+    """Crops of --size, one warp of each image: unaligned, t = 0, or aligned, t = 1, or between, by
+    (1 - t) times one matrix plus t times the other; Fig. 5: python -m tests.claims. Without points
+    images are taken as they stand.   Args: augment, --augment, whose geometry is in the matrix."""
     move = MOVES.get(augment)
     flip = datasets.SCHEMES[5].flip
     if split.points is None or (t < 1 and split.boxes is None):
@@ -1110,7 +1125,8 @@ def make_crops(args, split: Split, t: float, augment: str = "none"):
     faces = [datasets.Face(functools.partial(split.images.__getitem__, i), five)
              for i, five in enumerate(split.points)]
     reach = reach_of(SHIFTS[augment]) if move else 1.0
-    return datasets.CropDataset(faces, matrices, args.size, move, reach, 1.0, flip, args.seed,
+    zoom = 1 + ZOOM if move else 1.0
+    return datasets.CropDataset(faces, matrices, args.size, move, reach, zoom, flip, args.seed,
                                 reflect=True)
 
 
@@ -1141,8 +1157,7 @@ def training_set(args, device: torch.device):
 
 @torch.inference_mode()
 def find_keypoints(args, crops, device: torch.device) -> torch.Tensor:
-    """Keypoints that --dfa finds in crops without augmentation, (N, 5, 2) float64 px of the images.
-    Each process looks at its share."""
+    """Keypoints that --dfa finds in crops, not augmented, (N, 5, 2) float64 px of the images."""
     still = copy.copy(crops)
     still.augment = None
     found = []
@@ -1155,8 +1170,7 @@ def find_keypoints(args, crops, device: torch.device) -> torch.Tensor:
 
 
 def crop_loader(args, data, batches, device: torch.device, kept: bool = True):
-    """`run.make_loader` in all processes; --cache is for crops that are `kept`: whole images and
-    digits are read anew."""
+    """`run.make_loader` in all processes; --cache is for crops that are `kept`, if they can be."""
     args = copy.copy(args)
     if not kept or getattr(data, "regions", None) is None:
         args.cache = ""
@@ -1194,16 +1208,19 @@ def parameter_groups(net: nn.Module, weight_decay: float, scale: float = 1.0,
 
     Vectors and names that match `free`, by default biases, the position embedding and tokens, do
     not decay; tables and projections of the relative encodings do (source: code). Those encodings
-    have the rate times `scale`: a bias that is divided by c (Eq. 5: sqrt(d)) learns at c times the
-    rate, its decay over c, as an undivided one would.
+    have the rate times `scale`: a bias that is divided by c (Eq. 5: sqrt(d_k)) learns at c times
+    the rate and the decay / c, so the product is unchanged.
     """
-    groups = [dict(params=[], weight_decay=weight_decay * decays / own, scale=own)
-              for own in (1.0, scale) for decays in (1, 0)]
+    groups = {}
+    for encoding, rate in ((False, 1.0), (True, scale)):
+        for decays in (True, False):
+            decay = weight_decay / rate if decays else 0.0
+            groups[encoding, decays] = dict(params=[], weight_decay=decay, scale=rate)
     for name, weight in net.named_parameters():
         encoding = name.startswith("rpe.") or ".table" in name or ".contextual." in name
-        stays = weight.ndim < 2 or re.search(free, name) is not None
-        groups[2 * encoding + stays]["params"].append(weight)
-    return groups
+        decays = weight.ndim >= 2 and not re.search(free, name)
+        groups[encoding, decays]["params"].append(weight)
+    return list(groups.values())
 
 
 def learning_rate(step: int, steps: int, warmup_steps: int, base: float) -> float:
@@ -1218,8 +1235,8 @@ def learning_rate(step: int, steps: int, warmup_steps: int, base: float) -> floa
 def clip_gradients(net: nn.Module, fc: PartialFC, limit: float):
     """Scales all gradients down to a common norm of `limit`. The network's are the same in all
     processes; of the class weights each has its own, whose squares are summed over them."""
-    own = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
-    norm = (own**2 + all_reduce(fc.weight.grad.norm()**2)).sqrt()
+    norm = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
+    norm = (norm**2 + all_reduce(fc.weight.grad.norm()**2)).sqrt()
     nn.utils.clip_grads_with_norm_([*net.parameters(), fc.weight], limit, norm)
 
 
@@ -1237,11 +1254,11 @@ def build(args, device: torch.device, features: int = 512) -> nn.Module:
         depth = int(args.model.removeprefix("iresnet").removeprefix("arcface"))
         net = IResNet(depth, args.size, features, args.model.startswith("arcface"))
         return net.to(device, memory_format=torch.channels_last)
-    own = dict(dim=args.dim, depth=args.depth, heads=args.heads, mlp_ratio=args.mlp_ratio)
+    config = dict(dim=args.dim, depth=args.depth, heads=args.heads, mlp_ratio=args.mlp_ratio)
     seen = args.size - args.size % args.patch  # insightface: 108 of 112 px by patches of 9
-    size = VIT_SIZES.get(args.model, own) | dict(patch=args.patch, image_size=seen)
+    size = VIT_SIZES.get(args.model, config) | dict(patch=args.patch, image_size=seen)
     channels = 1 if args.data == "affnist" else 3
-    net = ViT(size, args.rpe, args.num_keypoints, channels, features, args.drop_path)
+    net = ViT(size, args.rpe, args.num_keypoints, channels, features, args.drop_path, args.pool)
     net.wanted = (channels, args.size, args.size)  # patches begin at the top left
     return net.to(device)
 
@@ -1264,7 +1281,7 @@ def train(args) -> dict:
     batches = SubjectBatches(images.labels, args.repeat, args.batch_size, args.seed, job.rank,
                              job.world)
     coloured = args.augment != "none" and args.data != "affnist"
-    data = Distorted(crops, args.seed) if coloured else crops
+    data = PhotometricAugmentation(crops, args.seed) if coloured else crops
     loader = crop_loader(args, data, batches, job.device)
     # Network and classes, each with its optimizer
     net = build(args, job.device)
@@ -1272,7 +1289,7 @@ def train(args) -> dict:
         run.load_weights(net, initial["model"], args.init)
     fc = PartialFC(512, classes, MARGINS[args.loss](scale=args.scale), args.sample_rate)
     fc.to(job.device)
-    divided = args.rpe in (*STATIC, *KEYPOINT) and net.rpe is not None  # B by sqrt(d)
+    divided = args.rpe in (*STATIC, *KEYPOINT) and net.rpe is not None  # B by sqrt(d_k)
     rpe_lr = args.rpe_lr or (1 / net.rpe.scale if divided else 1.0)
     groups = parameter_groups(net, args.weight_decay, rpe_lr)
     optimizer = torch.optim.AdamW(groups, fused=True)
@@ -1469,7 +1486,7 @@ def embed(net: nn.Module, condition: TestCondition, args, device: torch.device) 
     net.eval()
     flip = torch.from_numpy(datasets.SCHEMES[5].flip).to(device)
     rows = []
-    for batch in copy.copy(condition.loader):  # whose workers end here, not with the run
+    for batch in copy.copy(condition.loader):  # a copy, so that its workers end with this loop
         pixels, points = to_device(batch, device)
         score = points.new_ones(len(points))
         mirrored = torch.stack([pixels.shape[-1] - 1 - points[..., 0], points[..., 1]], -1)[:, flip]
@@ -1542,17 +1559,16 @@ def open_checkpoint(args, path: str) -> tuple[nn.Module, dict, torch.device]:
     images of faces, or reverse."""
     named = args.data if "data" in args.given or args.predict else None
     state, device = run.open_checkpoint(args, path, ("landmarks",), read_checkpoint)
-    own = state["args"]["data"]
-    if named not in (None, own) and "affnist" in (named, own):
-        raise UserError(f"{path} is of a run on {own}, not for --data {named}")
+    data = state["args"]["data"]
+    if named not in (None, data) and "affnist" in (named, data):
+        raise UserError(f"{path} is of a run on {data}, not for --data {named}")
     net = build(args, device, state["args"].get("features", 512))
     run.load_weights(net, state["model"], path)
     return net.eval(), state["head"], device
 
 
 def evaluate_checkpoint(args) -> dict:
-    """--eval: the numbers of a checkpoint on the test split of --data and on --test; with --output,
-    the pictures too."""
+    """--eval: a checkpoint's numbers on the test split and --test; with --output, pictures too."""
     net, head, device = open_checkpoint(args, args.eval)
     folder = run.find_run(args)
     conditions = test_conditions(args, device)
@@ -1635,15 +1651,14 @@ def picture(data, i: int, side: int, dfa: str) -> tuple[np.ndarray, np.ndarray]:
 
 @torch.inference_mode()
 def offsets(net: nn.Module, keypoints: torch.Tensor) -> torch.Tensor:
-    """What the encoding adds to the logits of head 0, B_ij / sqrt(d): keypoints (B, L, 2) in [0, 1]
-    -> (depth, B, N, N)."""
+    """What the encoding adds to the logits of head 0: keypoints (B, L, 2) -> (depth, B, N, N)."""
     return torch.stack([bias[:, 0].expand(len(keypoints), -1, -1)
                         for _, bias in zip(net.blocks, net.biases(keypoints))])
 
 
 def draw_offset(values: np.ndarray, query: tuple[int, int], keypoints: np.ndarray, side: int):
     """One map (h, w), white at its lowest and blue at its highest value, with the query's patch
-    (row, column) as a red star and the keypoints as circles."""
+    (row, column) as a red star and the keypoints as green circles (in the paper blue)."""
     height, width = values.shape
     share = (values - values.min()) / max(np.ptp(values), 1e-9)
     share = cv2.resize(share.astype(np.float32), (side, side), interpolation=cv2.INTER_NEAREST)
@@ -1679,9 +1694,9 @@ def draw_offsets(net: ViT, data, dfa: str = "", side: int = 160) -> np.ndarray:
 def write_pictures(folder: Path, net: nn.Module, conditions: Sequence[TestCondition], dfa: str):
     """What the paper's figures show, from this run: offsets.png of a ViT with a bias, on the own
     test split, unaligned if it was tested so: there keypoints differ most."""
-    own = [test for test in conditions if test.suffix in ("", "@unaligned", "@affine")]
-    if own and getattr(net, "rpe", None) is not None:
-        datasets.write_image(folder / "offsets.png", draw_offsets(net, own[-1].data, dfa))
+    tests = [test for test in conditions if test.suffix in ("", "@unaligned", "@affine")]
+    if tests and getattr(net, "rpe", None) is not None:
+        datasets.write_image(folder / "offsets.png", draw_offsets(net, tests[-1].data, dfa))
 
 
 # ---- Face aligner: supplement 3, Eqs. (13) to (15) -----------------------------------------------
@@ -2042,8 +2057,8 @@ def report_dfa(folder: Path | None, net: DFA, data, scores: dict, errors: dict, 
 
 @functools.cache
 def open_dfa(path: str, device: torch.device) -> DFA:
-    """The network of a checkpoint of --task dfa, or of published weights, to be used as it is; read
-    once.   Raises: UserError."""
+    """The network of a checkpoint of --task dfa, or of published weights, frozen; read once.
+    Raises: UserError."""
     state = read_checkpoint(path, "kprpe-dfa")
     net = DFA(state["args"]["size"], state["args"].get("published", False)).to(device)
     run.load_weights(net, state["model"], path)
@@ -2082,8 +2097,7 @@ def draw_aligned(net: DFA, data: datasets.CropDataset, side: int = 160) -> np.nd
 @torch.no_grad()
 def detect(path: str, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keypoints (B, 5, 2) px and face scores (B,) that the aligner of --dfa finds in images
-    (B, 3, S, S) in 0..255. Code: in training with a black border of 0.215, with which errors were
-    larger here."""
+    (B, 3, S, S) in 0..255. Code: in training with a black border, whose errors were larger here."""
     found = open_dfa(path, image.device)(image / 127.5 - 1)
     return found.landmarks * image.shape[-1] - 0.5, found.score
 
@@ -2241,7 +2255,7 @@ def gait_flags(parser):
         "skips a branch of the last block")
     add("--rpe", default="kp-multihead", choices=SWIN, help="relative positions: Swin's or KP-RPE")
     add("--rpe-lr", type=run.nonnegative, default=0.0, help="learning rate of the encoding over "
-        "--lr; 0: sqrt(d) for kp-*, 1 for swin")
+        "--lr; 0: sqrt(d_k) for kp-*, 1 for swin")
     add("--frames", type=run.within(int, 1, 1000), default=30, help="frames of a walk in a step")
     add("--unaligned", action=switch, default=False, help="also test on walks moved at random")
 
@@ -2258,7 +2272,7 @@ class WindowAttention(nn.Module):
     """Attention within the windows of each frame: tokens (F, 150, dim) -> the same.
 
     Args: table, whether it has Swin's (Liu et al., ICCV 2021): a number for each head and each of
-        the 5 x 9 offsets in a window, not divided by sqrt(d); shifted, whether windows lie half a
+        the 5 x 9 offsets in a window, not divided by sqrt(d_k); shifted, whether windows lie half a
         window further down and right. Tokens from two sides of the frame, which then meet in one,
         do not see each other. `forward`: bias (F, H, N, N) of the windows of each frame, or None.
     """
@@ -2359,7 +2373,7 @@ class SwinGait(nn.Module):
                                       KPRPE(joints, WINDOW, STAGES[1], 2 * heads, rpe, scale)])
 
     def biases(self, joints: torch.Tensor | None) -> list:
-        """B / sqrt(d) of each block, (F, H, N, N), of joints (F, joints, 2), or None."""
+        """Bias over sqrt(d_k), (F, H, N, N), of each block, by joints (F, joints, 2), or None."""
         if self.rpe is None:
             return [None] * len(self.blocks)
         if joints is None:
@@ -2413,8 +2427,8 @@ class GaitLoss(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm1d(strips * dim)
         self.centres = nn.Parameter(torch.empty(strips, people, dim))
-        for own in self.centres.data:
-            nn.init.xavier_uniform_(own)
+        for strip in self.centres.data:
+            nn.init.xavier_uniform_(strip)
 
     def cosines(self, strips: torch.Tensor) -> torch.Tensor:
         """Of each strip with all people's: (B, P, D) -> (B, P, people)."""
@@ -2469,7 +2483,7 @@ def gait_inputs(batch: dict, device: torch.device) -> tuple[torch.Tensor, torch.
 def gait_groups(args, net: SwinGait, head: GaitLoss) -> list[dict]:
     """Parameters for AdamW. As in OpenGait, norms, tables and the patch embedding do not decay; it
     gives a tenth of the rate to what it takes from a trained network, convolutions and heads."""
-    # W_L is divided by sqrt(d) as in the ViT; Swin's table is not.
+    # W_L is divided by sqrt(d_k) as in the ViT; Swin's table is not.
     root_d = (args.dim // args.heads) ** 0.5 if args.rpe in KEYPOINT else 1.0
     groups = parameter_groups(net, args.weight_decay, args.rpe_lr or root_d,
                               r"patch_embed|\.table|bias$")
@@ -2499,7 +2513,7 @@ def train_gait(args) -> dict:
     job.say(f"{len(train_set):,} walks of {people:,} people, {len(test_sets['']):,} to test on")
     note_warmup(job)
     # Network, head and optimizer
-    net = build_gait(args, job.device)
+    net = SwinGait(args.dim, args.heads, args.rpe, drop_path=args.drop_path).to(job.device)
     head = GaitLoss(args.dim, people).to(job.device)
     optimizer = torch.optim.AdamW(gait_groups(args, net, head), args.lr, fused=True)
     if job.state:
@@ -2536,11 +2550,6 @@ def train_gait(args) -> dict:
     print_gait(scores, args)
     datasets.write_image(job.folder / "gait.png", draw_walks(test_sets))
     return scores
-
-
-def build_gait(args, device: torch.device) -> SwinGait:
-    """The network that the flags describe."""
-    return SwinGait(args.dim, args.heads, args.rpe, drop_path=args.drop_path).to(device)
 
 
 def gait_tests(args) -> dict[str, gait.GaitDataset]:
@@ -2599,7 +2608,7 @@ def print_gait(scores: dict, args):
 def evaluate_gait_checkpoint(args) -> dict:
     """--eval: the numbers of a checkpoint on the test split of --data; with --output, gait.png."""
     state, device = run.open_checkpoint(args, args.eval, ["unaligned"])
-    net = build_gait(args, device)
+    net = SwinGait(args.dim, args.heads, args.rpe).to(device)
     run.load_weights(net, state["model"], args.eval)
     folder = run.find_run(args)
     test_sets = gait_tests(args)
@@ -2634,8 +2643,8 @@ def draw_walks(test_sets: dict) -> np.ndarray:
 SOURCES = {"model.net.": "CVLface, model.safetensors", "net.": "CVLface, model.pt",
            "model.": "AdaFace, .ckpt", "": "insightface, backbone.pth"}
 # Flags of a recogniser: what all have in common, and how the paper tests.
-PUBLISHED = dict(data="", size=112, rpe="none", num_keypoints=5, drop_path=0.1, unaligned=False,
-                 box="image", margin=1.4)
+PUBLISHED = dict(data="", size=112, pool="flatten", rpe="none", num_keypoints=5, drop_path=0.1,
+                 unaligned=False, box="image", margin=1.4)
 
 
 def load_published(path) -> tuple[nn.Module, dict]:
@@ -2733,7 +2742,7 @@ def convert_vit(state: dict) -> tuple[str, dict, dict]:
         bias = weights.pop("keypoint_linear.bias")
         heads = len(W_L) // (depth * DISTANCES["product"])
         own = dict(rpe="kp-multihead", num_keypoints=W_L.shape[1] // 2)
-        # Their keypoints are x / W, half a pixel less than ours; their B is not divided by sqrt(d).
+        # Their keypoints are x / W, half a pixel less than ours; their B not over sqrt(d_k).
         root_d = math.sqrt(dim // heads)
         weights["rpe.keypoint_linear.weight"] = root_d * W_L
         weights["rpe.keypoint_linear.bias"] = root_d * (bias + 0.5 / 112 * W_L.sum(1))
@@ -2799,14 +2808,12 @@ CONVERTERS = {"patch_embed.proj.weight": convert_vit, "input_layer.0.weight": co
 # ---- Backbones: as published, nothing of this paper ----------------------------------------------
 
 def conv(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """(B, cin, H, W) -> (B, cout, H/stride, W/stride). No bias: the batch norm behind it has a
-    shift."""
+    """(B, cin, H, W) -> (B, cout, H/stride, W/stride). No bias: a batch norm follows."""
     return nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
 def conv_bn(cin: int, cout: int, kernel: int, stride=1, groups=1, act=None) -> nn.Sequential:
-    """`conv` (0), batch norm (1) and, if its class is given, an activation (2); the shapes of
-    `conv`."""
+    """`conv` (0), batch norm (1) and, if its class is given, an activation (2)."""
     layers = [conv(cin, cout, kernel, stride, groups), nn.BatchNorm2d(cout)]
     if act:
         layers.append(act(inplace=True))
@@ -2814,8 +2821,7 @@ def conv_bn(cin: int, cout: int, kernel: int, stride=1, groups=1, act=None) -> n
 
 
 class IRBlock(nn.Module):
-    """Batch norm, two 3x3 convolutions, shortcut: (B, cin, H, W) -> (B, planes, H/stride,
-    W/stride).
+    """Two 3x3 convolutions and a shortcut: (B, cin, H, W) -> (B, planes, H/stride, W/stride).
     Source: Deng et al., "ArcFace", CVPR 2019 (improved residual unit); AdaFace's code."""
 
     def __init__(self, cin: int, planes: int, stride: int, convolution: bool = False):
@@ -2912,8 +2918,7 @@ class MobileNet(nn.Module):
 
 
 class FPN(nn.Module):
-    """Feature pyramid (Lin et al., CVPR 2017): levels of 64, 128, 256 channels -> three of 64, the
-    coarse added to the finer."""
+    """Feature pyramid (Lin et al., CVPR 2017): levels of 64, 128, 256 channels -> three of 64."""
 
     def __init__(self):
         super().__init__()
@@ -2931,8 +2936,7 @@ class FPN(nn.Module):
 
 
 class SSH(nn.Module):
-    """Context of 3, 5 and 7 px by stacked 3x3 convolutions (Najibi et al., ICCV 2017):
-    (B, 64, H, W) -> same shape."""
+    """Context of 3, 5 and 7 px by 3x3 convolutions (Najibi et al., ICCV 2017): shapes stay."""
 
     def __init__(self):
         super().__init__()
@@ -2961,9 +2965,6 @@ class Head(nn.Module):
 
 
 # ---- Main ----------------------------------------------------------------------------------------
-
-TASKS = {"face": PRESETS, "dfa": DFA_PRESETS, "gait": GAIT_PRESETS}  # and the presets of --data
-
 
 def main(args) -> dict:
     """Trains, evaluates or predicts in the task of the flags; returns the last numbers."""

@@ -142,7 +142,7 @@ def test_gradients_are_those_of_the_tables_written_out(variant):
     D = net.grid[:, None] - points[:, None]                                   # (B, N, L, 2)
     if variant == "kp-absolute":
         D = points[:, None].expand(-1, N, -1, -1)
-    f = net.keypoint_linear(D.flatten(2)).unflatten(-1, (*net.own, 49)).permute(2, 0, 3, 1, 4)
+    f = net.keypoint_linear(D.flatten(2)).unflatten(-1, (*net.table_counts, 49)).permute(2, 0, 3, 1, 4)
     ids = kprpe.bucket_ids(*GRID, "product").expand(2, 2, 3, -1, -1)
     slow = f.expand(2, -1, 3, -1, -1).gather(-1, ids)                         # (depth, B, H, N, N)
     fast = torch.stack(list(net(points)))
@@ -620,7 +620,7 @@ def test_geometry_is_the_chain_of_its_parts():
 
     chain = [shift(m, m), np.diag([zoom, zoom, 1]), shift(-t[0], -t[1]),
              np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]), shift(-m, -m)]
-    same(kprpe.place(112, zoom, 0.3, np.array(t)), np.linalg.multi_dot(chain)[:2])
+    same(kprpe.zoom_turn_shift(112, zoom, 0.3, np.array(t)), np.linalg.multi_dot(chain)[:2])
 
 
 @pytest.mark.parametrize("kind, turned", [("full", 0.2), ("wide", 1.0)])
@@ -684,21 +684,21 @@ def test_distorted_crops_are_a_function_of_seed_epoch_and_index():
         def __len__(self):
             return 5
 
-    data = kprpe.Distorted(Still(), 7)
+    data = kprpe.PhotometricAugmentation(Still(), 7)
     one = data.__getitems__([(2, 0), (2, 3), (2, 1)])["image"]
     other = data.__getitems__([(2, 1), (2, 3)])["image"]
     assert torch.equal(one[2], other[0]) and torch.equal(one[1], other[1])
     changed = [not np.array_equal(data.__getitems__([(epoch, 0)])["image"][0], noise()[0])
                for epoch in range(200)]
     assert 0.9 < np.mean(changed) <= 1
-    assert not torch.equal(kprpe.Distorted(Still(), 8).__getitems__([(2, 0)])["image"][0], one[0])
+    assert not torch.equal(kprpe.PhotometricAugmentation(Still(), 8).__getitems__([(2, 0)])["image"][0], one[0])
 
 
 def test_cutout_leaves_a_box_and_blur_keeps_flat_images():
     rng = np.random.default_rng(0)
     areas = []
     for _ in range(300):
-        kept = kprpe.cut_out(np.full((112, 112, 3), 9, np.uint8), rng)[..., 0] > 0
+        kept = kprpe.keep_box(np.full((112, 112, 3), 9, np.uint8), rng)[..., 0] > 0
         height, width = kept.any(1).sum(), kept.any(0).sum()
         assert kept.sum() == height * width and 0.73 < width / height < 1.36
         areas.append(kept.mean())
@@ -788,6 +788,20 @@ def test_subject_batches_are_the_same_for_all_ranks():
     assert whole == [a + b for a, b in zip(*halves)] and len(set(sum(whole, []))) < 40
 
 
+def test_an_image_that_is_drawn_twice_is_augmented_anew():
+    """Keys of an epoch differ, are a function of (epoch, place), and are not those of another."""
+    def keys(epoch, rank=0, world=1):
+        batches = kprpe.SubjectBatches(np.zeros(5, int), 1.0, 4, 3, rank, world)
+        batches.epoch = epoch
+        return list(batches)
+
+    drawn = [key for epoch in range(4) for batch in keys(epoch) for key in batch]
+    assert [place for place, _ in drawn] == list(range(16))
+    assert len({i for _, i in drawn[:4]}) < 4  # an image of the epoch came twice
+    assert keys(2) == keys(2)
+    assert keys(2) == [a + b for a, b in zip(keys(2, 0, 2), keys(2, 1, 2))]
+
+
 # ---- Optimisation --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rpe, own", [
@@ -805,6 +819,14 @@ def test_matrices_decay_and_encodings_learn_at_their_own_rate(rpe, own):
     assert set.union(*encodings) == own and len(set.union(decayed, rest, own)) == len(names)
     assert {"patch_embed.proj.weight", "feature.0.weight", "blocks.0.mlp.fc1.weight"} <= decayed
     assert {"pos_embed", "patch_embed.proj.bias", "norm.weight", "feature.1.weight"} <= rest
+
+
+def test_the_mean_over_the_patches_forgets_their_order():
+    net = tiny("none", pool="mean").double().eval()
+    nn.init.zeros_(net.pos_embed)
+    image, _ = batch(dtype=torch.float64)
+    same(net(image), net(torch.cat([image[:, :, 4:], image[:, :, :4]], 2)))  # rows of patches
+    assert net.feature[0].in_features == net.pos_embed.shape[-1]
 
 
 def test_learning_rate_warms_up_and_falls_as_a_cosine():

@@ -40,8 +40,9 @@ def presets_of(kind):
     """{--data: preset} of a key of TINY; a preset says what differs from the paper's settings."""
     script, _, task = kind.partition("-")
     module = importlib.import_module(script)
-    presets = module.TASKS[task or "face"] if script == "kprpe" else module.PRESETS
-    paper = getattr(module, f"{task.upper()}_PAPER" if task else "PAPER", {})
+    prefix = f"{task.upper()}_" if task else ""
+    presets = getattr(module, f"{prefix}PRESETS")
+    paper = getattr(module, f"{prefix}PAPER", {})
     return {data: paper | preset for data, preset in presets.items()}
 
 
