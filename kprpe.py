@@ -181,7 +181,7 @@ def face_flags(parser):
     add("--patch", type=run.positive, default=8, help="side of a patch in px")
     add("--pool", default="flatten", choices=["flatten", "mean"], help="what the last layers read: "
         "every patch (the paper's sizes), or the mean over the patches")
-    add("--drop-path", type=run.within(float, 0, 0.9), default=0.1, help="chance, in the last block")
+    add("--drop-path", type=run.within(float, 0, 0.9), default=0.1, help="chance in the last block")
     add("--rpe", default="kp-multihead", choices=RPES, help="position encoding (Tables 1 and 2)")
     add("--num-keypoints", type=run.within(int, 0, 5), default=5, help="of kp-* (supp. 2.2)")
     add("--draw-keypoints", action=switch, default=False, help="mark keypoints (Fig. 1: Abs-PE*)")
