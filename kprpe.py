@@ -2724,7 +2724,7 @@ def convert_vit(state: dict) -> tuple[str, dict, dict]:
     patch = state["patch_embed.proj.weight"].shape[2]
     kind = "ViT"
     heads = 16 if (depth, patch) == (24, 8) else 8  # the file does not say: base 16; others 8
-    own = {}
+    encoding = {}
     weights = {}
     for name, value in state.items():
         table = re.fullmatch(r"(.+)\.rpe_([qkv])\.lookup_table_weight", name)
@@ -2733,7 +2733,7 @@ def convert_vit(state: dict) -> tuple[str, dict, dict]:
             weights[f"{table[1]}.contextual.{table[2]}"] = table_value
             kind = "iRPE"
             heads = dim // table_value.shape[1]
-            own = dict(rpe="irpe")
+            encoding = dict(rpe="irpe")
         elif name != "mask_token":  # of insightface, unused
             weights[name] = value
     if "keypoint_linear.weight" in state:
@@ -2741,7 +2741,7 @@ def convert_vit(state: dict) -> tuple[str, dict, dict]:
         W_L = weights.pop("keypoint_linear.weight")
         bias = weights.pop("keypoint_linear.bias")
         heads = len(W_L) // (depth * DISTANCES["product"])
-        own = dict(rpe="kp-multihead", num_keypoints=W_L.shape[1] // 2)
+        encoding = dict(rpe="kp-multihead", num_keypoints=W_L.shape[1] // 2)
         # Their keypoints are x / W, half a pixel less than ours; their B not over sqrt(d_k).
         root_d = math.sqrt(dim // heads)
         weights["rpe.keypoint_linear.weight"] = root_d * W_L
@@ -2751,7 +2751,7 @@ def convert_vit(state: dict) -> tuple[str, dict, dict]:
     ratio = len(state["blocks.0.mlp.fc1.weight"]) / dim
     flags = dict(model="own", dim=dim, depth=depth, heads=heads, mlp_ratio=ratio, patch=patch,
                  features=len(state["feature.2.weight"]))
-    return kind, PUBLISHED | flags | own, weights
+    return kind, PUBLISHED | flags | encoding, weights
 
 
 def convert_iresnet(state: dict) -> tuple[str, dict, dict]:
