@@ -3,23 +3,23 @@
 Huilin Yang, Junyan Lyu, Pujin Cheng, Xiaoying Tang; submitted to ICLR 2022.
 https://arxiv.org/abs/2108.00690
 
-The method. A face is twelve curves or so (contour, brows, nose, eyes, lips). The network does not
+The method. A face is about twelve curves (contour, brows, nose, eyes, lips). The network does not
 say where the landmarks are: it gives each a momentum, and the momenta of a curve make a smooth
 velocity field around it (a sum of Gaussians) along which the curve of the mean face flows to its
 place on the image. The field moves every point near the curve, not only the landmarks: a network
 that was trained on half of the landmarks, or on 68 points, predicts all of them, or the 194 of
-another annotation, without retraining. The loss compares landmarks, and curves as wholes (the
-vector measures of their tangents).
+another annotation, without retraining. The loss compares landmarks and whole curves (Eq. 4).
 
 Train on 300W on four GPUs (the paper: NME 3.53 %; not run here, see README):
   python lddmm_face.py --data 300w --data-root 300W --gpus 4 --cache device
 Without any data, on drawn faces, two minutes on two CPU cores: 68 landmarks learned, 194 predicted:
   python lddmm_face.py
-Continue; evaluate, also on a set of another annotation; use, also for another annotation:
+Continue; evaluate, also on a set of another annotation; use, also for another annotation, whose
+landmarks are then placed by the mean face of drawn faces:
   python lddmm_face.py --data 300w --gpus 4 --cache device --resume
   python lddmm_face.py --data helen --data-root HELEN --eval runs/lddmm_face-300w/last.pt
   python lddmm_face.py --predict photo.jpg --as-points 194 --weights runs/lddmm_face-300w/last.pt
-The baseline of Tables 1 and 2 by HRNet's own weights; --predict takes them as --weights:
+The baseline of Tables 8 and 9 by HRNet's own weights; --predict takes them as --weights:
   python lddmm_face.py --data wflw --data-root WFLW --eval HR18-WFLW.pth
 
 Where each equation is:
@@ -29,6 +29,12 @@ Where each equation is:
   Eq. (5)       landmark discrepancy              landmark_discrepancy
   Eq. (6), (7)  flow                              flow
   Eq. (8)       loss                              lddmm_loss
+  Fig. 1        momentum estimator, flow 1 to N   LDDMMFace.stage, deform
+  Sec. 3.3      a_k(t), extra landmarks           flow(extra=)
+  Sec. 4        NME_l, NME_c                      common.metrics.nme, curve_error
+  Sec. 4.1      determinant of Jacobian (DetJ)    jacobian
+  Sec. 4.2      sparse-to-dense                   sparse_to_dense
+  Sec. 4.3      affine map of mean faces          cross_annotation
 
 Where the paper is silent, or the authors' code (CRazorback/LDDMM-Face at cb45e96) differs from it:
   - The paper writes momenta alpha(t) and names no number of time steps. The code predicts one
@@ -38,36 +44,32 @@ Where the paper is silent, or the authors' code (CRazorback/LDDMM-Face at cb45e9
     height, as the code does. The code measures it in another frame than it flows in, so that its
     sigma_V is 0.35 of that for 300W, 0.44 for HELEN: --sigma-factor. sigma_W is half of sigma_V for
     each curve, as in the paper; a wrong index in the code takes that of the contour for nearly all.
-  - Eq. (8) is taken with the curve discrepancy as a norm, summed over the curves. The code squares
-    it, divides it by the number of landmarks, and averages the other term over all landmarks:
-    --squared.
+  - Eq. (8) is taken with the curve discrepancy as a norm, summed over the curves. --squared is the
+    code's: squared, over the number of landmarks, the other term averaged over all landmarks.
   - The mean face is the training set's, in the crop; the code has a fixed one. The mean face of
     another annotation is brought onto it by the affine map that fits the places that both mark; the
     code has maps and corrections made by hand.
-  - The 98 points of WFLW include the pupils. They lie on no curve; here the flow of their eye
-    carries them, the code leaves them out. HELEN has 11 curves here and in the code, one of them
-    the nose; the paper has 12 throughout.
+  - WFLW's pupils lie on no curve; here the flow of their eye carries them, the code leaves them
+    out. HELEN has 11 curves here and in the code, one of them the nose; in the paper N is 12.
   - The "50 %" and "33 %" of Sec. 4.2 are the code's lists, which hold 68 % of 300W's landmarks,
     55 % of WFLW's, and 51 and 40 % of HELEN's.
   - NME_c is called an ICP error in the paper. The code, and we, take distances to the nearest
     points, both ways, by part of the face, and move nothing.
   - The paper's augmentation is "normal, +-20 degrees, +-25 %": we read a standard deviation of half
     of that, clipped there. The code turns evenly up to 30 degrees in 6 of 10 images.
-  - Coordinates keep their fractions; the code cuts them to whole pixels, which costs 0.4 to 1.2 %
-    NME.
+  - Coordinates keep their fractions; the code's whole pixels cost it 0.4 to 1.2 % NME.
+  - WFLW has the paper's schedule; the code's: --epochs 150 --drop-at 0.5,0.667,0.833.
   - Everything is trained from scratch, unless --init names weights. The code starts HRNet from
     weights for landmarks, and for 300W and WFLW leaves them as they are.
   - Images are normalised by ImageNet's mean and deviation, as in the code; the paper has the
     training set's. Crops are about the true landmarks.
   - d_ipd is the distance of the pupils, or of the eyes' centres where none are marked; in the code
     it is that of the outer eye corners. HELEN's published NME is --norm io-published.
-  - DAN has blocks of VGG13, and its stages weigh 0.3 and 0.7 in the loss, as in the code; the paper
-    names VGG11.
+  - DAN has blocks of VGG13, and stage weights 0.3 and 0.7, as in the code; the paper names VGG11.
   - The baselines, --method coord and heatmap, run on the same schedule. Coordinates are added to
     the mean face; in the code to zero. Their other landmarks are interpolated along the curves for
     NME_l; NME_c compares the landmarks that they have.
-  - With --gpus N each process normalises its own share of the batch, as is usual for batch norms.
-    The last epoch is reported.
+  - With --gpus N each process normalises its own share of the batch. The last epoch is reported.
 """
 import copy
 import functools
@@ -89,13 +91,13 @@ from common.checkpoint import read_state_dict, read_tensors
 
 # ---- Settings ------------------------------------------------------------------------------------
 
-# Appendix: Adam 3e-4, halved thrice, 300 epochs, batch 32, 256 px, crops 1.25 times the box.
+# Appendix B: Adam 3e-4, halved thrice, 300 epochs, batch 32, 256 px, crops 1.25 times the box.
 PAPER = dict(size=256, epochs=300, batch_size=32, lr=3e-4, backbone="hrnet_w18",
              drop_at="0.25,0.5,0.75", norm="io", threshold=0.10, margin=1.25, eval_every=5)
 SMALL = dict(size=128, epochs=30, lr=1e-3, backbone="mobilenetv2", cache="device", eval_every=1)
 PRESETS = {
     "300w": {},
-    "wflw": dict(epochs=150, drop_at="0.5,0.667,0.833"),  # the code's schedule
+    "wflw": {},
     "helen": {},
     "cofw68": {},  # Table 4: trained on 300W; --data-root is the folder of both sets
     "youtube": SMALL,
@@ -128,7 +130,7 @@ def parse_args(argv=None):
     add("--as-points", type=int, default=0, choices=[0, *ANNOTATIONS], help="with --predict, the "
         "annotation to predict; 0: that of the training")
     args = run.parse(parser, argv)
-    if args.backbone == "hourglass" and args.size % 64:
+    if args.backbone == "hourglass" and args.method != "heatmap" and args.size % 64:
         parser.error(f"--size {args.size}: expected a multiple of 64 with --backbone hourglass")
     return args
 
@@ -136,12 +138,13 @@ def parse_args(argv=None):
 # ---- Curves and training landmarks ---------------------------------------------------------------
 
 # Letters of shapes: B faces, P landmarks of an annotation, K of them that the network is trained on
-# ("training landmarks", which have momenta), N points that flow (these and extra ones), C curves.
+# ("training landmarks", which have momenta), N points that flow (these and extra ones), C curves
+# (the paper's N); of one curve n landmarks and m extra ones, as in the paper.
 
 # Sec. 4.2: the training landmarks by annotation and percent, a list for each curve, in the order of
-# `datasets.SCHEMES[points].curves`. Source: code (46, 54, 98 and 78 landmarks); the paper has no
-# lists, and says that no landmark of an eye is left out. Of 68, a mouth corner that ends both lips
-# has a momentum on each. In the code HELEN's 162 stands twice and 172 not at all; here it is 172.
+# `datasets.SCHEMES[points].curves`. Source: code (46, 54, 98 and 78 landmarks); the paper has none.
+# WFLW's list halves the eyes, Appendix B keeps them whole. Of 68, a corner of the mouth, which ends
+# both lips, has a momentum on each. In the code HELEN's 162 stands twice, 172 not at all; here 172.
 SUBSETS: dict[int, dict[int, list[list[int]]]] = {
     68: {50: [[0, 2, 4, 6, 8], [9, 11, 13, 16], [17, 19, 21], [22, 24, 26], [27, 28, 29, 30],
               [31, 33, 35], [*range(36, 42)], [*range(42, 48)], [48, 50, 51, 52, 54],
@@ -166,8 +169,7 @@ def training_landmarks(scheme: int, points: int | Sequence[int] = 100) -> dict[s
 
     Args: scheme, number of landmarks, of ANNOTATIONS; points, percent of Sec. 4.2 (100: all that
         lie on curves), or indices.
-    Raises: UserError for a percent without a list, an index on no curve or twice, and a curve
-        without a training landmark.
+    Raises: UserError for a percent without a list, an index on no curve or twice, an empty curve.
     """
     curves = datasets.SCHEMES[scheme].curves
     if isinstance(points, int):
@@ -218,7 +220,7 @@ class Curves(nn.Module):
         return points.flatten(-3, -2).index_select(-2, self.slot)
 
 
-def number_points(subset: dict[str, list[int]]) -> dict[str, list[int]]:
+def positions_by_curve(subset: dict[str, list[int]]) -> dict[str, list[int]]:
     """{curve: which of the K training landmarks are on it}; they are numbered curve after curve."""
     number = itertools.count()
     return {name: [next(number) for _ in line] for name, line in subset.items()}
@@ -256,8 +258,8 @@ def flow(x: torch.Tensor, alpha: torch.Tensor, sigma, steps: int = 2,
     """The points of a curve, moved by their momenta for a unit of time in `steps` Euler steps.
 
     A point whose momentum is 0 moves no other and is carried along: so are extra points (Sec. 3.3).
-    It is one-to-one for certain only if the norms of the momenta sum to less than sqrt(e / 2) sigma
-    steps. Use as many steps as the network was trained with.
+    It is surely one-to-one if the norms of the momenta sum to less than sqrt(e / 2) sigma steps.
+    Use as many steps as the network was trained with.
     Args: x (..., n, 2) px; alpha (..., n, 2) px; sigma, a number or (...,) px; extra (..., m, 2)
         px. Leading dimensions broadcast, as those of many faces and curves.
     Returns: path (..., steps + 1, n, 2), from the start on; with extra the pair of both paths.
@@ -285,7 +287,7 @@ def jacobian(x: torch.Tensor, alpha: torch.Tensor, sigma, steps: int,
     rows are the gradients of x and y. A determinant of at most 0 is a fold (DetJ of Sec. 4.1)."""
     path, moved = flow(x, alpha, sigma, steps, points)
     sigma = as_column(sigma, path)
-    D = torch.eye(2, dtype=path.dtype, device=path.device)
+    J = torch.eye(2, dtype=path.dtype, device=path.device)
     for step in range(steps):
         x = path[..., step, :, :]
         y = moved[..., step, :, :]
@@ -293,9 +295,9 @@ def jacobian(x: torch.Tensor, alpha: torch.Tensor, sigma, steps: int,
         # dv^a/dy^b = sum_j alpha_j^a k_V(x_j, y) (-2 (y - x_j)^b / sigma^2)
         slope = -2 * kernel(y, x, sigma)[..., None] * away / sigma[..., None]
         Dv = alpha.mT[..., None, :, :] @ slope  # (..., m, 2, 2)
-        # The chain rule for a step of Eq. (7): D <- (I + Dv dt) D
-        D = D + Dv @ D / steps
-    return D
+        # The chain rule for a step of Eq. (7): J <- (I + Dv dt) J
+        J = J + Dv @ J / steps
+    return J
 
 
 def deform(points: torch.Tensor, momenta: torch.Tensor, curves: Curves, sigma, steps: int = 2):
@@ -322,12 +324,12 @@ def from_frame(points, size: int):
     return (points + 0.5) * (size / FRAME) - 0.5
 
 
-class Extra(NamedTuple):
+class ExtraLandmarks(NamedTuple):
     """Points that the flows carry besides the training landmarks (Sec. 3.3), and the annotation
     that all of these make up. Together they are N points, the K training landmarks first."""
     points: torch.Tensor  # (N - K, 2) px of a 256 px crop, in the mean face
     curves: Curves  # of all N
-    place: torch.Tensor  # (P,) which of the N each landmark of the annotation is
+    order: torch.Tensor  # (P,) which of the N each landmark of the annotation is
 
 
 class Prediction(NamedTuple):
@@ -364,7 +366,7 @@ class LDDMMFace(nn.Module):
             self.subset = training_landmarks(scheme, points)
         self.landmarks = sum(self.subset.values(), [])  # (K,) the number of each training landmark
         count = len(self.landmarks)
-        self.curves = Curves(number_points(self.subset).values())
+        self.curves = Curves(positions_by_curve(self.subset).values())
         self.register_buffer("ids", torch.tensor(self.landmarks), persistent=False)
         pupils = torch.tensor(datasets.SCHEMES[scheme].pupils)
         self.register_buffer("pupils", pupils, persistent=False)  # (2, points of each)
@@ -404,7 +406,7 @@ class LDDMMFace(nn.Module):
                 points = deform(start, momenta, curves, self.sigma, self.steps)[:, -1]
         return features, momenta, points
 
-    def forward(self, image, extra: Extra | None = None) -> Prediction:
+    def forward(self, image, extra: ExtraLandmarks | None = None) -> Prediction:
         if self.method == "heatmap":
             return Prediction([], heatmaps=self.backbone(image))
         curves = self.curves
@@ -420,7 +422,7 @@ class LDDMMFace(nn.Module):
             trained = first[:, :len(self.ids)]
             image, theta = self.connection(image.float(), trained, features, self.start)
             start = warp.apply_affine(theta, first)
-        momenta, second = self.stage(1, image, start, curves)[1:]
+        _, momenta, second = self.stage(1, image, start, curves)
         return Prediction([first, warp.apply_affine(warp.invert(theta), second)], start, momenta)
 
 
@@ -428,8 +430,8 @@ class LDDMMFace(nn.Module):
 
 def inner(a: torch.Tensor, b: torch.Tensor, sigma) -> torch.Tensor:
     """Inner product in W* of curves (..., n, 2) and (..., m, 2): (...,); sigma (..., 1, 1). All
-    curves are open, as in the code: n - 1 tangents of n points. With a = b it is Eq. (1), a squared
-    norm."""
+    curves are open, as in the code: n - 1 tangents of n points. Eq. (1) prints the double sum, of
+    a = b, as the norm; it is the norm's square."""
     # Sec. 3.1.1: c_i = (x_i + x_{i+1}) / 2, tau_i = x_{i+1} - x_i
     c_a = (a[..., 1:, :] + a[..., :-1, :]) / 2
     c_b = (b[..., 1:, :] + b[..., :-1, :]) / 2
@@ -440,8 +442,7 @@ def inner(a: torch.Tensor, b: torch.Tensor, sigma) -> torch.Tensor:
 
 
 def curve_discrepancy(z: torch.Tensor, y: torch.Tensor, sigma, squared: bool = False):
-    """D_c of curves z and y, both (..., n, 2) px: (...,) px, or its square. sigma: sigma_W, a
-    number or (...,) px."""
+    """D_c of curves z, y (..., n, 2) px: (...,) px, or squared; sigma_W a number or (...,) px."""
     sigma = as_column(sigma, z)
     # Eq. (4): D_c = || sum_i tau_z,i delta_c_z,i - sum_j tau_y,j delta_c_y,j ||_W*
     square = inner(z, z, sigma) - 2 * inner(z, y, sigma) + inner(y, y, sigma)
@@ -514,21 +515,19 @@ def curves_and_pupils(scheme: int) -> dict[str, list[int]]:
     return found
 
 
-def make_extra(net: LDDMMFace, points: torch.Tensor, names: Sequence[str],
-               place: Sequence[int]) -> Extra:
-    """`Extra` of points (E, 2) px of a 256 px crop, each with the name of the curve that it goes
-    with."""
-    table = number_points(net.subset)
+def extra_landmarks(net: LDDMMFace, points: torch.Tensor, names: Sequence[str],
+                    order: Sequence[int]) -> ExtraLandmarks:
+    """Points (E, 2) px of a 256 px crop, each with the name of the curve that it goes with."""
+    table = positions_by_curve(net.subset)
     for i, name in enumerate(names, len(net.landmarks)):
         table[name].append(i)
-    device = net.mean.device
-    return Extra(points, Curves(table.values()).to(device), torch.tensor(place, device=device))
+    order = torch.tensor(order, device=net.mean.device)
+    return ExtraLandmarks(points, Curves(table.values()).to(order.device), order)
 
 
-def own_extra(net: LDDMMFace) -> Extra:
-    """The other landmarks of the network's own annotation (sparse-to-dense, Sec. 4.2), on their
-    curves. A mouth corner that is a training landmark of both lips is predicted by the lower, as in
-    the code."""
+def sparse_to_dense(net: LDDMMFace) -> ExtraLandmarks:
+    """The other landmarks of the network's own annotation (Sec. 4.2), on their curves. A corner of
+    the mouth that is a training landmark of both lips is predicted by the lower, as in the code."""
     ids = []
     names = []
     for name, line in curves_and_pupils(net.scheme).items():
@@ -536,11 +535,12 @@ def own_extra(net: LDDMMFace) -> Extra:
             if index not in net.landmarks:
                 ids.append(index)
                 names.append(name)
-    place = {index: k for k, index in enumerate(net.landmarks + ids)}
-    return make_extra(net, net.mean[ids], names, [place[index] for index in range(net.scheme)])
+    position = {index: k for k, index in enumerate(net.landmarks + ids)}
+    order = [position[index] for index in range(net.scheme)]
+    return extra_landmarks(net, net.mean[ids], names, order)
 
 
-def other_extra(net: LDDMMFace, mean: torch.Tensor) -> Extra:
+def cross_annotation(net: LDDMMFace, mean: torch.Tensor) -> ExtraLandmarks:
     """The landmarks of another annotation (Sec. 4.3), given its mean face (P, 2) in any frame.
 
     The affine map that fits the shared anchors best brings that mean face onto the network's. A
@@ -570,10 +570,10 @@ def other_extra(net: LDDMMFace, mean: torch.Tensor) -> Extra:
             name = own_curve[min(near, key=distance[index].__getitem__)]
         names.append(name)
     count = len(net.landmarks)
-    return make_extra(net, placed, names, range(count, count + len(mean)))
+    return extra_landmarks(net, placed, names, range(count, count + len(mean)))
 
 
-# ---- Data: Appendix ------------------------------------------------------------------------------
+# ---- Data: Appendix B ----------------------------------------------------------------------------
 
 ROTATION, ZOOM = 20.0, 0.25  # degrees; of 1
 # How far beyond the crop its own corners can come to lie.
@@ -593,7 +593,7 @@ def augment(rng: np.random.Generator, size: int):
 
 @functools.cache
 def constant(values: tuple, device: torch.device) -> torch.Tensor:
-    """A float32 tensor, copied to a device once: a copy waits for what the GPU is at."""
+    """A float32 tensor. Cached: a copy in each step would make the CPU wait for the GPU."""
     with torch.inference_mode(False):  # else, made in an evaluation, training could not use it
         return torch.tensor(values, device=device)
 
@@ -631,7 +631,7 @@ def make_dataset(args, split: str) -> datasets.CropDataset:
     crops = datasets.square_crops(boxes, args.size, args.margin)
     if split == "test":
         data = datasets.CropDataset(faces, crops, args.size)
-        data.divisors(args.norm)  # what is wrong with them is said now, not after an epoch
+        data.divisors(args.norm)  # raises here, not after an epoch
         return data
     flip = datasets.SCHEMES[points].flip
     return datasets.CropDataset(faces, crops, args.size, augment, REACH, 1 + ZOOM, flip, args.seed)
@@ -642,7 +642,7 @@ def mean_face(data: datasets.CropDataset) -> torch.Tensor:
     return to_frame(data.crop_points().mean(0), data.size)
 
 
-# ---- Training: Appendix --------------------------------------------------------------------------
+# ---- Training: Appendix B ------------------------------------------------------------------------
 
 def learning_rate(step: int, steps: int, base: float, drop_at: Sequence[float]) -> float:
     """Halved after each of the parts `drop_at` of the run."""
@@ -721,16 +721,16 @@ def train(args) -> dict:
 
 # ---- Evaluation: Sec. 4 --------------------------------------------------------------------------
 
-def find_extra(net: LDDMMFace, args, points: int) -> Extra:
+def extra_to_predict(net: LDDMMFace, args, points: int) -> ExtraLandmarks:
     """What a network carries to predict `points` landmarks: of another annotation than its own,
     whose mean face is that of the training split of --data, or, for a baseline, of its own."""
     if points == net.scheme or net.method != "lddmm":
-        return own_extra(net)
-    return other_extra(net, mean_face(make_dataset(args, "train")))
+        return sparse_to_dense(net)
+    return cross_annotation(net, mean_face(make_dataset(args, "train")))
 
 
 @torch.inference_mode()
-def predict_points(net: LDDMMFace, image: torch.Tensor, extra: Extra, args):
+def predict_points(net: LDDMMFace, image: torch.Tensor, extra: ExtraLandmarks, args):
     """The landmarks of prepared crops: (B, P, 2) px of the crop, of the annotation of `extra`,
     (B, K, 2) px those that were trained on, and the `Prediction`. A baseline carries nothing: it
     gives its own annotation, by `interpolation`."""
@@ -738,7 +738,7 @@ def predict_points(net: LDDMMFace, image: torch.Tensor, extra: Extra, args):
         prediction = net(image, extra if net.method == "lddmm" else None)
     if net.method == "lddmm":
         found = prediction.stages[-1]
-        points = found[:, extra.place]
+        points = found[:, extra.order]
         trained = found[:, :len(net.ids)]
     else:
         if net.method == "coord":
@@ -750,46 +750,45 @@ def predict_points(net: LDDMMFace, image: torch.Tensor, extra: Extra, args):
     return from_frame(points, net.size), from_frame(trained, net.size), prediction
 
 
-def derivatives(net: LDDMMFace, prediction: Prediction, extra: Extra) -> torch.Tensor:
-    """Of the flow at each landmark of the annotation: (B, P, 2, 2). Not of DAN, which has two
-    flows."""
+def jacobians(net: LDDMMFace, prediction: Prediction, extra: ExtraLandmarks) -> torch.Tensor:
+    """Of the flow at each landmark: (B, P, 2, 2). Not of DAN, which has two flows."""
     curves = extra.curves
     start = curves.split(prediction.start)
     momenta = curves.split(prediction.momenta) * curves.real[..., None]
-    D = jacobian(start, momenta, net.sigma, net.steps, start)  # (B, C, L, 2, 2)
-    return curves.join(D.flatten(-2))[:, extra.place].unflatten(2, (2, 2))
+    J = jacobian(start, momenta, net.sigma, net.steps, start)  # (B, C, L, 2, 2)
+    return curves.join(J.flatten(-2))[:, extra.order].unflatten(2, (2, 2))
 
 
-def predict_set(net: LDDMMFace, loader, args, extra: Extra):
-    """Of a whole set, in float64 and px of the images: landmarks (M, P, 2), those that were trained
-    on (M, K, 2); and the derivatives of the flow (M, P, 2, 2), but None for DAN, a baseline, or
-    another annotation."""
+def predict_set(net: LDDMMFace, loader, args, extra: ExtraLandmarks):
+    """Of a whole set, in float64 and px of the images: landmarks (M, P, 2), the training landmarks
+    (M, K, 2); and `jacobians` (M, P, 2, 2), but None for DAN, a baseline, or another annotation."""
     net.eval()
-    one_flow = net.method == "lddmm" and net.connection is None and len(extra.place) == net.scheme
-    points, trained, D = [], [], []
+    one_flow = net.method == "lddmm" and net.connection is None and len(extra.order) == net.scheme
+    points, trained, J = [], [], []
     for batch in loader:
         found, own, prediction = predict_points(net, prepare(batch, net.mean.device), extra, args)
         points.append(found.cpu().double())
         trained.append(own.cpu().double())
         if one_flow:
-            D.append(derivatives(net, prediction, extra).cpu().double())
+            J.append(jacobians(net, prediction, extra).cpu().double())
     to_image = warp.invert(loader.dataset.crop_matrices)  # crop px -> image px
     return (warp.apply_affine(to_image, torch.cat(points)),
-            warp.apply_affine(to_image, torch.cat(trained)), torch.cat(D) if D else None)
+            warp.apply_affine(to_image, torch.cat(trained)), torch.cat(J) if J else None)
 
 
-def evaluate(net: LDDMMFace, loader, args, extra: Extra | None = None):
+def evaluate(net: LDDMMFace, loader, args, extra: ExtraLandmarks | None = None):
     """NME_l, FR, AUC and NME_c in the pixels of the images, over a test set and its subsets; DetJ.
 
-    Args: loader, in order, of a CropDataset without augmentation; extra, of `find_extra` if the set
-        has another annotation than the network.
+    Args: loader, in order, of a CropDataset without augmentation; extra, of `extra_to_predict` if
+        the set has another annotation than the network.
     Returns: scores by name, the NME of each face (M,), the landmarks (M, P, 2) px of the images.
-        Scores are fractions: "nme", "fr", "auc", "nme/pose", ...; "curves" (NME_c), and by part
-        "curves/contour", ...; "curves@alone", of the training landmarks without the others; what
-        `scores_without_flow` gives; "detja", "detjn", "detjam" (Table 1).
+        Scores are fractions: "nme" (NME_l), "fr", "auc", "curves" (NME_c), by part of the face
+        "curves@contour", ..., all these also of subsets, "nme/pose", ...; "curves@alone", of the
+        training landmarks without the others; what `scores_without_flow` gives; "detja", "detjn",
+        "detjam" (Table 1).
     """
-    extra = extra or own_extra(net)
-    points, trained, D = predict_set(net, loader, args, extra)
+    extra = extra or sparse_to_dense(net)
+    points, trained, J = predict_set(net, loader, args, extra)
     data = loader.dataset
     target = data.points
     divisors = data.divisors(args.norm)
@@ -797,7 +796,8 @@ def evaluate(net: LDDMMFace, loader, args, extra: Extra | None = None):
         errors = metrics.nme(points, target, divisors)
     else:  # a baseline in another annotation: only curves can be compared (Table 3)
         errors = torch.full((len(target),), math.nan, dtype=torch.float64)
-    scores = metrics.landmark_scores(errors, datasets.subsets(data.faces), args.threshold)
+    subsets = datasets.subsets(data.faces)
+    scores = metrics.landmark_scores(errors, subsets, args.threshold)
     # A baseline is compared by the landmarks that it has (Tables 2 and 3), each once.
     own_parts = {part: [net.landmarks.index(i) for i in ids if i in net.landmarks]
                  for part, ids in datasets.SCHEMES[net.scheme].parts.items()}
@@ -807,28 +807,33 @@ def evaluate(net: LDDMMFace, loader, args, extra: Extra | None = None):
     if net.method == "lddmm":
         curves = metrics.curve_error(points, target, parts, divisors)
     for part, error in curves.items():
-        scores["curves" if part == "overall" else f"curves/{part}"] = float(error.mean())
+        name = "curves" if part == "overall" else f"curves@{part}"
+        for subset, chosen in subsets.items():
+            scores[f"{name}/{subset}" if subset else name] = float(error[chosen].mean())
     scores["curves@alone"] = float(alone["overall"].mean())
     if target.shape[1] == net.scheme and net.mean.any():  # 0 of published weights
         scores |= scores_without_flow(net, trained, data, divisors)
-    if D is not None:
-        det = torch.linalg.det(D)  # (M, P)
+    if J is not None:
+        det = torch.linalg.det(J)  # (M, P)
         scores["detja"] = float(det.mean())
         scores["detjn"] = int((det <= 0).sum())
-        scores["detjam"] = float(torch.linalg.det(D.mean(0)).mean())  # of the averaged flow
+        scores["detjam"] = float(torch.linalg.det(J.mean(0)).mean())  # of the averaged flow
     return scores, errors, points
 
 
 def print_table(scores: dict, args, points: int):
-    """The rows of Tables 1, 2 and 9: a column for the full set and each subset; NME_c by part."""
+    """The numbers of Tables 1 to 5, 8 and 9: a column for the full set and each subset."""
     norm = datasets.norm_kind(args.norm, points)
     print(f"{args.data}: {points} landmarks, NME by {norm}, FR and AUC at {args.threshold:.2f}, "
           f"crop {args.box} x {args.margin}")
-    if not math.isnan(scores["nme"]):
-        print(metrics.landmark_table(scores, {"NME (%)": "nme", "FR (%)": "fr", "AUC (%)": "auc"}))
+    rows = {"NME (%)": "nme", "FR (%)": "fr", "AUC (%)": "auc"}
+    if math.isnan(scores["nme"]):
+        rows = {}
+    rows["NME_c (%)"] = "curves"
+    rows |= {f"  {part} (%)": f"curves@{part}" for part in datasets.SCHEMES[points].parts}
+    print(metrics.landmark_table(scores, rows))
     percent = {name: f"{100 * value:.2f} %" for name, value in scores.items()}
-    parts = [f"{name[7:]} {percent[name]}" for name in scores if name.startswith("curves/")]
-    print(f"NME_c: {percent['curves']} ({', '.join(parts)})")
+    print(f"NME_c of the training landmarks alone {percent['curves@alone']}")
     if "nme/mean face" in scores:
         print(f"without a flow: NME of the mean face {percent['nme/mean face']}, of displacements "
               f"interpolated along the curves {percent['nme@interpolated']}, NME_c "
@@ -842,7 +847,7 @@ def evaluate_set(net: LDDMMFace, args, folder: Path | None = None, end: str = ""
     predicted (Sec. 4.3), and prints the table; pictures go to `folder`, if there is one."""
     data = make_dataset(args, "test")
     points = data.points.shape[1]
-    extra = find_extra(net, args, points)
+    extra = extra_to_predict(net, args, points)
     batches = datasets.in_order(len(data), args.batch_size)
     loader = run.make_loader(args, data, batches, net.mean.device)
     scores, errors, found = evaluate(net, loader, args, extra)
@@ -853,65 +858,59 @@ def evaluate_set(net: LDDMMFace, args, folder: Path | None = None, end: str = ""
     return scores
 
 
-def open_checkpoint(args, path: str) -> LDDMMFace:
-    """The network of a checkpoint, or of HRNet's weights, in evaluation mode; `args` takes its
-    flags over."""
+def open_checkpoint(args, path: str) -> tuple[LDDMMFace, dict]:
+    """The network of a checkpoint, or of HRNet's weights, in evaluation mode; and its flags, which
+    `args` takes over."""
     state, device = run.open_checkpoint(args, path, read=read_checkpoint)
     if "published" in state:
         net = state["published"].to(device, memory_format=torch.channels_last)
         net.size = args.size
-        return net
+        return net, state["args"]
     mean = state["model"].get("mean")
     if not isinstance(mean, torch.Tensor) or mean.shape not in [(n, 2) for n in ANNOTATIONS]:
         raise UserError(f"{path}: its weights have no mean face; the file was changed")
     net = build(args, mean, device)
     run.load_weights(net, state["model"], path)
-    return net.eval()
+    return net.eval(), state["args"]
 
 
 def evaluate_checkpoint(args) -> dict:
-    """--eval: the numbers of a checkpoint on the test set of --data; with --output, pictures
-    too."""
-    net = open_checkpoint(args, args.eval)
+    """--eval: a checkpoint's numbers on the test set of --data; with --output, pictures too."""
+    net, _ = open_checkpoint(args, args.eval)
     return evaluate_set(net, args, run.find_run(args))
 
 
 def predict(args) -> dict:
-    """--predict: for each face its landmarks as NAME.pts, in the annotation of --as-points, for
-    each image NAME.png with them drawn. The mean face of another annotation is that of drawn
-    faces."""
-    net = open_checkpoint(args, args.weights)
-    own = own_extra(net)
+    """--predict: each face's landmarks as NAME.pts, in the annotation of --as-points, each image as
+    NAME.png with them drawn. The mean face of another annotation is that of drawn faces."""
+    net, trained = open_checkpoint(args, args.weights)
+    own = sparse_to_dense(net)
     wanted = own
     if args.as_points not in (0, net.scheme):
         if net.method != "lddmm":
             raise UserError(f"--as-points {args.as_points}: --method {net.method} predicts its own "
                             f"{net.scheme} landmarks alone; only a flow carries others along")
         drawn = copy.copy(args)
-        drawn.data = "faces"
-        drawn.points = args.as_points
-        drawn.limit = 400
-        drawn.box = "landmarks"
-        wanted = other_extra(net, mean_face(make_dataset(drawn, "train")))
+        vars(drawn).update(data="faces", points=args.as_points, limit=400, box="landmarks")
+        wanted = cross_annotation(net, mean_face(make_dataset(drawn, "train")))
 
     def answer(crop: dict, last: bool) -> torch.Tensor:
         image = prepare(crop, net.mean.device)
         return predict_points(net, image, wanted if last else own, args)[0].cpu()
 
-    photos.predict_landmarks(args, answer)
+    photos.predict_landmarks(args, answer, passes=1 if trained.get("box") == "face" else 2)
     return {}
 
 
 # ---- Baselines: no flow (Sec. 4.2) ---------------------------------------------------------------
 
 def interpolation(scheme: int, subset: dict[str, list[int]]) -> torch.Tensor:
-    """Weights (P, K) of the baseline without a flow: displacements of the training landmarks,
-    interpolated between neighbours along each curve, held beyond the outermost; a pupil has the
-    mean of its eye."""
+    """Weights (P, K) that interpolate displacements of the training landmarks between neighbours on
+    a curve, and hold them beyond the outermost; a pupil has the mean of its eye."""
     curves = datasets.SCHEMES[scheme].curves
     ids = sum(subset.values(), [])
     weights = torch.zeros(scheme, len(ids))
-    for name, columns in number_points(subset).items():
+    for name, columns in positions_by_curve(subset).items():
         line = curves[name]
         along = []  # where on the curve each is; a mouth corner of the other lip ends this one
         for k, index in enumerate(subset[name]):
@@ -928,9 +927,8 @@ def interpolation(scheme: int, subset: dict[str, list[int]]) -> torch.Tensor:
 
 
 def scores_without_flow(net: LDDMMFace, trained: torch.Tensor, data, divisors) -> dict:
-    """What the flow has to beat: "nme@interpolated" and "curves@interpolated" of the displacements
-    of the training landmarks (M, K, 2) px of the images, interpolated along the curves; and
-    "nme/mean face" of no displacement."""
+    """What the flow has to beat: "nme@interpolated" and "curves@interpolated", displacements of the
+    training landmarks (M, K, 2) image px interpolated along curves; "nme/mean face", of none."""
     mean = from_frame(net.mean.cpu().double(), data.size)
     start = from_frame(net.start.cpu().double(), data.size)
     moved = warp.apply_affine(data.crop_matrices, trained) - start
@@ -958,8 +956,7 @@ def heatmap_loss(maps: torch.Tensor, points: torch.Tensor, size: int) -> torch.T
 
 
 def peaks(maps: torch.Tensor) -> torch.Tensor:
-    """The highest px of each heatmap (B, K, h, w), and a quarter px towards the larger neighbour:
-    (B, K, 2) px of the heatmap."""
+    """Highest px of heatmaps (B, K, h, w), a quarter towards the larger neighbour: (B, K, 2)."""
     height, width = maps.shape[2:]
     best = maps.flatten(2).argmax(2)  # (B, K)
     x = best % width
@@ -1023,8 +1020,8 @@ def draw_dense(net: LDDMMFace, data: datasets.CropDataset, points: torch.Tensor)
 
 @torch.inference_mode()
 def draw_flow(net: LDDMMFace, data: datasets.CropDataset, side: int = 384) -> np.ndarray:
-    """Fig. 2A, for 6 test faces: the plane bent by the flow of one curve (grey), the mean face
-    (red), the paths of all its landmarks (blue) and where they end (green)."""
+    """Fig. 2A, for 6 test faces: the plane bent by the flow of one curve (grey); initial landmarks
+    (red), momenta (green arrows), trajectories (blue lines), true landmarks (blue diamonds)."""
     names = list(net.subset)
     c = names.index("contour_right") if "contour_right" in names else 0
     line = net.curves.padded[c][net.curves.real[c]]  # the training landmarks of that curve
@@ -1034,7 +1031,9 @@ def draw_flow(net: LDDMMFace, data: datasets.CropDataset, side: int = 384) -> np
     tiles = []
     for i in photos.spread(len(data), 6):
         batch = data.__getitems__([(0, i)])
-        start, momenta = net(prepare(batch, net.mean.device))[1:3]
+        prediction = net(prepare(batch, net.mean.device))
+        start = prediction.start
+        momenta = prediction.momenta
         path = deform(start, momenta, net.curves, net.sigma, net.steps)[0]  # (steps + 1, K, 2)
         grid = flow(start[0, line], momenta[0, line], net.sigma[c], net.steps, lines)[1][-1]
         picture = cv2.resize(batch["image"][0].numpy(), (side, side)) // 2 + 100
@@ -1042,8 +1041,13 @@ def draw_flow(net: LDDMMFace, data: datasets.CropDataset, side: int = 384) -> np
             corners = 16 * from_frame(bent, side)  # cv2 takes 4 bits after the point
             corners = list(corners.round().int().cpu().contiguous().numpy())
             cv2.polylines(picture, corners, False, colour, 1, cv2.LINE_AA, 4)
+        for tail, alpha in zip(path[0], momenta[0]):
+            ends = 16 * from_frame(torch.stack([tail, tail + alpha]), side)
+            cv2.arrowedLine(picture, *ends.round().int().tolist(), photos.GREEN, 1, cv2.LINE_AA, 4)
         photos.draw_points(picture, from_frame(path[0].cpu(), side), photos.RED, side / 250)
-        photos.draw_points(picture, from_frame(path[-1].cpu(), side), photos.GREEN, side / 250)
+        truth = from_frame(to_frame(batch["points"][0, net.landmarks], net.size), side)
+        for x, y in truth.round().int().tolist():
+            cv2.drawMarker(picture, (x, y), BLUE, cv2.MARKER_DIAMOND, side // 50)
         tiles.append(picture)
     return photos.tile(tiles, 3)
 
@@ -1085,11 +1089,10 @@ def init_weights(module: nn.Module) -> None:
     2015."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
-            # Variance 2 / fan_out keeps the gradient's variance from layer to layer. torch counts a
-            # depthwise convolution's fan over all groups, too many; the batch norm behind it undoes
-            # any scale.
+            # Variance 2 / fan_out keeps the gradient's variance. Of a depthwise convolution torch
+            # counts too large a fan; the batch norm behind it undoes any scale.
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-            if m.bias is not None:  # VGG's; squeeze-excitation's, whose gates start half open
+            if m.bias is not None:  # those of the heads
                 nn.init.zeros_(m.bias)
         elif isinstance(m, nn.BatchNorm2d):
             nn.init.ones_(m.weight)
@@ -1163,8 +1166,7 @@ class Fuse(nn.ModuleList):
         outs = []
         for i, paths in enumerate(self):
             terms = [path(x) for path, x in zip(paths, xs)]
-            # HRNet's code enlarges bilinearly for landmarks and segmentation, by nearest pixel
-            # elsewhere.
+            # Bilinear, as HRNet's code for landmarks and segmentation; elsewhere by nearest pixel.
             for j in range(i + 1, len(terms)):
                 terms[j] = F.interpolate(terms[j], xs[i].shape[-2:], mode="bilinear")
             outs.append(F.relu(sum(terms[1:], terms[0]), inplace=True))
@@ -1187,9 +1189,9 @@ class HRModule(nn.Module):
 
 class HRNet(nn.Module):
     """HRNetV2-W18's branches, 18 to 144 channels: (B, 3, H, W), sides multiples of 32 -> a list of
-    (B, C_j, H/2^(j+2), W/2^(j+2)). Parameters, also of the two heads below, are named as in HRNet's
-    checkpoints.
-    Source: Wang et al., TPAMI 2021. HRNet's code: batch-norm momentum 0.01; here 0.1."""
+    (B, C_j, H/2^(j+2), W/2^(j+2)). Parameters, also of both heads, are named as in its checkpoints.
+    Source: Wang et al., TPAMI 2021. HRNet's code: batch-norm momentum 0.01; here 0.1, by which the
+    running statistics of a short run are right, too."""
 
     def __init__(self, widths: Sequence[int] = (18, 36, 72, 144)):
         super().__init__()
@@ -1197,9 +1199,8 @@ class HRNet(nn.Module):
         self.conv1, self.bn1 = conv(3, 64, 3, 2), nn.BatchNorm2d(64)
         self.conv2, self.bn2 = conv(64, 64, 3, 2), nn.BatchNorm2d(64)
         self.layer1 = nn.Sequential(Bottleneck(64, 64), *(Bottleneck(256, 64) for _ in range(3)))
-        # A transition grows a branch out of the lowest resolution so far. Older ones pass
-        # unchanged, but for layer1's 256 channels. The outer Sequential is a level that the
-        # checkpoints' names have.
+        # A transition grows a branch out of the lowest resolution so far. Older ones pass as they
+        # are, but for layer1's 256 channels. The outer Sequential is a level of checkpoints' names.
         low = [nn.Sequential(conv_bn(cin, cout, 3, 2, act=nn.ReLU))
                for cin, cout in itertools.pairwise((256, *widths[1:]))]
         self.transition1 = nn.ModuleList([conv_bn(256, widths[0], 3, act=nn.ReLU), low[0]])
@@ -1307,8 +1308,8 @@ class HourglassLevel(nn.Module):
 class Hourglass(nn.Module):
     """Two stacked hourglasses: (B, 3, H, W), sides multiples of 64 -> (B, 2048), the average of
     both stacks' features. The second stack sees what the first saw, its features and its heatmaps,
-    added. As in the code, the first heatmaps have no target, and the last are not used: their layer
-    only counts among the parameters.   Source: Newell et al., ECCV 2016, Fig. 4."""
+    added. As in the code, the first heatmaps have no target, the last are unused: their layer stays
+    for the code's number of parameters.   Source: Newell et al., ECCV 2016, Fig. 4."""
     channels = 2048
 
     def __init__(self, points: int):
@@ -1334,8 +1335,7 @@ class Hourglass(nn.Module):
 
 
 class DANStage(nn.Module):
-    """A stage of DAN up to its features: (B, in_channels, size, size) -> (B, 2048), `size` a
-    multiple of 32.
+    """A stage of DAN to its features: (B, in_channels, size, size) -> (B, 2048), 32 divides `size`.
     Source: Kowalski et al., "Deep Alignment Network", CVPR Workshops 2017 (with the last ReLU)."""
     channels = 2048
 
@@ -1420,8 +1420,7 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """Sandler et al., CVPR 2018, Table 2, without the last 1x1 convolution, and a hidden layer of
     256 on all of its last map, which keeps the places that an average forgets: it learns from
-    scratch in minutes. Ours, not the paper's. (B, 3, size, size) -> (B, 256), `size` a multiple of
-    32."""
+    scratch in minutes. Ours, not the paper's. (B, 3, size, size) -> (B, 256); 32 divides `size`."""
     channels = 256
 
     def __init__(self, size: int):

@@ -370,7 +370,7 @@ def bench_flow():
     count = sized(32, 2)
     for scheme in sized((98, 194), (68,)):
         torch.manual_seed(0)
-        table = lddmm_face.number_points(lddmm_face.training_landmarks(scheme)).values()
+        table = lddmm_face.positions_by_curve(lddmm_face.training_landmarks(scheme)).values()
         curves = lddmm_face.Curves(table)
         N = sum(map(len, table))
         mean = 256 * torch.rand(N, 2)

@@ -113,12 +113,12 @@ def draw_flow(checkpoint: str, side: int = 392) -> np.ndarray:
     i = 70
     one = datasets.CropDataset(small.faces[i:i + 1], small.crop_matrices[i:i + 1], small.size)
     bent = lddmm_face.draw_flow(net, one, side)[:, :side]
-    panels = [("flow from mean face (red) to face (green)", bent)]
+    panels = [("momenta (green), trajectories (blue)", bent)]
     image = lddmm_face.prepare(small.__getitems__([(0, i)]), torch.device("cpu"))
     args.limit = 0  # the mean face of another annotation is that of all training faces
     for caption, count in (("68 landmarks, learned", 68), ("194 landmarks, predicted", 194)):
         args.points = count
-        extra = lddmm_face.find_extra(net, args, count)
+        extra = lddmm_face.extra_to_predict(net, args, count)
         points = lddmm_face.predict_points(net, image, extra, args)[0][0]
         panels.append((caption, draw_found(shown, i, points, small.size, photos.GREEN)))
     return row(panels)

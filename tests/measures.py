@@ -59,7 +59,7 @@ def occluder_test(net, loader, args, shares=(0.05, 0.1, 0.2, 0.3, 0.4)) -> dict:
 def measure_sdfl(path: str, also) -> dict:
     """Fig. 2, of a checkpoint."""
     args = sdfl.parse_args(["--eval", path])
-    net = sdfl.open_checkpoint(args, path)
+    net, _ = sdfl.open_checkpoint(args, path)
     data = sdfl.make_dataset(args, "test")
     return occluder_test(net, ordered_loader(args, data, net.mask.device), args)
 
@@ -122,11 +122,11 @@ def measure_lddmm(path: str, also) -> dict:
     `also` [(data, root)], "curves@194", ..., with "curves@floor@194", of the same true landmarks,
     where the faces are drawn."""
     args = lddmm_face.parse_args(["--eval", path])
-    net = lddmm_face.open_checkpoint(args, path)
+    net, _ = lddmm_face.open_checkpoint(args, path)
     data = lddmm_face.make_dataset(args, "test")
     loader = ordered_loader(args, data, net.mean.device)
     hidden = lddmm_face.evaluate(net, Hidden(loader), args)[0]
-    trained = lddmm_face.predict_set(net, loader, args, lddmm_face.own_extra(net))[1]
+    trained = lddmm_face.predict_set(net, loader, args, lddmm_face.sparse_to_dense(net))[1]
     splined = by_spline(net, trained, data)
     true = data.points[:, net.landmarks]
     true_parts = {part: [net.landmarks.index(i) for i in ids if i in net.landmarks]
@@ -144,7 +144,7 @@ def measure_lddmm(path: str, also) -> dict:
         theirs = lddmm_face.make_dataset(other, "test")
         points = theirs.points.shape[1]
         loader = ordered_loader(other, theirs, net.mean.device)
-        extra = lddmm_face.find_extra(net, other, points)
+        extra = lddmm_face.extra_to_predict(net, other, points)
         found = lddmm_face.evaluate(net, loader, other, extra)[0]
         scores |= {f"{name}@{points}": value for name, value in found.items()}
         if "points" in flags:

@@ -33,7 +33,7 @@ def curve(n=7, lead=(), seed=0, size=100.0, dtype=torch.float64):
 
 def face(scheme=68, points=100, count=3, dtype=torch.float64):
     """Mean face (N, 2) px of curves drawn at random, momenta (count, N, 2), table of the curves."""
-    table = list(lf.number_points(lf.training_landmarks(scheme, points)).values())
+    table = list(lf.positions_by_curve(lf.training_landmarks(scheme, points)).values())
     parts = []
     for i, line in enumerate(table):
         parts.append(curve(len(line), seed=i, size=60, dtype=dtype)[0] + 20 * i)
@@ -540,7 +540,7 @@ def found_by(net, extra=None, count=2):
     """Landmarks of the annotation, those that were trained on, the prediction; px of 64 px
     crops."""
     image = torch.randn(count, 3, 64, 64)
-    return lf.predict_points(net, image, extra or lf.own_extra(net), drawn_args())
+    return lf.predict_points(net, image, extra or lf.sparse_to_dense(net), drawn_args())
 
 
 @pytest.mark.parametrize("px", [64, 256])
@@ -597,7 +597,7 @@ def test_no_momenta_give_the_mean_face_exactly(scheme, points, options):
 def test_the_flow_of_the_network_is_deform_and_carries_the_extra_points():
     net = network(98, 50, still=False, sigma_factor=0.5, steps=3)
     names = ["eye_left", "eye_left", "nose_bridge"]
-    extra = lf.make_extra(net, net.mean[[96, 60, 51]] + 2, names, [0])
+    extra = lf.extra_landmarks(net, net.mean[[96, 60, 51]] + 2, names, [0])
     prediction = predictions(net, extra)
     momenta = net.estimators[0].bias.detach().view(-1, 2)
     sigma = 0.5 * lf.curve_scale(net.start, net.curves)
@@ -632,7 +632,7 @@ def test_the_baselines_have_no_flow():
 
 def test_dan_from_end_to_end():
     net = network(68, 50, backbone="dan")
-    extra = lf.own_extra(net)
+    extra = lf.sparse_to_dense(net)
     one = network(68, 50, still=False)
     path = predictions(one, extra)  # the same momenta without a second stage
     bias = one.estimators[0].bias.data
@@ -657,7 +657,7 @@ SPARSE = [(29, SPARSE_29), (68, 50), (98, 50), (194, 50), (194, 33)]
 @pytest.mark.parametrize("scheme, points", [(68, 50), (98, 100)])
 def test_own_landmarks_are_where_the_flow_leaves_them(scheme, points, backbone):
     net = network(scheme, points, still=False, backbone=backbone)
-    extra = lf.own_extra(net)
+    extra = lf.sparse_to_dense(net)
     found, trained, prediction = found_by(net, extra, 1)
     ends = lf.from_frame(prediction.stages[-1], 64)[0]
     last = {index: k for k, index in enumerate(net.landmarks)}  # of two, the later
@@ -665,12 +665,12 @@ def test_own_landmarks_are_where_the_flow_leaves_them(scheme, points, backbone):
     assert len(extra.points) == len(others)
     for index, k in last.items():
         assert torch.equal(found[0, index], ends[k])
-    start = torch.cat([net.start, extra.points])[extra.place]
+    start = torch.cat([net.start, extra.points])[extra.order]
     assert torch.equal(start, net.mean)  # each landmark is that of its own number
     assert (found - lf.from_frame(net.mean, 64)).norm(dim=2).min() > 0
     owner = {i: c for c, line in enumerate(extra.curves.padded.tolist()) for i in line}
     for c, line in enumerate(lf.curves_and_pupils(scheme).values()):
-        assert {owner[int(extra.place[i])] for i in line if i in others} <= {c}
+        assert {owner[int(extra.order[i])] for i in line if i in others} <= {c}
 
 
 @pytest.mark.parametrize("here, there", [
@@ -678,9 +678,9 @@ def test_own_landmarks_are_where_the_flow_leaves_them(scheme, points, backbone):
 def test_another_annotation_is_carried_by_the_curves_of_the_network(here, there):
     net = network(here)
     own, other = datasets.SCHEMES[here], datasets.SCHEMES[there]
-    extra = lf.other_extra(net, mean_of(there))
+    extra = lf.cross_annotation(net, mean_of(there))
     count = len(net.ids)
-    assert extra.place.tolist() == list(range(count, count + there))
+    assert extra.order.tolist() == list(range(count, count + there))
     names = list(net.subset)
     owner = {i: names[c] for c, line in enumerate(extra.curves.padded.tolist()) for i in line}
     owner = [owner[count + i] for i in range(there)]
@@ -707,10 +707,10 @@ def test_another_annotation_is_carried_by_the_curves_of_the_network(here, there)
 def test_an_annotation_in_another_frame_is_brought_onto_the_networks():
     net = network(68)
     turn = torch.tensor([[0.5, 0.1, 3.0], [-0.1, 0.4, 60.0]])
-    plain = lf.other_extra(net, mean_of(98))
-    moved = lf.other_extra(net, warp.apply_affine(turn, mean_of(98)))
+    plain = lf.cross_annotation(net, mean_of(98))
+    moved = lf.cross_annotation(net, warp.apply_affine(turn, mean_of(98)))
     same(moved.points, plain.points, 0.02)
-    same(lf.other_extra(net, net.mean).points, net.mean, 1e-3)  # its own, as if another's
+    same(lf.cross_annotation(net, net.mean).points, net.mean, 1e-3)  # its own, as if another's
 
 
 @pytest.mark.parametrize("scheme, points", [(106, 100), *SPARSE])
@@ -836,15 +836,15 @@ def test_prepare_normalises_by_imagenet():
 def test_determinants_are_those_of_the_networks_map(scheme, points):
     """A landmark's derivative, by autograd through the network that carries it as extra."""
     net = network(scheme, points, still=False)
-    own = lf.own_extra(net)
+    own = lf.sparse_to_dense(net)
     image = torch.randn(1, 3, 64, 64)
-    found = torch.linalg.det(lf.derivatives(net, net(image, own), own))[0].detach()  # (P,)
+    found = torch.linalg.det(lf.jacobians(net, net(image, own), own))[0].detach()  # (P,)
     names, ids = [], []
     for name, line in lf.curves_and_pupils(scheme).items():
         names += [name] * len(line)
         ids += line
     points = net.mean[ids].clone().requires_grad_()
-    extra = lf.make_extra(net, points, names, range(len(ids)))
+    extra = lf.extra_landmarks(net, points, names, range(len(ids)))
     ends = net(image, extra).stages[-1][0, len(net.ids):]
     rows = [torch.autograd.grad(total, points, retain_graph=True)[0] for total in ends.sum(0)]
     same(found[ids], torch.linalg.det(torch.stack(rows, 1)), 1e-3)
@@ -866,7 +866,7 @@ class Oracle(lf.LDDMMFace):
         found = points[:, self.landmarks]
         if extra is not None:
             own = torch.zeros(len(image), len(self.landmarks) + len(extra.points), 2)
-            own[:, extra.place] = points
+            own[:, extra.order] = points
             own[:, :len(self.landmarks)] = found
             found = own
         return lf.Prediction([found], found, torch.zeros_like(found))
@@ -883,7 +883,7 @@ def test_evaluate_measures_in_image_pixels_and_by_subset(flags, points):
     perfect, _, found = lf.evaluate(Oracle(data, points), loader_of(data), args)
     same(found, data.points, 1e-4)
     assert perfect["nme"] < 1e-6 and perfect["fr"] == 0 and perfect["auc"] > 0.9999
-    assert perfect["curves"] < 1e-6 and perfect["curves/eyes"] < 1e-6
+    assert perfect["curves"] < 1e-6 and perfect["curves@eyes"] < 1e-6
     assert perfect["detja"] == perfect["detjam"] == 1 and perfect["detjn"] == 0
     assert perfect["nme/mean face"] > 0.02
     moved, errors, found = lf.evaluate(Oracle(data, points, 2.0), loader_of(data), args)
@@ -891,13 +891,15 @@ def test_evaluate_measures_in_image_pixels_and_by_subset(flags, points):
     eyes = data.points[:, corners]
     px = 2 / data.crop_matrices[:, 0, 0]  # 2 px of the crop
     same(errors, px / (eyes[:, 0] - eyes[:, 1]).norm(dim=1), 1e-5)
-    for tag in {tag for face in data.faces for tag in face.tags}:
-        chosen = errors[[tag in face.tags for face in data.faces]]
-        assert moved[f"nme/{tag}"] == pytest.approx(float(chosen.mean()))
     parts = datasets.SCHEMES[data.points.shape[1]].parts
     curves = metrics.curve_error(found, data.points, parts, data.divisors("io"))
+    for tag in {tag for face in data.faces for tag in face.tags}:
+        chosen = [tag in face.tags for face in data.faces]
+        assert moved[f"nme/{tag}"] == pytest.approx(float(errors[chosen].mean()))
+        for name, part in (("curves", "overall"), ("curves@mouth", "mouth")):
+            assert moved[f"{name}/{tag}"] == pytest.approx(float(curves[part][chosen].mean()))
     assert moved["curves"] == pytest.approx(float(curves["overall"].mean()))
-    assert moved["curves/mouth"] == pytest.approx(float(curves["mouth"].mean()))
+    assert moved["curves@mouth"] == pytest.approx(float(curves["mouth"].mean()))
 
 
 def test_what_a_flow_has_to_beat_is_scored_in_the_images():
@@ -933,13 +935,13 @@ def test_a_sparse_baseline_is_compared_by_its_own_landmarks():
     args = drawn_args("--points", "98")
     scores, errors, found = lf.evaluate(net, loader_of(drawn("--points", "98")), args)
     assert errors.isnan().all() and scores["fr"] == 1 and found.shape == (24, 68, 2)
-    assert math.isfinite(scores["curves/mouth"]) and "nme@interpolated" not in scores
+    assert math.isfinite(scores["curves@mouth"]) and "nme@interpolated" not in scores
 
 
 def test_faces_of_another_annotation_are_scored_by_their_own():
     net = network(68)
     data = drawn("--points", "29")
-    extra = lf.other_extra(net, mean_of(29))
+    extra = lf.cross_annotation(net, mean_of(29))
     scores, errors, points = lf.evaluate(net, loader_of(data), drawn_args("--points", "29"), extra)
     placed = lf.from_frame(extra.points, 64).double().expand(24, -1, -1)
     same(points, warp.apply_affine(warp.invert(data.crop_matrices), placed), 1e-3)
@@ -974,8 +976,9 @@ def finished(tmp_path_factory):
 
 def test_flags(capsys):
     args = lf.parse_args(["--data", "wflw", "--epochs", "7"])
-    assert args.drop_at == [0.5, 0.667, 0.833] and args.given == ["data", "epochs"]
+    assert args.drop_at == [0.25, 0.5, 0.75] and args.given == ["data", "epochs"]
     assert (args.batch_size, args.lr, args.steps, args.beta, args.size) == (32, 3e-4, 2, 0.1, 256)
+    lf.parse_args("--size 96 --backbone hourglass --method heatmap".split())  # has HRNet
     for flags, message in [
             ("--size 96 --backbone hourglass", "--size 96: expected a multiple of 64"),
             ("--steps 0", "at least 1"), ("--sigma-factor 0", "--sigma-factor"),
@@ -998,7 +1001,7 @@ def test_a_run_leaves_its_log_checkpoint_and_pictures(finished):
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert ["nme" in row for row in rows] == [False, True, True]
     assert rows[-1]["lr"] == pytest.approx(1e-3 / 8) and rows[-1]["nme"] == result["nme"]
-    assert {"detja", "curves/eyes", "nme@interpolated"} < set(result)
+    assert {"detja", "curves@eyes", "nme@interpolated"} < set(result)
     for name in ("dense", "flow", "ced", "dense-194", "ced-194"):
         assert cv2.imread(str(folder / f"{name}.png")) is not None
     state = run.load(folder / "last.pt", "lddmm_face")
@@ -1034,7 +1037,7 @@ def test_eval_repeats_the_numbers_also_of_another_annotation(finished, tmp_path,
         assert again[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
     text = capsys.readouterr().out
     assert "faces: 68 landmarks, NME by io, FR and AUC at 0.10, crop landmarks x 1.25" in text
-    assert "NME_c: " in text and "DetJA" in text
+    assert "NME_c (%) " in text and "DetJA" in text
     assert (tmp_path / "new/dense.png").exists() and (tmp_path / "new/flow.png").exists()
     scores = evaluated(folder, "--points", "29")
     assert "detja" not in scores and math.isfinite(scores["nme"])
@@ -1053,7 +1056,7 @@ def test_other_kinds_of_run(tmp_path, flags, count, flows, monkeypatch):
     monkeypatch.setattr(lf.DANStage, "channels", 64)  # of 2048: DAN's checkpoint is small
     result = trained(tmp_path, "--epochs", "1", *flags.split())
     assert math.isfinite(result["nme"]) and ("detja" in result) == flows
-    net = lf.open_checkpoint(lf.parse_args(["--device", "cpu"]), tmp_path / "last.pt")
+    net, _ = lf.open_checkpoint(lf.parse_args(["--device", "cpu"]), tmp_path / "last.pt")
     assert len(net.ids) == count and (tmp_path / "flow.png").exists() == flows
     again = evaluated(tmp_path)
     assert again["curves"] == pytest.approx(result["curves"], rel=1e-4)
@@ -1081,6 +1084,20 @@ def test_predict_writes_landmarks_of_any_annotation(finished, tmp_path):
         lf.train(lf.parse_args([*flags, "--output", str(out), *more.split()]))
         assert datasets.read_pts(out / "a.pts").shape == (points, 2)
         assert cv2.imread(str(out / "a.png")).shape == (128, 128, 3)
+
+
+@pytest.mark.parametrize("box, passes", [("landmarks", 2), ("face", 1)])
+def test_predict_looks_again_after_a_training_on_boxes_of_landmarks(finished, tmp_path, monkeypatch,
+                                                                    box, passes):
+    state = run.load(finished[0] / "last.pt", "lddmm_face")
+    state["args"]["box"] = box
+    torch.save(state, tmp_path / "a.pt")
+    asked = []
+    monkeypatch.setattr(lf.photos, "predict_landmarks",
+                        lambda args, answer, passes: asked.append(passes))
+    lf.train(lf.parse_args(["--predict", "x.png", "--weights", str(tmp_path / "a.pt"),
+                            "--box", "1,2,30,40", "--device", "cpu"]))
+    assert asked == [passes]
 
 
 def test_splits_of_different_landmarks_are_refused(monkeypatch, tmp_path):

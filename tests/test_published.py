@@ -339,7 +339,7 @@ def test_hrnet_has_a_map_for_each_landmark(tmp_path, points, prefix):
     same(found, maps[:, net.landmarks])
     net.size = 64
     args = lddmm_face.parse_args(["--device", "cpu"])
-    placed = lddmm_face.predict_points(net, image, lddmm_face.own_extra(net), args)[0]
+    placed = lddmm_face.predict_points(net, image, lddmm_face.sparse_to_dense(net), args)[0]
     # Peaks in the order of the annotation, 1 px of 256 further right and down.
     same(placed, 4 * (lddmm_face.peaks(maps) + 0.5) - 0.5 + 0.25, 1e-5)
 
