@@ -44,11 +44,10 @@ Where the paper is silent, or the authors' code (CRazorback/LDDMM-Face at cb45e9
     height, as the code does. The code measures it in another frame than it flows in, so that its
     sigma_V is 0.35 of that for 300W, 0.44 for HELEN: --sigma-factor. sigma_W is half of sigma_V for
     each curve, as in the paper; a wrong index in the code takes that of the contour for nearly all.
-  - Eq. (8) is taken with the curve discrepancy as a norm, summed over the curves. --squared is the
-    code's: squared, over the number of landmarks, the other term averaged over all landmarks.
-  - The mean face is the training set's, in the crop; the code has a fixed one. The mean face of
-    another annotation is brought onto it by the affine map that fits the places that both mark; the
-    code has maps and corrections made by hand.
+  - Eq. (8) is taken with the curve discrepancy as a norm, summed over the curves. The code squares
+    it, over the number of landmarks, and averages the other term over all landmarks: --squared.
+  - The mean face is the training set's, in the crop; the code has a fixed one. That of another
+    annotation is brought onto it by the affine map that fits what both mark; the code's is by hand.
   - WFLW's pupils lie on no curve; here the flow of their eye carries them, the code leaves them
     out. HELEN has 11 curves here and in the code, one of them the nose; in the paper N is 12.
   - The "50 %" and "33 %" of Sec. 4.2 are the code's lists, which hold 68 % of 300W's landmarks,
@@ -66,9 +65,8 @@ Where the paper is silent, or the authors' code (CRazorback/LDDMM-Face at cb45e9
   - d_ipd is the distance of the pupils, or of the eyes' centres where none are marked; in the code
     it is that of the outer eye corners. HELEN's published NME is --norm io-published.
   - DAN has blocks of VGG13, and stage weights 0.3 and 0.7, as in the code; the paper names VGG11.
-  - The baselines, --method coord and heatmap, run on the same schedule. Coordinates are added to
-    the mean face; in the code to zero. Their other landmarks are interpolated along the curves for
-    NME_l; NME_c compares the landmarks that they have.
+  - The baselines, --method coord (added to the mean face; in the code to zero) and heatmap, have
+    the same schedule. NME_l interpolates their other landmarks along curves, NME_c does without.
   - With --gpus N each process normalises its own share of the batch. The last epoch is reported.
 """
 import copy
@@ -301,7 +299,7 @@ def jacobian(x: torch.Tensor, alpha: torch.Tensor, sigma, steps: int,
 
 
 def deform(points: torch.Tensor, momenta: torch.Tensor, curves: Curves, sigma, steps: int = 2):
-    """Flows 1 to C (Sec. 3.1.2): each curve of a face by its own momenta only, all curves at once.
+    """Flow 1 to flow N (Sec. 3.1.2): each curve of a face by its own momenta only, all at once.
     Args: points (B or 1, N, 2) px; momenta (B, N, 2) px; sigma, a number or (C,) px.
     Returns: path (B, steps + 1, N, 2)."""
     alpha = curves.split(momenta) * curves.real[..., None]
@@ -1032,10 +1030,9 @@ def draw_flow(net: LDDMMFace, data: datasets.CropDataset, side: int = 384) -> np
     for i in photos.spread(len(data), 6):
         batch = data.__getitems__([(0, i)])
         prediction = net(prepare(batch, net.mean.device))
-        start = prediction.start
         momenta = prediction.momenta
-        path = deform(start, momenta, net.curves, net.sigma, net.steps)[0]  # (steps + 1, K, 2)
-        grid = flow(start[0, line], momenta[0, line], net.sigma[c], net.steps, lines)[1][-1]
+        path = deform(prediction.start, momenta, net.curves, net.sigma, net.steps)[0]
+        grid = flow(path[0, line], momenta[0, line], net.sigma[c], net.steps, lines)[1][-1]
         picture = cv2.resize(batch["image"][0].numpy(), (side, side)) // 2 + 100
         for bent, colour in ((grid.view(50, 97, 2), GREY), (path.transpose(0, 1), BLUE)):
             corners = 16 * from_frame(bent, side)  # cv2 takes 4 bits after the point
