@@ -193,8 +193,7 @@ def face_flags(parser):
     add("--rpe-lr", type=run.nonnegative, default=0.0, help="learning rate of relative encodings "
         "over --lr; 0: sqrt(d_k) for biases, as the code's form of Eq. (5) learns; 1 for irpe")
     add("--augment", default="full", choices=[*MOVES, "none"], help="Table 6's; wide: moves more")
-    add("--repeat", type=run.fraction, help="chance that the next image is one of the "
-        "same person")
+    add("--repeat", type=run.fraction, help="chance that the same person comes next")
     add("--landmarks", default="", metavar="PATH", help="landmarks of a set that has none: a CSV "
         "of image,x0,y0,..., or a folder with the images' tree of .pts, as of the landmark scripts")
     add("--dfa", type=run.file, default="", metavar="CKPT", help="find the keypoints by this "
@@ -1404,8 +1403,7 @@ def read_tests(args) -> dict[str, tuple[Split, list]]:
     for path in args.test:
         test = recognition.read_test(path)
         if f"@{test.name}" in found:
-            raise UserError(f"--test {path}: another set of --test is {test.name}, too; evaluate "
-                            "them apart")
+            raise UserError(f"--test {path}: another set is {test.name}, too; evaluate them apart")
         found[f"@{test.name}"] = test_split(args, path, test), [test]
     return found
 
@@ -1554,9 +1552,8 @@ def print_table(scores: dict, args):
 
 
 def open_checkpoint(args, path: str) -> tuple[nn.Module, dict, torch.device]:
-    """The network of a checkpoint or of published weights, for evaluation, its classifier's state,
-    and the device; `args` takes its flags over.   Raises: UserError for a network of digits and
-    images of faces, or reverse."""
+    """The network of a checkpoint or of published weights, its classifier's state, and the device;
+    `args` takes its flags over.   Raises: UserError for a network of digits and faces."""
     named = args.data if "data" in args.given or args.predict else None
     state, device = run.open_checkpoint(args, path, ("landmarks",), read_checkpoint)
     data = state["args"]["data"]
@@ -2057,7 +2054,7 @@ def report_dfa(folder: Path | None, net: DFA, data, scores: dict, errors: dict, 
 
 @functools.cache
 def open_dfa(path: str, device: torch.device) -> DFA:
-    """The network of a checkpoint of --task dfa, or of published weights, frozen; read once.
+    """The network of a checkpoint of --task dfa, or published; frozen, read once.
     Raises: UserError."""
     state = read_checkpoint(path, "kprpe-dfa")
     net = DFA(state["args"]["size"], state["args"].get("published", False)).to(device)
@@ -2383,8 +2380,7 @@ class SwinGait(nn.Module):
 
     def forward(self, image: torch.Tensor, joints: torch.Tensor | None = None) -> torch.Tensor:
         if image.ndim != 4 or image.shape[2:] != gait.SIDES:
-            raise ValueError(f"silhouettes have the shape {tuple(image.shape)}: expected "
-                             "(B, T, 64, 44)")
+            raise ValueError(f"silhouettes of {tuple(image.shape)}: expected (B, T, 64, 44)")
         biases = self.biases(None if joints is None else joints.flatten(0, 1))
         x = self.stem(image.flatten(0, 1)[:, None])  # (F, dim / 2, 32, 22), F = B T
         size = (2 * TOKENS[0], 2 * TOKENS[1])
@@ -2705,8 +2701,7 @@ def read_published(path) -> dict:
 
 
 def says_bgr(path) -> bool:
-    """Whether CVLface's model.yaml, beside the file or in pretrained_model/, says that its network
-    takes BGR."""
+    """Whether CVLface's model.yaml, beside the file or in pretrained_model/, says BGR."""
     folder = Path(path).parent
     for beside in (folder / "model.yaml", folder / "pretrained_model" / "model.yaml"):
         if beside.is_file():
