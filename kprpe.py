@@ -64,8 +64,8 @@ Where the paper is silent, or the authors' code (CVLface at d3d09c9) differs fro
     its grid. "No keypoints" is the plain ViT.
   - Eq. (12) is printed as a scaling, but the text has noise: normal, alpha of the crop's side in x
     and in y. That gives the NME of 0.12 which the supplement reports for alpha = 0.1.
-  - What Table 6 leaves out is the code's: --clip 5, and what decays: matrices, no embeddings. Its
-    "Cutout" blackens all but a box, not a box, as the code does.
+  - What Table 6 leaves out is the code's: --clip 5, and what decays: matrices, no embeddings; in
+    its "Cutout" all but a box is black, not the box.
   - The margin is differentiated; the code's gradient skips it.
   - Table 6's "RepeatedAug" is the code's: the next image is one of the same person.
   - An image is warped once, by alignment and augmentation in one matrix; the code warps the aligned
