@@ -1570,8 +1570,8 @@ def evaluate_checkpoint(args) -> dict:
     folder = run.find_run(args)
     conditions = test_conditions(args, device)
     if not conditions:
-        where = f" in {args.data_root}" if args.data_root else ""
-        raise UserError(f"--data {args.data} has no test split{where}; give --test")
+        where = f"--data {args.data}" if args.data else args.eval
+        raise UserError(f"{where} has no test split in {args.data_root!r}; give --test")
     scores = evaluate(net, head["weight"], conditions, args, device)
     print_table(scores, args)
     if folder:
@@ -2692,7 +2692,7 @@ def read_published(path) -> dict:
         if bgr:
             state[first] = state[first].flip(1)
         kind, flags, weights = CONVERTERS[first](state)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not the tensors of a published network ({error!r})") from None
     info = dict(kind=kind, colour="BGR" if bgr else "RGB", size=flags["size"],
                 source=SOURCES[begins])
@@ -2702,12 +2702,9 @@ def read_published(path) -> dict:
 
 def says_bgr(path) -> bool:
     """Whether CVLface's model.yaml, beside the file or in pretrained_model/, says BGR."""
-    folder = Path(path).parent
-    for beside in (folder / "model.yaml", folder / "pretrained_model" / "model.yaml"):
-        if beside.is_file():
-            text = beside.read_text("utf-8", "replace")
-            return re.search(r"^color_space:\W*BGR", text, re.MULTILINE) is not None
-    return False
+    files = [Path(path).parent / name for name in ("model.yaml", "pretrained_model/model.yaml")]
+    texts = [file.read_text("utf-8", "replace") for file in files if file.is_file()]
+    return any(re.search(r"^color_space:\W*BGR", text, re.MULTILINE) for text in texts)
 
 
 # Each of these turns tensors by the authors' names into: kind, flags and tensors by our names.
@@ -2722,12 +2719,12 @@ def convert_vit(state: dict) -> tuple[str, dict, dict]:
     encoding = {}
     weights = {}
     for name, value in state.items():
-        table = re.fullmatch(r"(.+)\.rpe_([qkv])\.lookup_table_weight", name)
-        if table:  # (1, d, 49); of the values (1, 49, d)
-            table_value = value[0] if table[2] == "v" else value[0].T
-            weights[f"{table[1]}.contextual.{table[2]}"] = table_value
+        match = re.fullmatch(r"(.+)\.rpe_([qkv])\.lookup_table_weight", name)
+        if match:  # (1, d, 49); of the values (1, 49, d)
             kind = "iRPE"
-            heads = dim // table_value.shape[1]
+            table = value[0] if match[2] == "v" else value[0].T
+            weights[f"{match[1]}.contextual.{match[2]}"] = table
+            heads = dim // table.shape[1]
             encoding = dict(rpe="irpe")
         elif name != "mask_token":  # of insightface, unused
             weights[name] = value

@@ -404,6 +404,8 @@ def test_hostile_safetensors(tmp_path, data):
     ({"input_layer.0.weight": torch.zeros(4, 3, 3, 3)}, "not the tensors of a published"),
     ({"conv1.weight": torch.zeros(4, 3, 3, 3)}, "not the tensors of a published"),
     ({"conv1.weight": torch.zeros(())}, "not the tensors of a published"),
+    ({"patch_embed.proj.weight": torch.zeros(()), "blocks.0.attn.proj.weight": torch.zeros(())},
+     "not the tensors of a published"),
     ({"net.body.stage1.0.0.weight": torch.zeros(8, 3, 3, 3)}, "tensors do not fit")])
 def test_files_of_other_networks(tmp_path, state, message):
     torch.save(state, tmp_path / "a.pt")
