@@ -113,7 +113,7 @@ def draw_flow(checkpoint: str, side: int = 392) -> np.ndarray:
     i = 70
     one = datasets.CropDataset(small.faces[i:i + 1], small.crop_matrices[i:i + 1], small.size)
     bent = lddmm_face.draw_flow(net, one, side)[:, :side]
-    panels = [("momenta (green), trajectories (blue)", bent)]
+    panels = [("momenta: green; trajectories, true points: blue", bent)]
     image = lddmm_face.prepare(small.__getitems__([(0, i)]), torch.device("cpu"))
     args.limit = 0  # the mean face of another annotation is that of all training faces
     for caption, count in (("68 landmarks, learned", 68), ("194 landmarks, predicted", 194)):
