@@ -19,6 +19,7 @@ from common import UserError
 
 
 def is_jpeg(path: str) -> bool:
+    """Whether a file begins as a JPEG does, whatever its name."""
     with open(path, "rb") as file:
         return file.read(2) == b"\xff\xd8"
 

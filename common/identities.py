@@ -30,6 +30,7 @@ def natural(name: str) -> tuple:
 
 
 def first_line(path: str) -> str:
+    """The first line of a text file, with its end."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         return file.readline()
 

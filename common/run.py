@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from common import UserError, datasets, message_of
 from common.checkpoint import (COMMAND, find_run, init_backbone, load, load_optimizer, load_weights,
-                               lock, make_run, not_finite, restore_args, save)
+                               lock, make_run, not_finite, read_tensors, restore_args, save)
 
 # ---- Flags ---------------------------------------------------------------------------------------
 
