@@ -1067,14 +1067,12 @@ def write_pictures(folder: Path, net: LDDMMFace, data, errors, points, threshold
 
 
 def conv(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """(B, cin, H, W) -> (B, cout, H/stride, W/stride). No bias: the batch norm behind it has a
-    shift."""
+    """(B, cin, H, W) -> (B, cout, H/stride, W/stride). No bias: a batch norm follows."""
     return nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
 def conv_bn(cin: int, cout: int, kernel: int, stride=1, groups=1, act=None) -> nn.Sequential:
-    """`conv` (0), batch norm (1) and, if its class is given, an activation (2); the shapes of
-    `conv`."""
+    """`conv` (0), batch norm (1) and, if its class is given, an activation (2)."""
     layers = [conv(cin, cout, kernel, stride, groups), nn.BatchNorm2d(cout)]
     if act:
         layers.append(act(inplace=True))
