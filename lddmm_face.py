@@ -255,7 +255,7 @@ def flow(x: torch.Tensor, alpha: torch.Tensor, sigma, steps: int = 2,
          extra: torch.Tensor | None = None):
     """The points of a curve, moved by their momenta for a unit of time in `steps` Euler steps.
 
-    A point whose momentum is 0 moves no other and is carried along: so are extra points (Sec. 3.3).
+    Extra points have no momentum: they move no other and are carried along (Sec. 3.3).
     It is surely one-to-one if the norms of the momenta sum to less than sqrt(e / 2) sigma steps.
     Use as many steps as the network was trained with.
     Args: x (..., n, 2) px; alpha (..., n, 2) px; sigma, a number or (...,) px; extra (..., m, 2)
@@ -266,12 +266,11 @@ def flow(x: torch.Tensor, alpha: torch.Tensor, sigma, steps: int = 2,
     if extra is not None:
         lead = torch.broadcast_shapes(x.shape[:-2], extra.shape[:-2])
         x = torch.cat([x.expand(*lead, -1, -1), extra.expand(*lead, -1, -1)], -2)
-        alpha = F.pad(alpha, (0, 0, 0, extra.shape[-2]))
     sigma = as_column(sigma, x)
     path = [x]
     for _ in range(steps):
         # Eq. (6): dx_i/dt = sum_j k_V(x_j, x_i) alpha_j
-        velocity = kernel(x, x, sigma) @ alpha
+        velocity = kernel(x, x[..., :n, :], sigma) @ alpha
         # Eq. (7): x_i(t) = x_i(0) + int_0^t (sum_j k_V(x_j, x_i) alpha_j) dt
         x = x + velocity / steps
         path.append(x)
