@@ -2,8 +2,6 @@
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -1096,17 +1094,6 @@ def test_two_epochs_and_one_more_are_three_bit_for_bit(finished, tmp_path):
 
 def stop():
     raise KeyboardInterrupt
-
-
-def test_two_processes_train_one_network(tmp_path):
-    command = [sys.executable, "heatmap_landmarks.py", *TINY, "--gpus", "2", "--epochs", "1",
-               "--output", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert "processes: 2" in done.stdout and "NME (%)" in done.stdout
-    state = run.load(tmp_path / "run/last.pt", "heatmap_landmarks")
-    assert state["world"] == 2 and state["epoch"] == 1
 
 
 def test_erasing_begins_late(tmp_path, monkeypatch):

@@ -1065,13 +1065,6 @@ def test_other_kinds_of_run(tmp_path, flags, count, flows, monkeypatch):
         assert math.isnan(other["nme"]) and math.isfinite(other["curves"])
 
 
-def test_two_processes_train_one_network(tmp_path):
-    flags = [*TINY, "--epochs", "1", "--gpus", "2", "--output", str(tmp_path)]
-    run.main(lf.train, lf.parse_args(flags))
-    assert run.load(tmp_path / "last.pt", "lddmm_face")["world"] == 2
-    assert math.isfinite(rows_of(tmp_path)[-1]["nme"])
-
-
 def test_predict_writes_landmarks_of_any_annotation(finished, tmp_path):
     drawn_face = synthetic.read_faces("test", 1, size=128, points=29)[0]
     image = datasets.load_image(drawn_face.image)
