@@ -1,5 +1,4 @@
 """Gait: the files of Gait3D, drawn walkers, clips, batches of people, and the scores."""
-import json
 import os
 import pickle
 

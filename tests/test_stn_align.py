@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import stn_align as sa
-from common import UserError, datasets, metrics, photos, recognition, run, synthetic, warp
+from common import UserError, datasets, metrics, photos, run, synthetic, warp
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
