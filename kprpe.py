@@ -362,7 +362,8 @@ class KPRPE(nn.Module):
             if self.variant == "kp-absolute":
                 # Eq. (7): B_ij = f(P)[d(i, j)], f(P) = P W_L, the same for every query
                 return self.by_layer(self.keypoint_linear(P)).transpose(1, 2), [None] * self.depth
-            # Eq. (8), (9): D' = Expand(M) - Expand(P), L offsets for each query (B, N, 2L)
+            # Eq. (8): D = Expand(M) - Expand(P), L offsets for each query (B, N, L, 2)
+            # Eq. (9): D' = Reshape(D), (B, N, 2L)
             # Eq. (10): f(P) = D' W_L, which is Expand(M) W_L - Expand(P) W_L, plus the bias
             M = self.grid.repeat(1, self.keypoints)                           # (N, 2L)
             of_query = F.linear(M, W_L)
