@@ -74,7 +74,8 @@ SDFL = [
     Claim("head-resnet18", "Table I, ResNet18: NME 4.65 against 4.95",
           {"graph": "--backbone resnet18", "fc": "--backbone resnet18 --head fc"}),
     Claim("loss", "Table VII, eps 0.5: soft wing 4.65, wing 4.76, L1 4.76",
-          {"soft wing": "", "wing": "--loss wing", "L1": "--loss l1"}),
+          {"soft wing": "--epsilon 0.5", "wing": "--epsilon 0.5 --loss wing", "L1": "--loss l1",
+           "soft wing, eps 2": "--epsilon 2", "soft wing, eps 5": ""}),
     Claim("relative", "Table VI, ResNet18: with 4.65, without 4.75",
           {"lambda 1": "", "lambda 0": "--lam 0"}),
     Claim("adjacency", "Table VI, ResNet18: dynamic 4.65, binary 4.85",
@@ -246,8 +247,9 @@ ALWAYS = {
     "kprpe-gait": f"--task gait {LAST} --unaligned",
 }
 SMALL = dict.fromkeys(CLAIMS, "") | {
-    "sdfl": "--backbone mobilenetv2 --size 96 --batch-size 16 --optimizer adam --lr 0.002 "
-            "--weight-decay 0 --drops 2 --rotate 20 --occlude 0.25 --epochs 12",
+    "sdfl": "--backbone mobilenetv2 --size 96 --batch-size 16 --optimizer adam --lr 0.005 "
+            "--weight-decay 0 --schedule cosine --epsilon 5 --rotate 20 --shift 8 --occlude 0.25 "
+            "--epochs 12",
     "heatmap_landmarks": "--backbone mobilenetv2_0.25 --filters 64 --strategy SSD --sigma 1 "
                          "--kernel 5 --size 96 --batch-size 16 --lr 0.002 --epochs 10",
     "lddmm_face": "--backbone mobilenetv2 --size 96 --batch-size 16 --lr 0.001 --epochs 10",

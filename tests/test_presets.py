@@ -102,7 +102,7 @@ def killed(kind, *flags):
 def check_schedule(kind, args, printed):
     """One line says if the run is too short for the rate; an epoch has the rows that it should."""
     wanted = ""
-    if kind == "sdfl":
+    if kind == "sdfl" and args.schedule == "steps":
         wanted = f"note: --drops {args.drops} leaves "
     if kind == "stn_align" or kind.startswith("kprpe") and args.warmup > args.epochs / 2:
         wanted = f"note: the rate rises for {args.warmup:g} "

@@ -341,18 +341,20 @@ def test_unknown_names():
 
 # ---- Data ----------------------------------------------------------------------------------------
 
-def test_augmentation_stays_within_what_it_says():
+@pytest.mark.parametrize("rotate, furthest", [(40, 30), (20, 8)])
+def test_augmentation_stays_within_what_it_says(rotate, furthest):
     mirrors, hidden = 0, 0
     for seed in range(400):
-        matrix, mirror, extras = sdfl.augment(np.random.default_rng(seed), 200)
+        matrix, mirror, extras = sdfl.augment(np.random.default_rng(seed), 200, rotate, furthest)
         mirrors, hidden = mirrors + mirror, hidden + (extras["occluder"][0] != -1)
         zoom = math.sqrt(np.linalg.det(matrix[:, :2]))
         angle = math.degrees(math.atan2(matrix[0, 1], matrix[0, 0]))
         shift = matrix @ [99.5, 99.5, 1] - 99.5
-        assert 0.9 <= zoom <= 1.1 and abs(angle) <= 40 and np.abs(shift).max() <= 200 * 30 / 256
+        assert 0.9 <= zoom <= 1.1 and abs(angle) <= rotate
+        assert np.abs(shift).max() <= 200 * furthest / 256
         corners = np.array([[-0.5, -0.5], [199.5, -0.5], [-0.5, 199.5], [199.5, 199.5]])
         source = (corners - matrix[:, 2]) @ np.linalg.inv(matrix[:, :2]).T  # what the crop looks at
-        assert np.abs(source - 99.5).max() <= sdfl.reach(40) * 100
+        assert np.abs(source - 99.5).max() <= sdfl.reach(rotate, furthest) * 100
         if extras["occluder"][0] != -1:
             x0, y0, x1, y1 = extras["occluder"][:4]
             assert (x1 - x0) * (y1 - y0) == pytest.approx(0.2 * 200 * 200)
@@ -465,6 +467,13 @@ def test_learning_rate_falls_by_five_after_each_fifth():
     assert rates == pytest.approx([0.01, 0.01, 0.002, 0.0004, 0.000016])
 
 
+def test_learning_rate_rises_and_falls_as_a_cosine():
+    rates = [sdfl.learning_rate(step, 500, 0.01, schedule="cosine") for step in range(501)]
+    assert rates[0] == pytest.approx(0.01 / 40) and rates[19] == pytest.approx(0.005, rel=0.01)
+    assert 39 <= rates.index(max(rates)) <= 40 and max(rates) > 0.0098
+    assert rates[250] == pytest.approx(0.005) and rates[500] == pytest.approx(0, abs=1e-12)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A whole run, in process: its folder and numbers."""
@@ -476,7 +485,8 @@ def test_a_run_leaves_its_log_checkpoint_and_pictures(finished):
     folder, scores = finished
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3]
-    assert rows[-1]["lr"] == pytest.approx(sdfl.parse_args(TINY).lr * 0.2**2)
+    last = sdfl.learning_rate(11, 12, sdfl.parse_args(TINY).lr, schedule="cosine")
+    assert rows[-1]["lr"] == pytest.approx(last)
     assert rows[-1]["nme"] == scores["nme"] and "nme/mean face" in rows[-1]
     assert {path.name for path in folder.iterdir()} == {
         "log.jsonl", "last.pt", "lock", "graph.png", "predictions.png", "ced.png"}
@@ -533,5 +543,6 @@ def test_what_cannot_be_trained_on_is_said_before_the_run_begins(tmp_path):
 
 
 def test_a_short_run_is_told_that_its_drops_are_many(tmp_path, capsys):
-    sdfl.train(sdfl.parse_args([*TINY, "--epochs", "1", "--output", str(tmp_path / "x")]))
-    assert "note: --drops 2 leaves 0.3 of 1 epochs at the full rate" in capsys.readouterr().out
+    sdfl.train(sdfl.parse_args([*TINY, "--epochs", "1", "--schedule", "steps",
+                                "--output", str(tmp_path / "x")]))
+    assert "note: --drops 4 leaves 0.2 of 1 epochs at the full rate" in capsys.readouterr().out
