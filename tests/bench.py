@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import heatmap_landmarks
 import kprpe
@@ -525,6 +526,58 @@ def bench_dfa():
         both = median_ms(lambda: kprpe.align_112(image, net(image).landmarks))
     say("dfa", f"{count / alone * 1e3:,.0f} faces a second, {count / both * 1e3:,.0f} with the "
                "alignment")
+
+
+# ---- Cost of the presets -------------------------------------------------------------------------
+
+def saved_bytes(net, *inputs) -> int:
+    """Bytes that a forward pass keeps for the backward pass, weights left out."""
+    kept = {}
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        net(*inputs)
+    return sum(kept.values())
+
+
+def bench_cost():
+    """What the paper's presets take, from a forward pass of two images on the CPU: an estimate."""
+    cpu = torch.device("cpu")
+
+    def parse(script, data: str):
+        return script.parse_args(["--data", data, "--data-root", ".", "--device", "cpu"])
+
+    pairs = torch.eye(98, dtype=torch.bool)
+    rows = [  # images of an epoch, of the papers: WFLW 7,500, LaPa 18,168 and their mirror images
+        (sdfl, "wflw", 7_500, lambda args: sdfl.build(args, pairs | pairs.roll(1, 0), cpu)),
+        (heatmap_landmarks, "lapa", 36_336, lambda args: heatmap_landmarks.build(args, 106, cpu)),
+        (lddmm_face, "300w", 3_148,
+         lambda args: lddmm_face.build(args, 256 * torch.rand(68, 2), cpu)),
+        (stn_align, "vggface2", 3_141_890,
+         lambda args: stn_align.build(args, 112 * torch.rand(68, 2), cpu)),
+        (kprpe, "ms1m-small", 5_822_653, lambda args: kprpe.build(args, cpu)),
+        (kprpe, "webface-base", 4_235_242, lambda args: kprpe.build(args, cpu))]
+    for script, data, count, build in rows[:sized(len(rows), 2)]:
+        args = parse(script, data)
+        net = build(args)
+        image = torch.randn(2, 3, args.size, args.size)
+        more = (torch.rand(2, 5, 2),) if script is kprpe else ()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(image, *more)
+        giga = counter.get_total_flops() / 4e9  # multiply-adds of an image
+        total = 6e9 * giga * count * args.epochs  # a backward pass takes twice the forward one
+        memory = saved_bytes(net, image, *more) / 2 * args.batch_size
+        steps = args.epochs * count // args.batch_size
+        say("cost", f"{script.__name__}.py --data {data}: {giga:.2f} G multiply-adds forward, "
+                    f"{args.epochs} epochs of {count:,} images, {steps:,} steps: "
+                    f"{total / 1e18:.2f} EFLOP, {total / 3.6e17:.1f} hours at 100 TFLOP/s; a batch "
+                    f"of {args.batch_size} keeps {memory / 1e9:.0f} GB in float32")
 
 
 # ---- Command -------------------------------------------------------------------------------------
