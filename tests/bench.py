@@ -576,7 +576,7 @@ def bench_cost():
         steps = args.epochs * count // args.batch_size
         say("cost", f"{script.__name__}.py --data {data}: {giga:.2f} G multiply-adds forward, "
                     f"{args.epochs} epochs of {count:,} images, {steps:,} steps: "
-                    f"{total / 1e18:.2f} EFLOP, {total / 3.6e17:.1f} hours at 100 TFLOP/s; a batch "
+                    f"{total / 1e15:,.0f} PFLOP, {total / 3.6e17:.1f} hours at 100 TFLOP/s; a batch "
                     f"of {args.batch_size} keeps {memory / 1e9:.0f} GB in float32")
 
 
