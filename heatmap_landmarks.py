@@ -985,6 +985,7 @@ def predict(args) -> dict:
     """--predict: for each face its landmarks as NAME.pts, for each image NAME.png with them drawn,
     those of a confidence below 0.2 in orange; with --align-out recognition crops."""
     net = open_checkpoint(args, args.weights)
+    photos.fold_batch_norms(net, args.size)
     detector = photos.open_detector(args.detector) if args.detector else None
     if args.align == "five" and detector is None:
         print("note: this network has seen no faces but those aligned by five points, and misses "

@@ -881,6 +881,7 @@ def predict(args) -> dict:
     """--predict: each face's landmarks as NAME.pts, in the annotation of --as-points, each image as
     NAME.png with them drawn. The mean face of another annotation is that of drawn faces."""
     net, trained = open_checkpoint(args, args.weights)
+    photos.fold_batch_norms(net, args.size)
     own = sparse_to_dense(net)
     wanted = own
     if args.as_points not in (0, net.scheme):

@@ -681,6 +681,7 @@ def evaluate_checkpoint(args) -> dict:
 def predict(args) -> dict:
     """--predict: each face's landmarks as NAME.pts, and each image as NAME.png with them drawn."""
     net, trained = open_checkpoint(args, args.weights)
+    photos.fold_batch_norms(net, args.size)
     flip = flip_of(args, len(net.mask))
 
     def answer(crop: dict, last: bool) -> torch.Tensor:

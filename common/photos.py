@@ -12,6 +12,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from torch import nn
+from torch.nn.utils import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from common import UserError, datasets, run, warp
@@ -90,6 +92,31 @@ def find_boxes(args, image: np.ndarray, detector) -> np.ndarray:
 
 
 # ---- The loop of --predict -----------------------------------------------------------------------
+
+@torch.no_grad()
+def fold_batch_norms(net: nn.Module, size: int):
+    """Makes each batch norm of a network in evaluation mode part of the convolution that it
+    follows, in place: less to do for the same output, but for rounding.
+    Args: size, px of the image (1, 3, size, size) that is passed through to see what follows what.
+    """
+    names = {module: name for name, module in net.named_modules()}
+    made = {}  # id of a convolution's output: both, so that no other tensor gets its id
+
+    def look(module, inputs, output):
+        if not isinstance(module, nn.BatchNorm2d):
+            made[id(output)] = module, output
+        elif id(inputs[0]) in made:
+            conv, _ = made[id(inputs[0])]
+            folded = fuse_conv_bn_eval(conv, module, isinstance(conv, nn.ConvTranspose2d))
+            conv.weight, conv.bias = folded.weight, folded.bias
+            net.set_submodule(names[module], nn.Identity())
+
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
+    hooks = [module.register_forward_hook(look) for module in names if isinstance(module, kinds)]
+    net(torch.zeros(1, 3, size, size, device=next(net.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+
 
 class Photo:
     """An image of --predict: `path`, `image` RGB uint8 (H, W, 3), `stem`, the path of its results

@@ -31,7 +31,7 @@ import kprpe
 import lddmm_face
 import sdfl
 import stn_align
-from common import datasets, metrics, recognition, synthetic, warp
+from common import datasets, metrics, photos, recognition, synthetic, warp
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -333,8 +333,11 @@ def bench_latency():
         net.eval().to(**CHANNELS_LAST)
         one = image[:1].contiguous(**CHANNELS_LAST)
         with torch.inference_mode():
-            ms = median_ms(lambda: heatmap_landmarks.decode_dark(net(one)), 20)
-        say("latency", f"{backbone} SDD, one face: {ms:.1f} ms")
+            trained = median_ms(lambda: heatmap_landmarks.decode_dark(net(one)), 20)
+            photos.fold_batch_norms(net, image.shape[-1])
+            folded = median_ms(lambda: heatmap_landmarks.decode_dark(net(one)), 20)
+        compare("latency", f"{backbone} SDD, one face, batch norms folded as by --predict", folded,
+                "as trained", trained)
 
 
 def bench_heatmap_step():

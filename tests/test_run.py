@@ -12,7 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import heatmap_landmarks
+import lddmm_face
 import sdfl
 from common import UserError, checkpoint, datasets, photos, run
 
@@ -256,6 +259,32 @@ def test_another_kind_of_file_is_no_detector(tmp_path):
     (tmp_path / "a.onnx").write_bytes(b"no network")
     with pytest.raises(UserError, match="a.onnx: no YuNet model"):
         photos.open_detector(str(tmp_path / "a.onnx"))
+
+
+FOLDED = [
+    *sdfl.BACKBONES.values(),
+    *(lambda name=name: lddmm_face.BACKBONES[name](29, 64) for name in ("hrnet_w18", "hourglass")),
+    lambda: lddmm_face.HRNetHeatmaps(29),
+    lambda: lddmm_face.DANStage(3, 64),
+    lambda: heatmap_landmarks.HeatmapNet("mobilenetv2_0.25", "SD", 29),
+]
+
+
+@pytest.mark.parametrize("build", FOLDED)
+def test_folded_batch_norms_leave_the_output_as_it_is(build):
+    net = build().eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                values.uniform_(0.5, 1.5)
+    image = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        wanted = net(image)
+        photos.fold_batch_norms(net, 64)
+        error = net(image) - wanted
+    left = sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+    hourglass = isinstance(net, lddmm_face.Hourglass)  # its blocks begin with a batch norm
+    assert error.norm() < 1e-4 * wanted.norm() and left == (115 if hourglass else 0)
 
 
 def test_predict_reports_a_bad_image_goes_on_and_writes_over_nothing(finished, tmp_path, capsys):
