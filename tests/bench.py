@@ -340,6 +340,26 @@ def bench_latency():
                 "as trained", trained)
 
 
+def bench_face():
+    """One 96 px face of 68 points on the CPU, crop to points, by MobileNetV2 in the three scripts."""
+    image = torch.randn(4, 3, 96, 96)
+    mask = torch.eye(68, dtype=torch.bool)
+    args = lddmm_face.parse_args(["--data", "faces"])
+    nets = [(sdfl.SDFL("mobilenetv2", mask | mask.roll(1, 0), 96), lambda points: points),
+            (heatmap_landmarks.HeatmapNet("mobilenetv2_1.0", points=68, strategy="SSD"),
+             heatmap_landmarks.decode_dark),
+            (lddmm_face.build(args, 256 * torch.rand(68, 2), torch.device("cpu")),
+             lambda points: points)]
+    for net, decode in nets:
+        net(image)  # statistics for the batch norms
+        net.eval().to(**CHANNELS_LAST)
+        photos.fold_batch_norms(net, 96)
+        one = image[:1].contiguous(**CHANNELS_LAST)
+        with torch.inference_mode():
+            ms = median_ms(lambda: decode(net(one)), 40)
+        say("face", f"{type(net).__name__}, MobileNetV2, 96 px, one face: {ms:.1f} ms")
+
+
 def bench_heatmap_step():
     """A training step of MNetV2-1.0 SDD, 106 points, 192 px."""
     size = sized(192, 64)
