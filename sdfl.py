@@ -159,9 +159,10 @@ def neighbour_mask(landmarks: torch.Tensor, k: int) -> torch.Tensor:
         raise UserError(f"neighbours are mined from at least 2 training images, found {count}")
     if not 0 <= k < points:
         raise UserError(f"--k {k}: expected 0 to {points - 1}, less than the {points} landmarks")
-    xy = landmarks.permute(2, 1, 0).contiguous().double()  # (2, N, M)
-    centred = xy - xy.mean(2, keepdim=True)
-    scale = centred.norm(dim=2)  # (2, N)
+    xy = landmarks.permute(2, 0, 1).contiguous().double()  # (2, M, N)
+    xy -= xy.mean(1, keepdim=True)
+    products = torch.from_numpy(xy.mT.numpy() @ xy.numpy())  # NumPy computes half, and mirrors it
+    scale = products.diagonal(0, 1, 2).sqrt()  # (2, N)
     if not scale.isfinite().all():
         raise UserError("the training landmarks hold values that are not finite")
     still = scale <= 1e-9 * landmarks.abs().amax().clamp(min=1) * math.sqrt(count)
@@ -175,7 +176,7 @@ def neighbour_mask(landmarks: torch.Tensor, k: int) -> torch.Tensor:
                       "taken as correlation 0 there", stacklevel=2)
     scale = scale.masked_fill(still, math.inf)
     # Pearson's C_x and C_y, (2, N, N)
-    correlation = centred @ centred.mT / (scale[:, :, None] * scale[:, None])
+    correlation = products / (scale[:, :, None] * scale[:, None])
     correlation = correlation.abs().mean(0)  # Eq. (1): C = (abs(C_x) + abs(C_y)) / 2
     # Eq. (2): the k + 1 largest of each row. A landmark is its own first, so that ties cannot
     # displace it.
