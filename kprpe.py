@@ -1329,6 +1329,11 @@ def train(args) -> dict:
         job.save(epoch, scores if job.due(epoch) else {}, head=head)
     if job.start >= args.epochs:  # it was killed after its last checkpoint
         scores = evaluate(net, fc.whole(fc.weight), conditions, args, job.device)
+    if args.data == "faces":  # what needs no network, beside it
+        soon = [condition for condition in conditions if not condition.late]
+        for key, value in evaluate(recognition.Pixels(), None, soon, args, job.device).items():
+            name, _, condition = key.partition("@")
+            scores[f"{name}@pixels {condition}".strip()] = value
     if job.rank == 0 and scores:
         print_table(scores, args)
         write_pictures(job.folder, net, conditions, args.dfa)

@@ -727,6 +727,7 @@ def look(net: AlignedRecognizer, loader, args) -> dict:
     """What the network makes of a set, in order, on the CPU, a dict:
 
     features (N, 512)    of the image and its mirror image, added
+    pixels (N, 192)      the same without a network
     folded (N,)          whether the warp turns over
     and with landmarks, in px of a 112 px crop:
     crops (N, S, 2)      the landmarks x
@@ -735,6 +736,7 @@ def look(net: AlignedRecognizer, loader, args) -> dict:
     distance (N, S)      from W(T) to x
     """
     net.eval()
+    plain = recognition.Pixels()
     found = {}
     for batch in loader:
         image, points = prepare(batch, net.device)
@@ -743,7 +745,8 @@ def look(net: AlignedRecognizer, loader, args) -> dict:
             features, w = net(image, points)
             if net.method not in BY_LANDMARKS or mirror_points is not None:
                 features = features + net(image.flip(3), mirror_points)[0]
-        row = {"features": features, "folded": folded(net.maps.grid(w, net.size))}
+        row = {"features": features, "pixels": plain(image) + plain(image.flip(3)),
+               "folded": folded(net.maps.grid(w, net.size))}
         if points is not None:
             row["crops"] = points
             row["aligned"], row["converged"] = net.to_aligned(w, points)
@@ -826,6 +829,8 @@ def evaluate(net: AlignedRecognizer, sets: Sequence[TestSet], args) -> dict:
         found = alignment_scores(seen, net)
         for protocol in test.protocols:
             found |= recognition.score(protocol, seen["features"])
+            plain = recognition.score(protocol, seen["pixels"])
+            found |= {f"{key}/pixels": plain[key] for key in ("accuracy", "rank1") if key in plain}
         for key, value in found.items():
             scores[f"{key}@{test.name}" if test.name else key] = value
     return scores
@@ -840,6 +845,7 @@ def print_table(scores: dict, args):
     line = f"{title:12}"
     for key, name, scale, digits in (
             ("accuracy", "verified (%)", 100, 2), ("rank1", "rank-1 (%)", 100, 2),
+            ("accuracy/pixels", "pixels (%)", 100, 2),
             ("anme/crops", "ANME of crops", 1, 4), ("anme", "ANME aligned", 1, 4),
             ("distance", "W(T) - x (px)", 1, 2), ("folded", "folded (%)", 100, 2),
             ("converged", "inverted (%)", 100, 2)):

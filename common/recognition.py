@@ -649,6 +649,15 @@ def own_identification(faces: Sequence[Face]) -> IdentificationSet:
 
 # ---- Scores --------------------------------------------------------------------------------------
 
+class Pixels(torch.nn.Module):
+    """What needs no learning, to compare a network with: images (B, C, H, W) -> means of their
+    pixels in 8 x 8 fields, less the image's own mean, (B, 64 C)."""
+
+    def forward(self, image, *_):
+        fields = torch.nn.functional.adaptive_avg_pool2d(image.float(), 8).flatten(1)
+        return fields - fields.mean(1, keepdim=True)
+
+
 def score(test, features: torch.Tensor) -> dict[str, float]:
     """What a test says of features (N, D) of its images: "accuracy" and "accuracy/std" over the
     folds, of pairs; "rank1" and "rank5", then "rank1/GROUP", ..., of probes; "tar/0.0001", ...,

@@ -471,3 +471,13 @@ def test_score_of_pairs_of_probes_and_of_templates():
     ijb = recognition.TemplateSet("IJB", None, None, np.ones(20, np.float32), video, np.arange(20),
                                   np.array([[0, 1], [2, 2]], np.int32), same, names)
     assert recognition.score(ijb, person)["tar/0.001"] == 1.0
+
+
+def test_pixels_know_a_copy_from_another_image():
+    torch.manual_seed(0)
+    image = torch.rand(2, 3, 48, 48)
+    features = recognition.Pixels()(torch.cat([image, 0.5 * image + 0.2]))
+    assert features.shape == (4, 192)
+    unit = torch.nn.functional.normalize(features)
+    cosines = unit[:2] @ unit[2:].T
+    assert (cosines.diag() > 0.999).all() and cosines[0, 1].abs() < 0.5
