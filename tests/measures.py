@@ -5,6 +5,7 @@
 import argparse
 import json
 import math
+from pathlib import Path
 
 import torch
 
@@ -116,11 +117,19 @@ def mean_curve_error(pred: torch.Tensor, data, args, pred_parts: dict | None = N
     return errors["overall"].mean().item()
 
 
+def same_faces(own: list, others: list) -> list[int]:
+    """Of each of `others` the row in `own` of its photograph, by the file's name; [] if one has
+    none."""
+    rows = {Path(face.image).stem: row for row, face in enumerate(own)}
+    stems = [Path(face.image).stem for face in others]
+    return [rows[stem] for stem in stems] if rows.keys() >= set(stems) else []
+
+
 def measure_lddmm(path: str, also) -> dict:
     """Of a checkpoint: "fr@hidden" with a fifth of each crop hidden; "nme@spline"; "curves@floor",
     of true training landmarks alone; and in other annotations, of the drawn faces or of the sets
     `also` [(data, root)], "curves@194", ..., with "curves@floor@194", of the same true landmarks,
-    where the faces are drawn."""
+    where the faces are drawn, or photographs of the same names."""
     args = lddmm_face.parse_args(["--eval", path])
     net, _ = lddmm_face.open_checkpoint(args, path)
     data = lddmm_face.make_dataset(args, "test")
@@ -147,8 +156,10 @@ def measure_lddmm(path: str, also) -> dict:
         extra = lddmm_face.extra_to_predict(net, other, points)
         found = lddmm_face.evaluate(net, loader, other, extra)[0]
         scores |= {f"{name}@{points}": value for name, value in found.items()}
-        if "points" in flags:
-            scores[f"curves@floor@{points}"] = mean_curve_error(true, theirs, other, true_parts)
+        rows = same_faces(data.faces, theirs.faces) if "data" in flags else [*range(len(true))]
+        if rows:
+            scores[f"curves@floor@{points}"] = mean_curve_error(true[rows], theirs, other,
+                                                                true_parts)
     return scores
 
 

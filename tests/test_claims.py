@@ -195,3 +195,10 @@ def test_bench_knows_its_sections(capsys):
     with pytest.raises(SystemExit):
         bench.main(["nothing"])
     assert "expected some of faces, loader" in capsys.readouterr().err
+
+
+def test_photographs_of_two_sets_are_matched_by_name():
+    own, others = ([datasets.Face(name, torch.zeros(2, 2).numpy()) for name in names]
+                   for names in (["a/1.jpg", "a/2.jpg", "b/3.jpg"], ["x/3.png", "x/1.jpg"]))
+    assert measures.same_faces(own, others) == [2, 0]
+    assert measures.same_faces(others, own) == []
