@@ -351,7 +351,8 @@ class Job:
 
     def wrap(self, net: nn.Module) -> nn.Module:
         """The network to step through: compiled, and in several processes with mean gradients."""
-        model = torch.compile(net) if self.args.compile else net
+        mode = "reduce-overhead" if self.device.type == "cuda" else "default"  # CUDA graphs
+        model = torch.compile(net, mode=mode) if self.args.compile else net
         if self.world == 1:
             return model
         ids = [self.device] if self.device.type == "cuda" else None

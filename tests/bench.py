@@ -266,7 +266,7 @@ def bench_sdfl_step():
         net = sdfl.SDFL(name, mask, size).to(DEVICE, **CHANNELS_LAST)
         L = sdfl.laplacian(net.mask)
         optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9, fused=True)
-        model = torch.compile(net) if compiled else net
+        model = torch.compile(net, mode="reduce-overhead") if compiled else net
         time_steps("sdfl", f"{name}, {size} px" + ", compiled" * compiled, model, optimizer,
                    lambda net: sdfl.sdfl_loss(net(image), target, L, 1.0, sdfl.soft_wing), count,
                    amp)

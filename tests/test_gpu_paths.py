@@ -112,7 +112,7 @@ RUNS = [
     (heatmap_landmarks, "--size 64 --backbone resnet18 --strategy SD --erase 1"),
     (lddmm_face, "--size 64"),
     (lddmm_face, "--size 64 --train-points 50 --squared"),
-    (lddmm_face, "--size 64 --backbone dan"),
+    (lddmm_face, "--size 32 --backbone dan"),
     (lddmm_face, "--size 64 --method coord"),
     (lddmm_face, "--size 64 --method heatmap"),
     *((stn_align, f"--depth 10 --width 8 --method {name}") for name in stn_align.METHODS),
@@ -121,12 +121,10 @@ RUNS = [
     *((kprpe, f"--depth 2 --rpe {name}") for name in kprpe.RPES),
     *((kprpe, f"--depth 2 --rpe none --loss {name}") for name in kprpe.MARGINS),
     (kprpe, "--depth 2 --sample-rate 0.5 --draw-keypoints --clip 0"),
-    (kprpe, "--task dfa"),
+    (kprpe, "--task dfa --size 64"),
     *((kprpe, f"--task gait --batch-size 8 --frames 2 --dim 32 --rpe {name}")
       for name in ("swin", "kp-multihead")),
 ]
-
-
 
 
 def train(script, flags, device, folder, monkeypatch):
@@ -147,13 +145,13 @@ def test_a_step_on_a_gpu_waits_for_nothing(script, flags, tmp_path, monkeypatch)
 
 
 COMPILED = [
-    (sdfl, "--size 64 --backbone resnet18"),
-    (heatmap_landmarks, "--size 64 --backbone resnet18 --strategy SD"),
-    (lddmm_face, "--size 64 --backbone dan"),
+    (sdfl, "--size 32 --backbone resnet18"),
+    (heatmap_landmarks, "--size 32 --backbone resnet18 --strategy SD"),
+    (lddmm_face, "--size 32 --backbone dan"),
     *((stn_align, f"--depth 10 --width 8 --method {name}")
       for name in ("affine2d", "proj", "tps8", "fullalign")),
     *((kprpe, f"--depth 2 --rpe {name}") for name in ("none", "euclidean", "irpe", "kp-multihead")),
-    (kprpe, "--task dfa"),
+    (kprpe, "--task dfa --size 64"),
     (kprpe, "--task gait --batch-size 8 --frames 2 --dim 32 --rpe none"),
 ]
 
@@ -167,7 +165,8 @@ def test_a_network_compiles_once_and_whole(script, flags, tmp_path, monkeypatch)
         graphs.append(graph)
         return graph.forward
 
-    def whole(net):
+    def whole(net, mode):
+        assert mode == "default"
         talks = isinstance(net, kprpe.GaitLoss)  # to the other processes, and is not compiled
         return compiler(net, fullgraph=not talks, backend=backend)
 
@@ -176,3 +175,11 @@ def test_a_network_compiles_once_and_whole(script, flags, tmp_path, monkeypatch)
     monkeypatch.setattr(torch, "compile", whole)
     train(script, f"{flags} --compile --amp", torch.device("cpu"), tmp_path, monkeypatch)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("device, mode", [("cpu", "default"), ("cuda", "reduce-overhead")])
+def test_compiled_steps_are_cuda_graphs_on_a_gpu(device, mode, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda net, mode: mode)
+    args = run.argparse.Namespace(compile=True)
+    job = run.argparse.Namespace(args=args, world=1, device=torch.device(device))
+    assert run.Job.wrap(job, torch.nn.Identity()) == mode
