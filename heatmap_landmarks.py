@@ -607,7 +607,7 @@ def read_faces(args, split: str) -> list[datasets.Face]:
         count = min(args.limit or DRAWN["train"], DRAWN[split])
         return synthetic.read_faces(split, count, args.size, args.points)  # whatever --seed is
     faces = datasets.read(args.data, args.data_root, split)[:args.limit or None]
-    datasets.check_images(faces)
+    datasets.check_images(faces, args.upright)
     return faces
 
 

@@ -1070,7 +1070,7 @@ def identity_faces(args, split: str) -> list[datasets.Face] | None:
         if args.landmarks:
             faces = recognition.attach_points(faces, args.landmarks, args.data_root)
     faces = faces[:args.limit or None]
-    datasets.check_images(faces)
+    datasets.check_images(faces, args.upright)
     return faces
 
 
@@ -1122,8 +1122,7 @@ def make_crops(args, split: Split, t: float, augment: str = "none"):
     matrices = warp.fit_similarity(points, template(args.size))
     if t < 1:
         matrices = torch.lerp(unaligned(split.boxes, args.size, args.margin), matrices, t)
-    faces = [datasets.Face(functools.partial(split.images.__getitem__, i), five)
-             for i, five in enumerate(split.points)]
+    faces = [datasets.Face(*both) for both in zip(split.images.sources, split.points)]
     reach = reach_of(SHIFTS[augment]) if move else 1.0
     zoom = 1 + ZOOM if move else 1.0
     return datasets.CropDataset(faces, matrices, args.size, move, reach, zoom, flip, args.seed,
@@ -1970,7 +1969,7 @@ def aligner_set(args, split: str) -> datasets.CropDataset:
         faces = drawn_faces(args, split)
     else:
         faces = datasets.read(args.data, args.data_root, split)[:args.limit or None]
-        datasets.check_images(faces)
+        datasets.check_images(faces, args.upright)
     augment = functools.partial(draw_move, shift=DFA_SHIFT) if split == "train" else None
     return dfa_dataset(faces, args.size, args.box, augment, args.seed)
 

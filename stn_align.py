@@ -520,8 +520,8 @@ def read_set(args, split: str) -> Split | None:
         if args.landmarks:
             faces = recognition.attach_points(faces, args.landmarks, args.data_root)
     faces = faces[:args.limit or None]
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # minutes, for millions of files
-        datasets.check_images(faces)
+    if args.upright or int(os.environ.get("LOCAL_RANK", 0)) == 0:  # minutes, for millions of files
+        datasets.check_images(faces, args.upright)
     needed = needs_landmarks(args, split)
     if needed:
         recognition.check_points(faces, needed)

@@ -1,4 +1,5 @@
 """What the five scripts share: datasets, metrics, geometry, and what surrounds a training run."""
+import errno
 
 
 class UserError(ValueError):
@@ -13,6 +14,7 @@ def message_of(error: Exception) -> str:
     if type(error).__name__ == "InductorError":
         return f"--compile: {text.splitlines()[0]}; install that, or leave out --compile"
     unnamed = isinstance(error, OSError) and error.errno and not error.filename
+    unnamed = unnamed and error.errno != errno.ENOSPC  # a full disk, which names no file
     if unnamed or not isinstance(error, (OSError, UserError, FloatingPointError)):
         return ""
     if text.startswith("Caught "):  # by a loader's worker, whose traceback ends in the message

@@ -30,7 +30,13 @@ KINDS = dict(model=dict, optimizer=dict, args=dict, data=list, epoch=int, world=
 COMMAND = {"output", "gpus", "device", "workers", "compile", "resume", "eval", "predict", "weights",
            "init", "detector", "align_out", "given", "boxes", "script"}
 # Flags that describe the data: another --data brings its own.
-DATA = {"data", "data_root", "limit", "norm", "threshold", "points"}
+DATA = {"data", "data_root", "limit", "norm", "threshold", "points", "upright"}
+
+
+def command(script: str) -> str:
+    """What is typed for a script: of "kprpe-dfa", kprpe.py --task dfa."""
+    name, _, task = script.partition("-")
+    return f"{name}.py" + (f" --task {task}" if task else "")
 
 
 def restore_args(args, saved: dict, path, data_flags: Sequence[str] = ()):
@@ -172,8 +178,8 @@ def load(path, script: str) -> dict:
     """A checkpoint of `script`, on the CPU.   Raises: UserError."""
     state = read_tensors(path)
     if state.get("script") != script:
-        origin = state.get("script", "something else")
-        raise UserError(f"{path} is no checkpoint of {script}.py, but of {origin}")
+        origin = command(str(state["script"])) if "script" in state else "something else"
+        raise UserError(f"{path} is no checkpoint of {command(script)}, but of {origin}")
     for name, kind in KINDS.items():
         if not isinstance(state.get(name), kind):
             raise UserError(f"{path}: its {name} is {type(state.get(name)).__name__}, expected "

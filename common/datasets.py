@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from common import UserError, warp
 # Some of these names are only passed on: the scripts say datasets.SCHEMES, datasets.read_pts.
-from common.formats import (IMAGE_SUFFIXES, beside, image_paths, is_jpeg, load_image, numbers,
-                            open_h5, point_rows, read_mat, read_points_csv, read_pts, text_lines,
-                            walk, write_image, write_pts)
+from common.formats import (IMAGE_SUFFIXES, below, beside, image_paths, is_jpeg, is_tagged,
+                            load_image, numbers, open_h5, point_rows, read_mat, read_points_csv,
+                            read_pts, text_lines, walk, write_image, write_pts)
 from common.schemes import (ARCFACE_5, SCHEMES, Scheme, flip_residual, group_means, norm_kind,
                             normaliser)
 
@@ -50,6 +50,7 @@ class Face:
     identity: str | None = None                           # the person
     tags: tuple[str, ...] = ()                            # subsets of its split: ("pose", "blur")
     where: str = ""                                       # file:line of the list that names it
+    upright: bool = False                                 # whether its image is turned by its tag
 
 
 def subsets(faces: Sequence[Face]) -> dict[str, np.ndarray]:
@@ -66,6 +67,7 @@ def subsets(faces: Sequence[Face]) -> dict[str, np.ndarray]:
 # The first two bytes of an image file -> what the last bytes of a whole one hold.
 _SIGNATURES = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND", b"BM": b"", b"RI": b"", b"GI": b"",
                b"II": b"", b"MM": b""}
+_TAGGED = "has an orientation tag; if its points are those of the upright picture, give --upright"
 
 
 def _fault(path: str) -> str:
@@ -73,26 +75,32 @@ def _fault(path: str) -> str:
     if not os.path.exists(path):
         return "does not exist"
     with open(path, "rb") as file:
-        begin = file.read(2)
+        begin = file.read(4096)
         file.seek(max(os.path.getsize(path) - 4096, 0))
         end = file.read()
-    if begin not in _SIGNATURES:
+    if begin[:2] not in _SIGNATURES:
         return "is no image that cv2 can decode"
-    return "" if _SIGNATURES[begin] in end else "seems to be cut short"
+    if _SIGNATURES[begin[:2]] not in end:
+        return "seems to be cut short"
+    return _TAGGED if is_tagged(begin) else ""
 
 
-def check_images(faces: Sequence[Face]) -> None:
-    """Before a long run: every path exists and begins like an image; warns of files without end.
+def check_images(faces: Sequence[Face], upright: bool = False) -> None:
+    """Before a long run: every path exists and begins like an image; warns of files without end,
+    and of JPEGs with an orientation tag or, with `upright`, marks their faces as to be turned.
     Raises: UserError naming the first bad file and counting those with its fault."""
     listed = {face.image: face.where for face in faces if isinstance(face.image, str)}
-    faults: dict[str, list[str]] = {}
+    faults: dict[str, dict[str, str]] = {}
     for path, where in listed.items():
-        fault = _fault(path)
-        if fault:
-            faults.setdefault(fault, []).append(f"{path} (listed in {where})" if where else path)
+        name = f"{path} (listed in {where})" if where else path
+        faults.setdefault(_fault(path), {})[path] = name
+    faults.pop("", None)
+    tagged = faults.pop(_TAGGED, {}) if upright else {}
+    for face in faces:
+        face.upright = isinstance(face.image, str) and face.image in tagged
     for fault, bad in faults.items():
-        message = f"{bad[0]} {fault}; so for {len(bad)} of {len(listed)} images"
-        if not fault.startswith("seems"):
+        message = f"{[*bad.values()][0]} {fault}; so for {len(bad)} of {len(listed)} images"
+        if fault != _TAGGED and not fault.startswith("seems"):
             raise UserError(message)
         warnings.warn(message, stacklevel=2)
 
@@ -121,11 +129,9 @@ def _rows(table: str, count: int, name=0, separator=",", skip=1) -> Iterator[tup
 
 def _face(folder: str, name: str, where: str, points, box=None, **more) -> Face:
     """The face of an image that a list names, which must lie in the folder."""
-    if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
-        raise UserError(f"{where}: {name!r} leads out of {folder}; wanted a path below it")
     box = None if box is None else tuple(np.asarray(box, float).tolist())
     points = points.reshape(-1, 2).astype(np.float32)
-    return Face(os.path.join(folder, name), points, box, where=where, **more)
+    return Face(below(folder, name, where), points, box, where=where, **more)
 
 
 def _square(center: np.ndarray, side: float) -> np.ndarray:
@@ -416,7 +422,7 @@ def read_youtube(root: str, split: str) -> list[Face]:
 
 def read_widerface(root: str, split: str) -> list[Face]:
     """WIDER FACE with RetinaFace's 5 points, 0-based; box: the face's. Faces without points, or
-    with all at one place, have points nan. The label file of val has boxes only, so the test split
+    with all on one line, have points nan. The label file of val has boxes only, so the test split
     is a tenth of the training images, by hash of name, of which only faces with points. A row is
     x y w h, 5 times x y v (v -1: no point), blur.
 
@@ -433,7 +439,7 @@ def read_widerface(root: str, split: str) -> list[Face]:
             values = numbers(line.split(), 20, where)
             x, y, w, h = values[:4]
             points = values[4:19].reshape(5, 3)
-            if (points[:, 2] < 0).any() or np.ptp(points[:, :2], axis=0).max() == 0:
+            if (points[:, 2] < 0).any() or on_line(points[None, :, :2]).any():
                 points = np.full((5, 3), np.nan)
             if w > 0 and h > 0 and not (split == "test" and np.isnan(points).any()):
                 faces.append(_face(images, name, where, points[:, :2], (x, y, x + w, y + h)))
@@ -477,39 +483,65 @@ def read(data: str, root: str, split: str) -> list[Face]:
     return faces
 
 
-def check_points(faces: list[Face], root: str) -> None:
-    """Points of a set: an error if they are fractions of the image or a face is all at one place; a
-    warning if points stand for missing ones, or the mean face is not in the order of `SCHEMES`: a
+def check_points(faces: Sequence[Face], root: str) -> None:
+    """As `check_landmarks`, of the faces that have points."""
+    faces = [face for face in faces if face.points is not None and np.isfinite(face.points).all()]
+    if faces:
+        points = np.stack([face.points for face in faces])
+        check_landmarks(points, lambda i: faces[i].where or faces[i].image, root)
+
+
+def check_landmarks(points: np.ndarray, name: Callable[[int], str], root: str) -> None:
+    """Points (M, P, 2) of a set, of which errors call face i name(i): an error if they are
+    fractions of the image or those of a face lie on one line; a warning if points stand for missing
+    ones, a face has both pupils at one place, or the mean face is not in the order of `SCHEMES`: a
     large `flip_residual`, the left eye on the right, the mouth above the eyes."""
-    faces = [face for face in faces if np.isfinite(face.points).all()]
-    if not faces or len(faces[0].points) < 2:
-        return
-    points = np.stack([face.points for face in faces])  # (M, P, 2)
     extent = np.ptp(points, axis=1).max(1)
+    if points.shape[1] < 2:
+        return
     if points.max() <= 1.5 and extent.max() <= 1.5:
         raise UserError(f"{root}: all points lie within {extent.max():.2g} px: they seem to be "
                         "fractions of the image; wanted pixels")
-    if extent.min() == 0:
-        face = faces[int(extent.argmin())]
-        raise UserError(f"{face.where or face.image}: all points are at one place; correct or "
-                        "leave out that face")
+    flat = np.flatnonzero(on_line(points) if points.shape[1] > 2 else extent == 0)
+    if flat.size:
+        raise UserError(f"{name(flat[0])}: all points are at one place, or on one line; so for "
+                        f"{flat.size} of {len(points)} faces: correct them, or leave them out")
     # 0 0 or -1 -1 stands for "missing" in some sets; both lose 1 in files that count from 1
     marks = (points[..., 0] == points[..., 1]) & np.isin(points[..., 0], (0, -1, -2))
-    marked = np.flatnonzero(marks.sum(1) >= 2)
-    if marked.size:
-        face = faces[marked[0]]
-        warnings.warn(f"{face.where or face.image} has several points exactly at 0 0 or -1 -1, "
-                      f"which are used as they stand; so for {marked.size} of {len(faces)} faces",
-                      stacklevel=3)
+    found = {"several points exactly at 0 0 or -1 -1, used as they stand": marks.sum(1) >= 2}
     scheme = SCHEMES.get(points.shape[1])
-    if scheme and len(faces) >= 50:  # fewer may all look to one side
-        residual = flip_residual(points, scheme.flip)
-        five = group_means(points.mean(0), scheme.five)  # (5, 2): eyes, nose, mouth corners
+    if scheme:
+        pupils = group_means(points, scheme.pupils)  # (M, 2, 2)
+        found["both pupils at one place, and so no ANME"] = (np.ptp(pupils, axis=1) == 0).all(1)
+    for fault, bad in found.items():
+        if bad.any():
+            warnings.warn(f"{name(bad.argmax())} has {fault}; so for {bad.sum()} of {len(points)} "
+                          "faces", stacklevel=4)
+    if scheme and len(points) >= 50:  # fewer may all look to one side
+        some = points[::len(points) // 100_000 + 1]
+        residual = flip_residual(some, scheme.flip)
+        five = group_means(some.mean(0), scheme.five)  # (5, 2): eyes, nose, mouth corners
         if residual > 0.2 or five[0, 0] > five[1, 0] or five[:2, 1].mean() > five[3:, 1].mean():
             warnings.warn(f"{root}: these {scheme.points} points are hardly in the order of "
                           f"SCHEMES[{scheme.points}]: the mirrored mean face is off by "
                           f"{residual:.2f} of its box (wanted below 0.2), or the left eye is on "
-                          "the right, or the mouth above the eyes", stacklevel=3)
+                          "the right, or the mouth above the eyes", stacklevel=4)
+
+
+def on_line(points: np.ndarray) -> np.ndarray:
+    """Which of the faces (M, P, 2) have all points on one line, or at one place: (M,) bool."""
+    offset = points - points.mean(1, keepdims=True, dtype=np.float64)
+    (xx, xy), (_, yy) = np.einsum("mpi,mpj->ijm", offset, offset)
+    return xx * yy - xy**2 <= 1e-6 * (xx + yy) ** 2
+
+
+def check_inside(points: np.ndarray, size: Sequence[int], source, i: int) -> None:
+    """Raises: UserError where all points (P, 2) lie outside image i, `size` wide and high."""
+    outside = (points < -0.5) | (points > np.subtract(size, 0.5))
+    if outside.any(1).all():
+        name = source if isinstance(source, str) else f"image {i}"
+        raise UserError(f"{name}: all points lie outside its image of {size[0]} x {size[1]}; "
+                        "correct or leave out that face")
 
 
 # ---- Crops ---------------------------------------------------------------------------------------
@@ -567,7 +599,7 @@ class Regions:
         corners = maps.new_tensor([[-1, -1], [1, -1], [-1, 1], [1, 1]]) * reach * size / 2
         corners = (corners + (size - 1) / 2).expand(len(maps), 4, 2)
         around = warp.apply_affine(warp.invert(maps), corners).numpy()  # (M, 4, 2) image px
-        self.images = [face.image for face in faces]
+        self.faces = faces
         self.border = cv2.BORDER_REFLECT_101 if reflect else cv2.BORDER_CONSTANT
         # Even, so that a region is as exact in an image of half the size.
         self.first = np.floor(around.min(1) / 2).astype(np.int64) * 2 - 2  # (M, 2) px, top left
@@ -585,18 +617,22 @@ class Regions:
         self.path = ""                        # of the file that the store is a map of
 
     def __len__(self):
-        return len(self.images)
+        return len(self.faces)
 
     def __getitem__(self, i: int) -> np.ndarray:
         side = int(self.side[i])
         if self.store is not None:
             return self.store[self.start[i]:self.start[i + 1]].reshape(side, side, 3)
-        image = self.images[i]
+        face = self.faces[i]
         # A JPEG is decoded at half its size, in half the time, where the region shrinks so far.
-        half = 2 * side <= self.extent[i] and isinstance(image, str) and is_jpeg(image)
+        half = (2 * side <= self.extent[i] and isinstance(face.image, str) and not face.upright
+                and is_jpeg(face.image))
         n = int(self.extent[i]) // (1 + half)
         x, y = self.first[i] // (1 + half)
-        image = load_image(image, half=half)
+        image = load_image(face.image, upright=face.upright, half=half)
+        if face.points is not None:
+            size = np.multiply(image.shape[1::-1], 1 + half)
+            check_inside(face.points, size, face.where or face.image, i)
         region = image[max(y, 0):max(y + n, 0), max(x, 0):max(x + n, 0)]
         if region.shape[:2] != (n, n):  # it reaches beyond the image
             region = cv2.warpAffine(image, np.float64([[1, 0, -x], [0, 1, -y]]), (n, n),
@@ -660,7 +696,8 @@ class Regions:
             self._open(self.path)
 
     def _digest(self) -> str:
-        digest = hashlib.sha1(repr([_source(image) for image in self.images]).encode())
+        sources = [(_source(face.image), face.upright) for face in self.faces]
+        digest = hashlib.sha1(repr(sources).encode())
         for array in (self.first, self.extent, self.side, np.array(self.border)):
             digest.update(array.tobytes())
         return digest.hexdigest()[:20]

@@ -6,6 +6,7 @@ counts from 1, loses 1 here. An error names the file, and the line where it is o
 import os
 import re
 import struct
+import warnings
 import zlib
 from typing import Callable, Iterator, Sequence
 
@@ -16,6 +17,17 @@ import torch
 from common import UserError
 
 # ---- Images --------------------------------------------------------------------------------------
+
+
+# In the Exif part of a JPEG the tag 0x112, orientation: one short, in either order of bytes.
+_ORIENTATION = re.compile(rb"Exif\0\0.*?(?:\x12\x01\x03\0\x01\0\0\0(.)\0|"
+                          rb"\x01\x12\0\x03\0\0\0\x01\0(.))", re.DOTALL)
+
+
+def is_tagged(begin: bytes) -> bool:
+    """Whether the first bytes of an image file are of a JPEG that is to be turned by its tag."""
+    found = begin.startswith(b"\xff\xd8") and _ORIENTATION.search(begin)
+    return bool(found) and (found[1] or found[2]) not in b"\0\x01"
 
 
 def is_jpeg(path: str) -> bool:
@@ -71,13 +83,21 @@ def write_image(path: str, image: np.ndarray) -> None:
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
-def walk(root: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
-    """Sorted paths of all files below root whose names end in one of the suffixes, in either case.
+def below(folder: str, name: str, where: str) -> str:
+    """The path of a file that a list names.   Raises: UserError, if it would leave the folder."""
+    if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
+        raise UserError(f"{where}: {name!r} leads out of {folder or '.'}; wanted a path below it")
+    return os.path.join(folder, name)
+
+
+def walk(root: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES, tell=False) -> list[str]:
+    """Sorted paths of all files below root whose names end in one of the suffixes, in either case;
+    a warning, with `tell`, counts the others.
 
     Links are followed. Hidden files and folders (.ipynb_checkpoints, ._x.jpg, __MACOSX) are passed
     over.   Raises: UserError naming a link to a folder above; OSError for one that is not
     readable."""
-    found = []
+    found, others = [], []
 
     def enter(folder: str, above: frozenset) -> None:
         status = os.stat(folder)
@@ -92,8 +112,13 @@ def walk(root: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
                 enter(entry.path, above | {here})
             elif entry.name.lower().endswith(suffixes):
                 found.append(entry.path)
+            else:
+                others.append(entry.path)
 
     enter(root, frozenset())
+    if tell and others:
+        warnings.warn(f"{root}: {len(others)} files are left out, as {min(others)}: only names in "
+                      f"{', '.join(suffixes)} are taken", stacklevel=3)
     return sorted(found)
 
 
@@ -101,7 +126,7 @@ def beside(root: str) -> list[tuple[str, str]]:
     """(image, .pts) paths of all files below root; "" where one of the two is not there.
     Raises: UserError, as `walk`, and for two images that one .pts would belong to."""
     pairs: dict[str, list[str]] = {}
-    for path in walk(root, (*IMAGE_SUFFIXES, ".pts")):
+    for path in walk(root, (*IMAGE_SUFFIXES, ".pts"), tell=True):
         stem, suffix = os.path.splitext(path)
         pair = pairs.setdefault(stem, ["", ""])
         place = 1 if suffix.lower() == ".pts" else 0
@@ -119,7 +144,7 @@ def image_paths(paths: Sequence[str]) -> dict[str, str]:
         if os.path.isfile(root):
             base, files = os.path.dirname(root) or ".", [root]
         else:
-            base, files = root, walk(root) if os.path.isdir(root) else []
+            base, files = root, walk(root, tell=True) if os.path.isdir(root) else []
         if not files:
             raise FileNotFoundError(f"{root}: no image, and no folder with images")
         for path in files:

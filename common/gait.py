@@ -172,10 +172,11 @@ def _normalised(images: list[np.ndarray], joints: np.ndarray, where: str):
 def _load(silhouettes: str, poses: str, pick: Callable) -> tuple[np.ndarray, np.ndarray]:
     """`Sequence.load` of Gait3D. What is made of many files is kept beside the silhouettes."""
     make = functools.partial(_frames, silhouettes, poses)
-    image = _files(silhouettes, ".png").get("", silhouettes)
-    text = _files(poses, ".txt").get("", poses)
-    both_packed = os.path.isfile(image) and os.path.isfile(text)
-    rows = make() if both_packed else identities.cached(make, image, text)
+    images = _files(silhouettes, ".png")
+    texts = _files(poses, ".txt")
+    both_packed = "" in images and "" in texts
+    sources = images.get("", silhouettes), *images.values(), *texts.values()
+    rows = make() if both_packed else identities.cached(make, *sources)
     rows = rows[pick(len(rows))]
     cut = SIDES[0] * SIDES[1]
     joints = rows[:, cut:].copy().view("<f4").reshape(-1, JOINTS, 2)

@@ -7,6 +7,8 @@ Points are px of the stored image, pixel centres at whole numbers from 0.
 import collections
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import os
 import platform
 import re
@@ -50,19 +52,21 @@ def table(path: str, dtype, width: int, **options) -> np.ndarray:
 
 
 def cached(make: Callable[[], np.ndarray], *sources: str) -> np.ndarray:
-    """make(), kept beside the first of its source files as NAME.npy where that can be written. It
-    is valid while it bears the time stamp of the newest source; written aside, then renamed."""
+    """make(), kept beside the first of its source files as NAME.npy where that can be written, with
+    a digest of it and of the sizes and times of the sources; written aside, then renamed."""
     kept = sources[0] + ".npy"
-    stamp = max(os.stat(path).st_mtime_ns for path in sources)
+    stamp = repr([(os.path.getsize(path), os.path.getmtime(path)) for path in sources]).encode()
     with contextlib.suppress(OSError, ValueError, EOFError):        # absent, damaged or empty
-        if os.stat(kept).st_mtime_ns == stamp:
-            return np.load(kept, allow_pickle=False)
+        with open(kept, "rb") as file:
+            array = np.load(file, allow_pickle=False)
+            if file.read() == hashlib.sha1(array.tobytes() + stamp).digest():
+                return array
     array = make()
     part = f"{kept}.{platform.node()}.{os.getpid()}.part"
     try:
         with open(part, "wb") as file:
             np.save(file, array)
-        os.utime(part, ns=(stamp, stamp))
+            file.write(hashlib.sha1(array.tobytes() + stamp).digest())
         os.replace(part, kept)
     except OSError:                                                 # a read-only or full disk
         with contextlib.suppress(OSError):
@@ -102,7 +106,8 @@ class FolderImages(Images):
     the natural order of the identities; .ids (C,) their names."""
 
     def __init__(self, faces: Sequence[Face]):
-        super().__init__([face.image for face in faces])
+        super().__init__([functools.partial(load_image, face.image, True) if face.upright
+                          else face.image for face in faces])
         nobody = [i for i, face in enumerate(faces) if face.identity is None]
         if nobody:
             raise UserError(f"{image_names(faces)[nobody[0]]} has no identity, nor have "
@@ -270,6 +275,7 @@ def read_identities(root: str) -> list[Face]:
         if len(face.points) != len(marked[0].points):
             raise UserError(f"{face.where} has {len(face.points)} points, {marked[0].where} "
                             f"{len(marked[0].points)}; wanted as many in all")
+    datasets.check_points(marked, root)
     faces.sort(key=lambda face: (natural(face.identity), natural(face.image)))
     if faces[0].identity == faces[-1].identity:
         raise UserError(f"{root}: all {len(faces)} images are of one identity, "
@@ -318,9 +324,7 @@ def read_landmarks(names: Sequence[str], path: str) -> np.ndarray:
         if len(own) != len(points[0]):
             raise UserError(f"{path}: {len(own)} points for {names[i]}, {len(points[0])} for "
                             f"{names[found[0]]}; wanted as many in all")
-    if np.abs(points).max() <= 1.5:
-        raise UserError(f"{path}: found {points[0][0].tolist()} for {names[found[0]]} and nothing "
-                        "larger: these are fractions of an image, wanted px")
+    datasets.check_landmarks(np.asarray(points), lambda i: f"{path}, image {names[found[i]]}", path)
     result = np.full((len(names), *np.shape(points)[1:]), np.nan, np.float32)
     result[found] = points
     return result
@@ -453,6 +457,9 @@ class WholeImages(torch.utils.data.Dataset):
             if self.flip is not None:
                 points = torch.where(mirror[:, None, None], points[:, self.flip], points)
             batch["points"] = points.float()
+            for (_, i), image in zip(keys, images):
+                source = self.images.sources[i] if isinstance(self.images, Images) else None
+                datasets.check_inside(self.points[i].numpy(), image.shape[1::-1], source, i)
         crops = [self._crop(image, own) for image, own in zip(images, matrix.numpy())]
         return batch | {"image": torch.from_numpy(np.stack(crops))}
 

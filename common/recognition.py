@@ -22,7 +22,7 @@ import torch
 
 from common import UserError, datasets, metrics
 from common.datasets import Face
-from common.formats import IMAGE_SUFFIXES, text_lines, walk
+from common.formats import IMAGE_SUFFIXES, below, text_lines, walk
 # Some of these names are only passed on: the scripts say recognition.Records.
 from common.identities import (FolderImages, Images, Records, WholeImages, attach_points, cached,
                                check_points, decode, first_line, image_names, natural,
@@ -76,8 +76,8 @@ def _listing(folder: str) -> list[str]:
 
 
 def _listed_images(names: Sequence[str], base: str, listed: str) -> Images:
-    """Images below `base`, after an error that names the first that is not there."""
-    paths = [os.path.join(base, name) for name in names]
+    """Images below `base`, after an error that names the first that is not there, or not below."""
+    paths = [below(base, name, listed) for name in names]
     missing = [name for name, path in zip(names, paths) if not os.path.isfile(path)]
     if missing:
         raise FileNotFoundError(f"{listed} names {missing[0]}, which is not in {base}; so for "
@@ -527,7 +527,9 @@ def read_ijb(root: str, kind: str) -> TemplateSet:
         raise UserError(f"{listed} has pairs of one kind only, {rows[0, 2]}; wanted both, 1 and 0")
     crops = _need(read_ijb, base, "loose_crop")
     images = _listed_images(names, crops, faces)
-    return TemplateSet(f"IJB-{kind}", images, numbers[:, :10].reshape(-1, 5, 2), numbers[:, 10],
+    points = numbers[:, :10].reshape(-1, 5, 2)
+    datasets.check_landmarks(points, names.__getitem__, marks)
+    return TemplateSet(f"IJB-{kind}", images, points, numbers[:, 10],
                        template, media, pairs.astype(np.int32), rows[:, 2] == 1, np.array(names))
 
 

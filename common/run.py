@@ -27,8 +27,9 @@ from torch import multiprocessing, nn
 from tqdm import tqdm
 
 from common import UserError, datasets, message_of
-from common.checkpoint import (COMMAND, find_run, init_backbone, load, load_optimizer, load_weights,
-                               lock, make_run, not_finite, read_tensors, restore_args, save)
+from common.checkpoint import (COMMAND, command, find_run, init_backbone, load, load_optimizer,
+                               load_weights, lock, make_run, not_finite, read_tensors, restore_args,
+                               save)
 
 # ---- Flags ---------------------------------------------------------------------------------------
 
@@ -108,8 +109,7 @@ def make_parser(script: str, description: str, paper: dict, presets: dict, argv,
     add("--weight-decay", type=nonnegative, default=0.0, help="weight decay")
     add("--gpus", type=within(int, 1, 64), default=1, help="processes to start, one a GPU")
     add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto: a GPU if any")
-    add("--workers", type=within(int, -1, 256), default=-1, help="loader processes of each GPU; "
-        "-1: up to 8, none without a GPU")
+    add("--workers", type=within(int, -1, 256), default=-1, help="of each GPU; -1: at most 8")
     add("--seed", type=natural, default=0, help="seed of weights, order and augmentation")
     add("--amp", action=switch, default=False, help="bfloat16 where matrices dominate")
     add("--compile", action=switch, default=False, help="torch.compile: minutes, then faster")
@@ -121,12 +121,12 @@ def make_parser(script: str, description: str, paper: dict, presets: dict, argv,
     add("--detector", type=file, default="", metavar="ONNX", help="YuNet model for --predict")
     add("--box", default=boxes[0], help=f"what is cropped: {', '.join(boxes)} (landmarks: their "
         "true box; face: the set's own); with --predict, x0,y0,x1,y1 in pixels")
-    add("--margin", type=above_zero, default=1.25, help="side of the crop over that of the box")
+    add("--upright", action=switch, default=False, help="turn photographs as their tags say")
+    add("--margin", type=within(float, 0.1, 10), default=1.25, help="crop's side over the box's")
     add("--cache", default="", help="keep decoded crops: a folder, which the next run opens again, "
         "or 'device' (in the GPU's memory, where the warp then runs; on a CPU in memory)")
     add("--eval-every", type=positive, default=1, help="epochs between evaluations")
-    add("--points", type=int, default=68, choices=list(datasets.SCHEMES),
-        help="landmarks of the drawn faces; every other set has its own")
+    add("--points", type=int, default=68, choices=[*datasets.SCHEMES], help="of the drawn faces")
     parser.set_defaults(script=script, boxes=list(boxes))
     parser.preset = paper | presets[data]
     return parser
@@ -176,10 +176,10 @@ def main(function: Callable, args):
         else:
             call(function, args)
     except KeyboardInterrupt:
-        sys.exit(f"{args.script}.py: stopped; if the run has a last.pt, --resume goes on from it")
+        sys.exit(f"{command(args.script)}: stopped; if the run has a last.pt, --resume goes on")
     except Exception as error:
         if message_of(error):
-            sys.exit(f"{args.script}.py: {message_of(error)}")
+            sys.exit(f"{command(args.script)}: {message_of(error)}")
         raise
 
 
@@ -187,8 +187,8 @@ def call(function: Callable, args):
     """Calls function(args), and ends this process's part in a group of processes."""
     sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are not UTF-8
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
-    rank = int(os.environ.get("RANK", 0))  # the first tells, but of PyTorch's own future nobody
-    warnings.simplefilter("ignore", Warning if rank else FutureWarning)
+    first = os.environ.get("RANK", "0") == "0"  # it tells, but of PyTorch's own future nobody
+    warnings.simplefilter("ignore", FutureWarning if first else Warning)
     function(args)
     if dist.is_initialized():
         dist.barrier()
@@ -243,18 +243,18 @@ def setup(args) -> tuple[int, int, torch.device]:
     cuda = args.device != "cpu" and torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
         raise UserError("--device cuda: PyTorch sees no GPU here; take --device cpu")
-    wanted = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    found = wanted & os.environ.keys()
-    if found & {"RANK", "WORLD_SIZE"} and found != wanted:
-        raise UserError(f"the environment has {', '.join(sorted(found))}, but not "
-                        f"{', '.join(sorted(wanted - found))}: left over from another job? unset "
-                        "RANK and WORLD_SIZE")
+    wanted = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+    found = {name: os.environ[name] for name in wanted if name in os.environ}
+    whole = len(found) == 4 and all(found[name].isdecimal() for name in wanted[1:])
+    if found.keys() & {"RANK", "WORLD_SIZE"} and not whole:
+        raise UserError(f"the environment has {found}, expected {', '.join(wanted)}, numbers but "
+                        "the first: left over from another job? unset RANK and WORLD_SIZE")
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    if args.gpus not in (1, here):
+    if args.gpus != here and not (args.gpus == 1 and dist.is_torchelastic_launched()):
         raise UserError(f"--gpus {args.gpus}, but the environment is that of {here} processes: "
-                        "under torchrun leave out --gpus, else unset RANK and WORLD_SIZE")
+                        "unset RANK and WORLD_SIZE, or start all by torchrun, without --gpus")
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} does not divide over {world} processes")
     device = torch.device("cpu")

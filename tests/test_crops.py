@@ -1,6 +1,7 @@
 """Crops of common/datasets.py: one warp, points that follow, the same pixels from any cache."""
 import os
 import pickle
+import warnings
 from types import SimpleNamespace
 
 import cv2
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import UserError, datasets, warp
+from common import UserError, datasets, recognition, warp
+from common.datasets import Face
+from tests.trees import put_photo
 
 FLIP = [1, 0, 2, 3, 5, 4]  # of the six dots
 
@@ -176,7 +179,7 @@ def test_points_follow_a_jpeg_that_is_decoded_at_half_its_size(size, tmp_path, m
     halves = []
     load = datasets.load_image
     monkeypatch.setattr(datasets, "load_image",
-                        lambda image, half: halves.append(half) or load(image, half=half))
+                        lambda image, half, upright: halves.append(half) or load(image, half=half))
     matrix = datasets.square_crops(datasets.face_boxes([face], "landmarks"), 96, 1.5)
     for image, half in ((path, True), (face.image, False)):
         face.image = image
@@ -185,6 +188,45 @@ def test_points_follow_a_jpeg_that_is_decoded_at_half_its_size(size, tmp_path, m
             found = dot_at(batch["image"][0].numpy(), point, 10)
             assert np.abs(found - point).max() < 0.05
         assert halves.pop() == half
+
+
+def test_points_outside_their_image_are_found_when_it_is_decoded(tmp_path):
+    """In a JPEG that is decoded at half its size, too; one point inside is enough."""
+    path = str(tmp_path / "a.jpg")
+    cv2.imwrite(path, np.zeros((60, 80, 3), np.uint8))
+    face = np.array([[0, 0], [50, 0], [20, 50]])
+    for shift, inside in (([70, 50], True), ([-45, 5], True), ([80, 0], False), ([0, -60], False)):
+        points = (face + shift).astype(np.float32)
+        data = datasets.CropDataset([Face(path, points)], np.eye(2, 3)[None] / 4, 8)
+        whole = recognition.WholeImages(recognition.Images([path]), 8, points[None])
+        for crops in (data, whole):
+            if inside:
+                crops.__getitems__([(0, 0)])
+                continue
+            with pytest.raises(UserError, match="a.jpg: all points lie outside its image of 80 x 60"):
+                crops.__getitems__([(0, 0)])
+
+
+def test_a_photograph_is_turned_by_its_tag_only_where_that_is_asked_for(tmp_path):
+    image = np.repeat(np.arange(0, 240, 10, np.uint8).reshape(1, 24, 1), 16, 0).repeat(3, 2)
+    path = tmp_path / "a.jpg"
+    put_photo(path, image, 6)  # is to be turned by 90 degrees, clockwise
+    points = np.array([[1, 2], [12, 3], [7, 20]], np.float32)
+    face = Face(str(path), points, identity="A")
+    with pytest.warns(UserWarning, match="a.jpg has an orientation tag.*--upright; so for 1 of 1"):
+        datasets.check_images([face])
+    stored = datasets.CropDataset([face], np.eye(2, 3)[None], 16).regions
+    digests = {stored._digest()}
+    assert recognition.FolderImages([face])[0].shape == (16, 24, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        datasets.check_images([face], upright=True)
+    turned = datasets.CropDataset([face], np.eye(2, 3)[None], 16).regions
+    assert digests.isdisjoint([turned._digest()])
+    assert recognition.FolderImages([face])[0].shape == (24, 16, 3)
+    x, y = 2 - turned.first[0]  # where pixel 2 2 lies in the region
+    assert np.abs(stored[0][y, x].astype(int) - image[2, 2]).max() < 5
+    assert np.abs(turned[0][y + 8, x].astype(int) - image[2, 10]).max() < 5
 
 
 # ---- Kept crops ----------------------------------------------------------------------------------

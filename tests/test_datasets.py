@@ -105,18 +105,27 @@ def test_points_that_cannot_be_right(tmp_path):
     lost = points.copy()
     lost[[2, 5]] = -1  # 0 0 in the file
     sets = {"fractions": [points / 100, points / 90], "one": [points, np.full((11, 2), 7.0)],
+            "line": [points, points[:, :1] * [1, 2] + [0, 3]],
             "other": [points, draw_points(12)], "lost": [points, lost]}
     for name, shapes in sets.items():
         for i, shape in enumerate(shapes):
             put_image(tmp_path / name / "train" / f"{i}.png", GREY)
             put_pts(tmp_path / name / "train" / f"{i}.pts", shape)
     for name, message in (("fractions", "all points lie within .* fractions of the image"),
-                          ("one", "1.pts: all points are at one place"),
+                          ("one", "1.pts: all points are at one place, .* 1 of 2 faces"),
+                          ("line", "1.pts: all points are at one place, or on one line; so for 1"),
                           ("other", "1.pts has 12 points, .*0.pts 11; wanted as many in all")):
         with pytest.raises(UserError, match=message):
             read("folder", str(tmp_path / name), "train")
     with pytest.warns(UserWarning, match="1.pts has several points exactly at 0 0 .* 1 of 2 faces"):
         read("folder", str(tmp_path / "lost"), "train")
+
+
+def test_a_warning_for_faces_without_eye_distance():
+    points = np.stack([draw_points(5), draw_points(5)])
+    points[1, 1] = points[1, 0]
+    with pytest.warns(UserWarning, match="^b has both pupils at one place, .* so for 1 of 2 faces"):
+        datasets.check_landmarks(points, "ab".__getitem__, "root")
 
 
 def test_a_warning_for_another_order_of_the_points():
@@ -276,6 +285,7 @@ def test_aflw(tmp_path):
     data = np.tile(np.arange(38.0), (count, 1))
     boxes = np.tile([1.0, 2.0, 30.0, 40.0], (count, 1))
     data[7] = np.arange(38) - 5
+    data[:, -1] += 9  # else they lie on a line
     boxes[7] = 10, 90, 20, 60  # xmin xmax ymin ymax
     order = np.roll(np.arange(1, count + 1), 12)
     order = np.concatenate([order[order != 8], [8]])  # from 1; face 7 comes last
@@ -291,7 +301,7 @@ def test_aflw(tmp_path):
     first = order[0] - 1
     assert train[0].image == str(tmp_path / "flickr" / f"{first % 4}/image{first:05d}.jpg")
     assert test[1].image == str(tmp_path / "flickr" / "3/image00007.jpg")
-    assert test[1].points.tolist() == [[x - 5, x + 14] for x in range(19)]
+    assert test[1].points.tolist() == [[x - 5, x + 14] for x in range(18)] + [[13, 41]]
     assert test[1].box == (10, 20, 90, 60) and test[1].tags == ("frontal",)
     assert test[0].tags == () and not any(face.tags for face in train)
 

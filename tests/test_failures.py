@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+import kprpe
 import stn_align
-from common import datasets, digits, formats, gait, message_of, photos, recognition, run
+from common import checkpoint, datasets, digits, formats, gait, message_of, photos, recognition, run
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_UTF8 = os.fsdecode(b"a\xff")
@@ -51,6 +52,33 @@ def gait3d(root, content: bytes):
     gait.read_gait3d(str(root), "train")
 
 
+def landmarks(root, *shapes):
+    """Reads a table of the landmarks of images 0.jpg, 1.jpg, ..."""
+    rows = [",".join([f"{i}.jpg", *map(str, np.ravel(shape))]) for i, shape in enumerate(shapes)]
+    table = put(root / "x.csv", "\n".join(rows).encode())
+    recognition.read_landmarks([f"{i}.jpg" for i in range(len(shapes))], table)
+
+
+def person(root, points):
+    """Reads an identity folder with a .pts."""
+    put(root / "A" / "0.jpg", b"")
+    formats.write_pts(root / "A" / "0.pts", points)
+    recognition.read_identities(str(root))
+
+
+def full(root, name: str) -> Path:
+    """A path that is written to a full disk."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("Linux only")
+    os.symlink("/dev/full", root / name)
+    return root / name
+
+
+def of_another_task(root):
+    checkpoint.save(root / "x.pt", script="sdfl")
+    kprpe.main(kprpe.parse_args(["--task", "dfa", "--device", "cpu", "--eval", str(root / "x.pt")]))
+
+
 def setup(gpus=1, batch_size=6):
     run.setup(argparse.Namespace(device="cpu", gpus=gpus, batch_size=batch_size))
 
@@ -61,6 +89,9 @@ def without_compiler():
 
 
 LONG_IDX = gzip.compress(b"\0\0\x08\x01" + struct.pack(">I", 10) + bytes(10**6))
+FACE = np.float32([[10, 10], [30, 10], [20, 20], [12, 30], [28, 30]])
+LINE = np.float32([[5, 5], [9, 13], [7, 9], [6, 7], [8, 11]])
+OUTSIDE = "a,b,1\na,c,1\na,d,0\na/../../b.jpg,d,0"
 PAIRS = "image_a,image_b,same\n"
 
 # What goes wrong: what makes it in a folder, and the words that must be in the one line.
@@ -90,6 +121,25 @@ FAULTS = {
         lambda root: recognition.read_test(
             os.path.dirname(put(root / "pairs.txt", "1 1\nA ² 3\nA 1 B 2".encode()))),
         "pairs.txt:2: found 'A ² 3'"),
+    "pairs outside the folder of their list": (
+        lambda root: recognition.read_test(put(root / "x.csv", (PAIRS + OUTSIDE).encode())),
+        r"x.csv: '../b.jpg' leads out of"),
+    "a gallery outside the folder of its list": (
+        lambda root: recognition.read_test(put(root / "x.csv", b"path,id,role\n/etc/b.jpg,1,gallery")),
+        "x.csv: '/etc/b.jpg' leads out of"),
+    "landmarks on a line": (lambda root: landmarks(root, FACE, LINE), "x.csv, image 1.jpg: .* on one line"),
+    "landmarks at one place": (
+        lambda root: landmarks(root, FACE, FACE, 0 * FACE + 7), "x.csv, image 2.jpg: .* so for 1 of 3 faces"),
+    "landmarks in fractions": (lambda root: landmarks(root, FACE / 40, FACE / 50), "x.csv: .* fractions"),
+    "a person's landmarks on a line": (lambda root: person(root, LINE), "A/0.pts: .* on one line"),
+    "a person's landmarks in fractions": (lambda root: person(root, FACE / 40), "fractions of the image"),
+    "a full disk, of a checkpoint": (
+        lambda root: checkpoint.save(full(root, "x.pt.part").with_suffix(""), a=torch.zeros(9)),
+        "x.pt could not be written, after 0 bytes"),
+    "a full disk, of a picture": (
+        lambda root: formats.write_image(full(root, "x.png"), np.zeros((8, 8, 3), np.uint8)),
+        "No space left on device"),
+    "a checkpoint of another task": (of_another_task, "no checkpoint of kprpe.py --task dfa, but of sdfl.py"),
     "deep JSON": (lambda root: gait3d(root, b"[" * 100_000), "Gait3D.json: RecursionError"),
     "a detector whose name is not UTF-8": (
         lambda root: photos.open_detector(put(root / f"{NOT_UTF8}.onnx", b"x")), "no YuNet model"),
@@ -109,11 +159,15 @@ def test_a_fault_is_one_line(name, tmp_path):
     assert re.search(words, message), message
 
 
+WHOLE = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1")
+
+
 @pytest.mark.parametrize("left, gpus, words", [
-    (dict(RANK="0"), 1, "has RANK, but not MASTER_ADDR, MASTER_PORT, WORLD_SIZE: left over"),
-    (dict(WORLD_SIZE="4"), 1, "has WORLD_SIZE, but not .*unset RANK and WORLD_SIZE"),
-    (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1"), 3,
-     "--gpus 3, but the environment is that of 2 processes")])
+    (dict(RANK="0"), 1, "has {'RANK': '0'}, expected MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE, .*left"),
+    (dict(WORLD_SIZE="4"), 1, "has {'WORLD_SIZE': '4'}, .*unset RANK and WORLD_SIZE"),
+    (WHOLE | dict(RANK="one"), 2, "'RANK': 'one'.* numbers but the first"),
+    (WHOLE, 3, "--gpus 3, but the environment is that of 2 processes"),
+    (WHOLE, 1, "--gpus 1, but the environment is that of 2 processes: .* or start all by torchrun")])
 def test_what_another_job_left_in_the_environment(left, gpus, words, monkeypatch):
     for name, value in left.items():
         monkeypatch.setenv(name, value)

@@ -116,7 +116,11 @@ def test_texts_of_packed_silhouettes_are_read_once(tree):
     assert len(np.load(folder / "seq0.pkl.npy")) == 4
     for a, b in zip(found, first(root)):
         np.testing.assert_array_equal(a, b)
-    (poses / "human_crop_f171.txt").unlink()                # the folder is newer than what was kept
+    text = poses / "human_crop_f171.txt"
+    values = text.read_text().split(",")
+    text.write_text(",".join([*values[:29], "0", *values[30:]]))        # in place: x of the left wrist
+    assert (first(root)[1] != found[1]).any()
+    text.unlink()                                           # the folder is newer than what was kept
     os.utime(poses)
     with pytest.raises(UserError, match="has 4 frames, .* 3, 0 of them"):
         first(root)

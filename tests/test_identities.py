@@ -134,7 +134,7 @@ CVLFACE = "idx," + ",".join(f"ldmk_{i}" for i in range(10))
     ("b,1,2,3,4\nb.jpg,1,2,3,4\n", "several rows of image b"),
     ("b,1,2,3,4\nb,1,2,3,4\n", "several rows of image b"),
     ("x.jpg,1,2,3,4\n", "it has x, of 3 wanted images the first is a"),
-    ("b,.1,.2,1.1,.4\n", "found .* for b and nothing larger: these are fractions"),
+    ("b,.1,.2,1.1,.4\n", "points.csv: all points lie within .* fractions of the image"),
     (f"{CVLFACE}\n5,{'0.5,' * 9}1\n", "it has image 5, of 3 wanted images the first is a"),
     (f"{CVLFACE}\n" + f"1,{'0.5,' * 9}1\n" * 2, "2 rows of 1 images, wanted one each"),
     (f"{CVLFACE}\n1,{'50,' * 9}1\n", "found 50 and the like, wanted fractions"),
@@ -251,13 +251,17 @@ def test_what_is_kept_is_used_while_the_sources_stay_and_never_if_damaged(tmp_pa
     assert [found(), found()] == [1, 1]
     os.utime(source, ns=(1, 1))                                        # another file, even if older
     assert found() == 2
-    for number, damaged in enumerate((b"\x93NUM", b""), 3):
+    source.write_text("xy")
+    os.utime(source, ns=(1, 1))                                        # of another size
+    assert found() == 3
+    whole = kept.read_bytes()
+    flipped = bytes([*whole[:130], whole[130] ^ 1, *whole[131:]])
+    for number, damaged in enumerate((b"\x93NUM", b"", flipped, whole[:-1]), 4):
         kept.write_bytes(damaged)
-        os.utime(kept, ns=(1, 1))
-        assert found() == number
+        assert [found(), found()] == [number, number]
     kept.unlink()
     kept.mkdir()                                                        # cannot be written
-    assert found() == 5 and not list(tmp_path.glob("*.part"))
+    assert found() == 8 and not list(tmp_path.glob("*.part"))
 
 
 # ---- Whole images --------------------------------------------------------------------------------

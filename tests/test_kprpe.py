@@ -666,7 +666,7 @@ def test_points_follow_the_crop_and_eyes_change_sides():
     for i, (x, y) in enumerate(points):
         cv2.circle(dots, (int(x), int(y)), 1, (60 * i % 256, 250, 40 * i + 20), -1)
     args = arguments("--size", "64", "--patch", "8")
-    data = kprpe.make_crops(args, kprpe.Split([dots], points[None]), 1.0, "wide")
+    data = kprpe.make_crops(args, kprpe.Split(recognition.Images([dots]), points[None]), 1.0, "wide")
     for epoch in range(12):
         found = data.__getitems__([(epoch, 0)])
         five = found["points"][0]
@@ -901,6 +901,20 @@ def test_aligned_crops_bring_the_keypoints_to_the_template():
     assert not torch.allclose(points, kprpe.template(32).float(), atol=0.3)  # poses differ
     same(kprpe.template(112), datasets.ARCFACE_5)
     same(kprpe.template(32)[0], (datasets.ARCFACE_5[0] + 0.5) * 32 / 112 - 0.5)
+
+
+def test_kept_crops_are_those_of_the_files_as_they_are(tmp_path):
+    root = write_people(tmp_path / "test").parent
+    args = arguments("--data", "folder", root=root)
+
+    def key():
+        split = kprpe.face_split(args, kprpe.identity_faces(args, "test"))
+        return kprpe.make_crops(args, split, 1.0).regions._digest()
+
+    first = key()
+    assert first == key()
+    os.utime(next((tmp_path / "test").glob("*/*.png")), ns=(1, 1))
+    assert first != key()
 
 
 def test_unaligned_crops_differ_by_image_and_stay():

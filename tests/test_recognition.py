@@ -360,7 +360,7 @@ def ijb(root):
     put_text(root / "meta/ijbc_face_tid_mid.txt", "1.jpg 10 5\n2.jpg 10 6\n3.jpg 44 6\n")
     put_text(root / "meta/ijbc_template_pair_label.txt", "10 44 0\n44 44 1\n")
     put_text(root / "meta/ijbc_name_5pts_score.txt",
-             "".join(f"{n}.jpg {' '.join(map(str, range(10)))} 0.{n}\n" for n in (1, 2, 3)))
+             "".join(f"{n}.jpg 0 1 2 3 4 5 6 7 8 19 0.{n}\n" for n in (1, 2, 3)))
 
 
 def test_ijb(tmp_path):

@@ -28,6 +28,14 @@ def put_image(path, pixels):
     assert cv2.imwrite(str(path), pixels[..., ::-1] if pixels.ndim == 3 else pixels)
 
 
+def put_photo(path, pixels, orientation):
+    """A JPEG with the orientation tag that a telephone writes."""
+    tag = struct.pack(">HHIHH", 0x112, 3, 1, orientation, 0)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + tag + bytes(4)
+    data = cv2.imencode(".jpg", pixels[..., ::-1])[1].tobytes()
+    path.write_bytes(data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:])
+
+
 def put_pts(path, points):
     path.parent.mkdir(parents=True, exist_ok=True)
     datasets.write_pts(path, points)
