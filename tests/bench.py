@@ -66,12 +66,13 @@ def median_ms(function: Callable, repeats: int = 7) -> float:
 
 
 def peer(section: str, name: str):
-    """A peer's module, or None with a word if it is not installed."""
+    """A peer's module and its package's version; None, with a word, if it is not installed."""
+    package = name.partition(".")[0]
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(name), f"{package} {importlib.import_module(package).__version__}"
     except ImportError as error:
         say(section, f"not compared with {name}: {error}")
-        return None
+        return None, ""
 
 
 def compare(section: str, title: str, ours: float, other: str, theirs: float, digits: int = 1):
@@ -130,13 +131,13 @@ def bench_loader():
             faces.append(datasets.Face(path, points))
         boxes = datasets.face_boxes(faces, "landmarks")
         crops = datasets.square_crops(boxes, 256, 1.25)
-        data = datasets.CropDataset(faces, crops, 256, sdfl.augment, sdfl.reach(40), 1 + sdfl.ZOOM,
+        data = datasets.CropDataset(faces, crops, 256, sdfl.augment, sdfl.reach(40, 30), 1 + sdfl.ZOOM,
                                     datasets.SCHEMES[98].flip)
         kept = copy.deepcopy(data)
         kept.regions.keep(folder, verbose=False)
         ways = {"decoding each time": lambda: data.__getitems__(keys),
                 "kept crops": lambda: kept.__getitems__(keys)}
-        albumentations = peer("loader", "albumentations")
+        albumentations, named = peer("loader", "albumentations")
         if albumentations:
             draw = albumentations.Compose(
                 [albumentations.CropAndPad(px=-300), albumentations.Resize(256, 256),
@@ -148,10 +149,11 @@ def bench_loader():
                     image = cv2.imread(face.image, cv2.IMREAD_COLOR_RGB)
                     draw(image=image, keypoints=face.points)
 
-            ways["albumentations"] = theirs
-        for name, call in ways.items():
-            rate = count / median_ms(call, 5) * 1e3
-            say("loader", f"256 px, 98 points, {name}: {rate:,.0f} samples a second and core")
+            ways[named] = theirs
+        rates = {name: count / median_ms(call, 5) * 1e3 for name, call in ways.items()}
+        for name, rate in rates.items():
+            factor = f", {rate / rates[named]:.1f} x {named}" if named and name != named else ""
+            say("loader", f"256 px, 98 points, {name}: {rate:,.0f} samples a second and core{factor}")
 
 
 def bench_records():
@@ -194,12 +196,11 @@ def bench_metrics():
     pairs = sized(10_000_000, 1000)
     scores = torch.randn(pairs)
     same = torch.arange(pairs) < pairs // 100
-    learn = peer("metrics", "sklearn.metrics")
+    learn, named = peer("metrics", "sklearn.metrics")
     ours = median_ms(lambda: metrics.tar_at_far(scores, same, (1e-4, 1e-3)), 1)
     if learn:
         theirs = median_ms(lambda: learn.roc_curve(same.numpy(), scores.numpy()), 1)
-        compare("metrics", f"TAR at FAR, {pairs:,} pairs", ours, "sklearn.metrics.roc_curve",
-                theirs)
+        compare("metrics", f"TAR at FAR, {pairs:,} pairs", ours, f"roc_curve of {named}", theirs)
 
 
 # ---- SDFL ----------------------------------------------------------------------------------------
@@ -447,7 +448,7 @@ def bench_tps():
     maps = stn_align.TPSGrid(8)
     numbers = (2 * torch.randn(count, 128)).requires_grad_()
     image = torch.randn(count, 3, size, size)
-    kornia = peer("tps", "kornia.geometry.transform")
+    kornia, named = peer("tps", "kornia.geometry.transform")
 
     def ours():
         return warp.sample(image, maps.grid(maps.fit(numbers), size))
@@ -463,7 +464,7 @@ def bench_tps():
         title = f"{count} x {size} px, 64 points, {title}"
         fast = median_ms(lambda: call(ours))
         if kornia:
-            compare("tps", title, fast, "kornia", median_ms(lambda: call(theirs), 3))
+            compare("tps", title, fast, named, median_ms(lambda: call(theirs), 3))
         else:
             say("tps", f"{title}: {fast:.1f} ms")
 
