@@ -417,7 +417,7 @@ def blurred_peaks(heatmaps: torch.Tensor, chosen: torch.Tensor, kernel: int) -> 
     highest = []
     for part in chosen.nonzero().split(16):  # 16 maps at a time, for memory
         maps = heatmaps[part[:, 0], part[:, 1]].float().cpu()
-        maps = F.pad(maps, (0, 0, 0, kernel // 2))  # zeros below each: they are blurred as one image
+        maps = F.pad(maps, (0, 0, 0, kernel // 2))  # zeros below each: they are blurred as one
         blurred = cv2.GaussianBlur(maps.flatten(0, 1).numpy(), (kernel, kernel), 0,
                                    borderType=cv2.BORDER_CONSTANT)
         blurred = torch.from_numpy(blurred).view(maps.shape)[:, :heatmaps.shape[2]]
