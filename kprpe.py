@@ -174,9 +174,9 @@ def face_flags(parser):
     add("--size", type=run.within(int, 8, 1024), default=112, help="side of the crop in px")
     add("--model", default="small", choices=MODELS, help="of Table 3, or by the next four flags; "
         "arcface18, ...: iresnets with insightface's first shortcut")
-    add("--dim", type=run.positive, default=192, help="width of --model own")
+    add("--dim", type=run.within(int, 1, 8192), default=192, help="width of --model own")
     add("--depth", type=run.within(int, 1, 1000), default=6, help="layers of --model own")
-    add("--heads", type=run.positive, default=6, help="attention heads of --model own")
+    add("--heads", type=run.within(int, 1, 1024), default=6, help="attention heads of --model own")
     add("--mlp-ratio", type=run.above_zero, default=3.0, help="hidden width over --dim")
     add("--patch", type=run.positive, default=8, help="side of a patch in px")
     add("--pool", default="flatten", choices=["flatten", "mean"], help="what the last layers read: "
@@ -1417,7 +1417,7 @@ def test_split(args, path: str, test) -> Split:
     """The images of a set of --test, with its landmarks or those of PATH.landmarks.csv."""
     beside = os.path.normpath(path) + ".landmarks.csv"
     if os.path.exists(beside):
-        test = recognition.with_landmarks(test, beside)
+        test = recognition.with_landmarks(test, beside, args.upright)
     note = f"no {beside}: its images are taken as aligned"
     split = Split(test.images, None)
     if test.points is not None:
@@ -2251,8 +2251,8 @@ def gait_flags(parser):
     """Adds the flags of --task gait."""
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("gait").add_argument
-    add("--dim", type=run.positive, default=256, help="width of the first stage")
-    add("--heads", type=run.positive, default=16, help="attention heads of the first stage")
+    add("--dim", type=run.within(int, 1, 8192), default=256, help="width of the first stage")
+    add("--heads", type=run.within(int, 1, 1024), default=16, help="heads of the first stage")
     add("--drop-path", type=run.within(float, 0, 0.9), default=0.1, help="chance that a frame "
         "skips a branch of the last block")
     add("--rpe", default="kp-multihead", choices=SWIN, help="relative positions: Swin's or KP-RPE")

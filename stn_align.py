@@ -802,7 +802,7 @@ def test_sets(args, device: torch.device) -> list[TestSet]:
         protocol = recognition.read_test(path)
         beside = os.path.normpath(path) + ".landmarks.csv"
         if os.path.exists(beside):
-            protocol = recognition.with_landmarks(protocol, beside)
+            protocol = recognition.with_landmarks(protocol, beside, args.upright)
         elif args.method in BY_LANDMARKS:
             raise UserError(f"--test {path}: method {args.method} needs the landmarks of its "
                             f"images: no {beside}")

@@ -92,8 +92,7 @@ def check_images(faces: Sequence[Face], upright: bool = False) -> None:
     listed = {face.image: face.where for face in faces if isinstance(face.image, str)}
     faults: dict[str, dict[str, str]] = {}
     for path, where in listed.items():
-        name = f"{path} (listed in {where})" if where else path
-        faults.setdefault(_fault(path), {})[path] = name
+        faults.setdefault(_fault(path), {})[path] = f"{path} (listed in {where})" if where else path
     faults.pop("", None)
     tagged = faults.pop(_TAGGED, {}) if upright else {}
     for face in faces:
@@ -497,12 +496,10 @@ def check_landmarks(points: np.ndarray, name: Callable[[int], str], root: str) -
     ones, a face has both pupils at one place, or the mean face is not in the order of `SCHEMES`: a
     large `flip_residual`, the left eye on the right, the mouth above the eyes."""
     extent = np.ptp(points, axis=1).max(1)
-    if points.shape[1] < 2:
-        return
     if points.max() <= 1.5 and extent.max() <= 1.5:
         raise UserError(f"{root}: all points lie within {extent.max():.2g} px: they seem to be "
                         "fractions of the image; wanted pixels")
-    flat = np.flatnonzero(on_line(points) if points.shape[1] > 2 else extent == 0)
+    flat = np.flatnonzero(on_line(points) & (points.shape[1] > 2))
     if flat.size:
         raise UserError(f"{name(flat[0])}: all points are at one place, or on one line; so for "
                         f"{flat.size} of {len(points)} faces: correct them, or leave them out")

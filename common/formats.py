@@ -117,8 +117,8 @@ def walk(root: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES, tell=False) -> l
 
     enter(root, frozenset())
     if tell and others:
-        warnings.warn(f"{root}: {len(others)} files are left out, as {min(others)}: only names in "
-                      f"{', '.join(suffixes)} are taken", stacklevel=3)
+        warnings.warn(f"{root}: {len(others)} files of other kinds are left out, as {min(others)}",
+                      stacklevel=3)
     return sorted(found)
 
 

@@ -174,9 +174,8 @@ def _load(silhouettes: str, poses: str, pick: Callable) -> tuple[np.ndarray, np.
     make = functools.partial(_frames, silhouettes, poses)
     images = _files(silhouettes, ".png")
     texts = _files(poses, ".txt")
-    both_packed = "" in images and "" in texts
     sources = images.get("", silhouettes), *images.values(), *texts.values()
-    rows = make() if both_packed else identities.cached(make, *sources)
+    rows = make() if "" in images and "" in texts else identities.cached(make, *sources)
     rows = rows[pick(len(rows))]
     cut = SIDES[0] * SIDES[1]
     joints = rows[:, cut:].copy().view("<f4").reshape(-1, JOINTS, 2)

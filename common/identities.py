@@ -101,13 +101,18 @@ class Images:
         return load_image(self.sources[i])
 
 
+def sources_of(faces: Sequence[Face]) -> list:
+    """What `Images` takes of faces: those to be turned are functions."""
+    return [functools.partial(load_image, face.image, True) if face.upright else face.image
+            for face in faces]
+
+
 class FolderImages(Images):
     """Images of `Face`s that have an identity. As `Records` has them: .labels (N,) int64, 0..C-1 in
     the natural order of the identities; .ids (C,) their names."""
 
     def __init__(self, faces: Sequence[Face]):
-        super().__init__([functools.partial(load_image, face.image, True) if face.upright
-                          else face.image for face in faces])
+        super().__init__(sources_of(faces))
         nobody = [i for i, face in enumerate(faces) if face.identity is None]
         if nobody:
             raise UserError(f"{image_names(faces)[nobody[0]]} has no identity, nor have "

@@ -26,7 +26,7 @@ from common.formats import IMAGE_SUFFIXES, below, text_lines, walk
 # Some of these names are only passed on: the scripts say recognition.Records.
 from common.identities import (FolderImages, Images, Records, WholeImages, attach_points, cached,
                                check_points, decode, first_line, image_names, natural,
-                               read_identities, read_landmarks, refuse_missing, table)
+                               read_identities, read_landmarks, refuse_missing, sources_of, table)
 
 # ---- Verification: pairs of templates ------------------------------------------------------------
 
@@ -43,12 +43,14 @@ class VerificationSet:
     folds: int = 10                             # consecutive blocks of pairs, each with both kinds
 
 
-def with_landmarks(test, path: str):
-    """The test with the points of a file or folder, as `read_landmarks`, which must cover it."""
+def with_landmarks(test, path: str, upright: bool = False):
+    """The test, its images checked, with the points of a file or folder, which must cover it."""
     points = read_landmarks(test.names, path)
     missing = np.flatnonzero(~np.isfinite(points).all((1, 2)))
     refuse_missing(test.names, missing, f"--landmarks {path}")
-    return dataclasses.replace(test, points=points)
+    faces = [Face(source) for source in test.images.sources]
+    datasets.check_images(faces, upright)
+    return dataclasses.replace(test, points=points, images=Images(sources_of(faces)))
 
 
 def _need(reader: Callable, root: str, *parts: str) -> str:
@@ -527,9 +529,7 @@ def read_ijb(root: str, kind: str) -> TemplateSet:
         raise UserError(f"{listed} has pairs of one kind only, {rows[0, 2]}; wanted both, 1 and 0")
     crops = _need(read_ijb, base, "loose_crop")
     images = _listed_images(names, crops, faces)
-    points = numbers[:, :10].reshape(-1, 5, 2)
-    datasets.check_landmarks(points, names.__getitem__, marks)
-    return TemplateSet(f"IJB-{kind}", images, points, numbers[:, 10],
+    return TemplateSet(f"IJB-{kind}", images, numbers[:, :10].reshape(-1, 5, 2), numbers[:, 10],
                        template, media, pairs.astype(np.int32), rows[:, 2] == 1, np.array(names))
 
 

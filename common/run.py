@@ -104,7 +104,7 @@ def make_parser(script: str, description: str, paper: dict, presets: dict, argv,
     add("--data-root", default="", help="folder of the data set; README shows the layout of each")
     add("--output", default="", help=f"folder of the run (default: runs/{script}-DATA, -2, ...)")
     add("--epochs", type=within(int, 1, 1e5), default=30, help="passes over the training set")
-    add("--batch-size", type=positive, default=64, help="images a step, over all GPUs")
+    add("--batch-size", type=within(int, 1, 1e5), default=64, help="images a step, over all GPUs")
     add("--lr", type=above_zero, default=1e-3, help="learning rate at its highest")
     add("--weight-decay", type=nonnegative, default=0.0, help="weight decay")
     add("--gpus", type=within(int, 1, 64), default=1, help="processes to start, one a GPU")

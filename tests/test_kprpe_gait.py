@@ -372,7 +372,7 @@ def test_train_resume_and_evaluate(walk, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "c" / "gait.png").exists()
     aligned = walk("--eval", "a/last.pt", "--no-unaligned")
     assert aligned == {key: scores[key] for key in aligned} and "map@unaligned" not in aligned
-    with pytest.raises(UserError, match="is no checkpoint of kprpe.*, but of kprpe-gait"):
+    with pytest.raises(UserError, match="is no checkpoint of kprpe.py, but of kprpe.py --task gait"):
         kprpe.main(kprpe.parse_args(["--eval", "a/last.pt", "--device", "cpu"]))
     with pytest.raises(UserError, match="--batch-size 6: expected a multiple of 4 walks"):
         walk(*SHORT, "--batch-size", "6")

@@ -151,11 +151,26 @@ def test_landmarks_of_a_test_must_cover_it(tmp_path):
     test = read_test(as_bin(tmp_path / "a.bin", (BIN, SAME)))
     rows = [f"{i},1,2,3,4\n" for i in range(8)]
     found = recognition.with_landmarks(test, put_text(tmp_path / "p.csv", "".join(rows)))
-    assert found.points.shape == (8, 2, 2) and test.points is None and found.images is test.images
+    assert found.points.shape == (8, 2, 2) and test.points is None
+    assert found.images.sources == test.images.sources
     few = put_text(tmp_path / "q.csv", "".join(rows[:2]))
     words = "2 has no landmarks, which --landmarks .*q.csv needs; .* 6 of 8"
     with pytest.raises(UserError, match=words):
         recognition.with_landmarks(test, few)
+
+
+def test_photographs_of_a_test_with_landmarks(tmp_path):
+    """They are as stored, with a warning, or on demand upright."""
+    for name in "abcd":
+        trees.put_photo(tmp_path / f"{name}.jpg", np.zeros((16, 24, 3), np.uint8), 6)
+    rows = ["a.jpg,b.jpg,1", "c.jpg,d.jpg,1", "a.jpg,c.jpg,0", "b.jpg,d.jpg,0"]
+    table = put_text(tmp_path / "t.csv", "\n".join(["image_a,image_b,same", *rows]))
+    points = put_text(tmp_path / "p.csv", "".join(f"{name}.jpg,2,3,9,4,5,9\n" for name in "abcd"))
+    test = read_test(table)
+    with pytest.warns(UserWarning, match="orientation tag; .* --upright; so for 4 of 4 images"):
+        stored = recognition.with_landmarks(test, points)
+    upright = recognition.with_landmarks(test, points, upright=True)
+    assert stored.images[0].shape == (16, 24, 3) and upright.images[0].shape == (24, 16, 3)
 
 
 def lfw(root, people=3, suffix=".jpg"):
@@ -360,7 +375,7 @@ def ijb(root):
     put_text(root / "meta/ijbc_face_tid_mid.txt", "1.jpg 10 5\n2.jpg 10 6\n3.jpg 44 6\n")
     put_text(root / "meta/ijbc_template_pair_label.txt", "10 44 0\n44 44 1\n")
     put_text(root / "meta/ijbc_name_5pts_score.txt",
-             "".join(f"{n}.jpg 0 1 2 3 4 5 6 7 8 19 0.{n}\n" for n in (1, 2, 3)))
+             "".join(f"{n}.jpg {' '.join(map(str, range(10)))} 0.{n}\n" for n in (1, 2, 3)))
 
 
 def test_ijb(tmp_path):
