@@ -35,9 +35,9 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + data + crc + bytes(40) + b"IEND"
 
 
-def load(image):
+def load(image, points=None):
     """One batch of one face, by a process of the loader."""
-    data = datasets.CropDataset([datasets.Face(image)], torch.eye(2, 3).double()[None], 8)
+    data = datasets.CropDataset([datasets.Face(image, points)], torch.eye(2, 3).double()[None], 8)
     next(iter(datasets.make_loader(data, [[(0, 0)]], 1, torch.device("cpu"))))
 
 
@@ -50,6 +50,11 @@ def gait3d(root, content: bytes):
         (root / name).mkdir()
     put(root / "Gait3D.json", content)
     gait.read_gait3d(str(root), "train")
+
+
+def picture(path, width: int, height: int) -> str:
+    datasets.write_image(path, np.zeros((height, width, 3), np.uint8))
+    return str(path)
 
 
 def landmarks(root, *shapes):
@@ -98,13 +103,15 @@ PAIRS = "image_a,image_b,same\n"
 FAULTS = {
     "a bad picture met by a worker": (
         lambda root: load(put(root / "x.png", b"\x89PNG IEND")), "x.png cannot be decoded"),
+    "points outside their picture met by a worker": (
+        lambda root: load(picture(root / "x.png", 8, 6), FACE), "x.png: all points lie outside .* 8 x 6"),
     "a missing picture met by a worker": (lambda root: load(str(root / "y.png")), "No such file.*y.png"),
     "a worker that is killed": (lambda root: load(die), "DataLoader worker .*fewer --workers"),
     "60,000 x 60,000 pixels": (
         lambda root: formats.load_image(put(root / "x.png", png(60_000, 60_000))), "x.png .*too large"),
     "no byte at all": (lambda root: formats.load_image(put(root / "x.png", b"")), "x.png .*empty"),
-    "a tuple a million deep": (
-        lambda root: recognition.read_bin(put(root / "x.bin", b"\x80\x02N" + b"\x85" * 10**6 + b".")),
+    "a tuple 300,000 deep": (
+        lambda root: recognition.read_bin(put(root / "x.bin", b"\x80\x02N" + b"\x85" * 300_000 + b".")),
         "x.bin is no verification .bin"),
     "memory for 2^28 objects": (
         lambda root: recognition.read_bin(put(root / "x.bin", b"\x80\x02Nr\0\0\0\x10.")),
