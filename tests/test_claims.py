@@ -12,7 +12,7 @@ import lddmm_face
 import sdfl
 import stn_align
 from common import datasets
-from tests import bench, claims, measures
+from tests import bench, claims, first_gpu, measures
 
 MODULES = {module.__name__: module
            for module in (sdfl, heatmap_landmarks, lddmm_face, stn_align, kprpe)}
@@ -202,3 +202,11 @@ def test_photographs_of_two_sets_are_matched_by_name():
                    for names in (["a/1.jpg", "a/2.jpg", "b/3.jpg"], ["x/3.png", "x/1.jpg"]))
     assert measures.same_faces(own, others) == [2, 0]
     assert measures.same_faces(others, own) == []
+
+
+@pytest.mark.parametrize("case", first_gpu.CASES)
+def test_first_gpu_has_flags_and_timings_that_exist(case):
+    for tiny in (True, False):
+        script, *flags = first_gpu.flags_of(case, tiny)
+        MODULES[script.removesuffix(".py")].parse_args([*flags, *first_gpu.FAST.split()])
+    assert all(hasattr(bench, f"bench_{name}") for name in first_gpu.BENCHES)
