@@ -1001,7 +1001,7 @@ def predict(args) -> dict:
             datasets.write_pts(f"{target}.pts", points)
             if args.align_out:
                 name = os.path.relpath(target, args.output)
-                write_aligned(Path(args.align_out), name, photo.image, points)
+                write_aligned(Path(args.align_out), name, datasets.Face(photo.image), points)
             radius = max(1.0, np.ptp(points.numpy(), 0).max() / 120)
             photos.draw_points(picture, points[confidence >= 0.2], photos.GREEN, radius)
             photos.draw_points(picture, points[confidence < 0.2], (255, 150, 0), radius)
@@ -1011,11 +1011,11 @@ def predict(args) -> dict:
 
 # ---- Recognition crops: Sec. 5.4 -----------------------------------------------------------------
 
-def write_aligned(folder: Path, name: str, image, points: torch.Tensor):
-    """The 112 px crop for recognition, NAME.png, of the face with landmarks (P, 2) px of the image,
+def write_aligned(folder: Path, name: str, face: datasets.Face, points: torch.Tensor):
+    """The 112 px crop for recognition, NAME.png, of the face with landmarks (P, 2) px of its image,
     and NAME.pts, these landmarks in the crop."""
     matrix = warp.fit_similarity(five_of(points), torch.from_numpy(datasets.ARCFACE_5).to(points))
-    data = datasets.CropDataset([datasets.Face(image)], matrix[None], 112)
+    data = datasets.CropDataset([face], matrix[None], 112)
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     datasets.write_image(folder / f"{name}.png", data.__getitems__([(0, 0)])["image"][0].numpy())
     datasets.write_pts(folder / f"{name}.pts", warp.apply_affine(matrix, points))
@@ -1043,7 +1043,7 @@ def align_set(net: HeatmapNet, args, folder: Path, split: str):
             number += 1
             name = f"{stem}.face{number}"
         written.add(name)
-        write_aligned(folder / split, name, image, points[i])
+        write_aligned(folder / split, name, data.faces[i], points[i])
     print(f"{len(written)} aligned faces in {folder / split}; left out {len(good) - len(written)} "
           f"without a face in the prediction; they were aligned by {how_aligned(args)}")
 
@@ -1054,10 +1054,11 @@ def draw_alignment(data: datasets.CropDataset, side: int = 192) -> np.ndarray:
     """Fig. 1: 12 test images, each beside its crop, with the true landmarks."""
     tiles = []
     for i in photos.spread(len(data), 12):
-        height, width = datasets.load_image(data.faces[i].image).shape[:2]
+        face = data.faces[i]
+        height, width = datasets.load_image(face.image, face.upright).shape[:2]
         box = np.array([[-0.5, -0.5, width - 0.5, height - 0.5]])
         matrix = datasets.square_crops(box, side, 1.0)
-        image = datasets.CropDataset([data.faces[i]], matrix, side)
+        image = datasets.CropDataset([face], matrix, side)
         layer = (data.points[i], photos.GREEN)
         tiles.append(np.concatenate([photos.draw_crop(image, 0, side, layer),
                                      photos.draw_crop(data, i, side, layer)], 1))

@@ -79,7 +79,6 @@ import os
 import warnings
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -810,8 +809,8 @@ def test_sets(args, device: torch.device) -> list[TestSet]:
         split = Split(protocol.images, None, protocol.points)
         if args.box == "landmarks" and protocol.points is not None:
             flags.box = "landmarks"
-            read = protocol.images.__getitem__
-            faces = [datasets.Face(partial(read, i), p) for i, p in enumerate(protocol.points)]
+            both = zip(protocol.images.sources, protocol.points)
+            faces = [datasets.Face(image, points) for image, points in both]
             split = Split(protocol.images, faces, protocol.points)
         elif args.box != "image":
             print(f"--test {path}: whole images; the network was trained on crops about {args.box}")

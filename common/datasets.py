@@ -92,8 +92,10 @@ def check_images(faces: Sequence[Face], upright: bool = False) -> None:
     listed = {face.image: face.where for face in faces if isinstance(face.image, str)}
     faults: dict[str, dict[str, str]] = {}
     for path, where in listed.items():
-        faults.setdefault(_fault(path), {})[path] = f"{path} (listed in {where})" if where else path
-    faults.pop("", None)
+        fault = _fault(path)
+        if fault:
+            name = f"{path} (listed in {where})" if where else path
+            faults.setdefault(fault, {})[path] = name
     tagged = faults.pop(_TAGGED, {}) if upright else {}
     for face in faces:
         face.upright = isinstance(face.image, str) and face.image in tagged
@@ -627,7 +629,8 @@ class Regions:
         n = int(self.extent[i]) // (1 + half)
         x, y = self.first[i] // (1 + half)
         image = load_image(face.image, upright=face.upright, half=half)
-        if face.points is not None:
+        # Points of an array, a picture of --predict, were found in it and may lie anywhere.
+        if face.points is not None and not isinstance(face.image, np.ndarray):
             size = np.multiply(image.shape[1::-1], 1 + half)
             check_inside(face.points, size, face.where or face.image, i)
         region = image[max(y, 0):max(y + n, 0), max(x, 0):max(x + n, 0)]

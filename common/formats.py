@@ -112,7 +112,7 @@ def walk(root: str, suffixes: tuple[str, ...] = IMAGE_SUFFIXES, tell=False) -> l
                 enter(entry.path, above | {here})
             elif entry.name.lower().endswith(suffixes):
                 found.append(entry.path)
-            else:
+            elif not entry.name.lower().endswith(".pts"):  # these are read beside their images
                 others.append(entry.path)
 
     enter(root, frozenset())

@@ -439,6 +439,8 @@ class WholeImages(torch.utils.data.Dataset):
                                  "not (N, P, 2)")
             bad = (~self.points.isfinite().all(-1).all(-1)).nonzero().flatten().tolist()
             refuse_missing([f"image {i}" for i in range(len(images))], bad, "this run")
+        # Of a set; what an aligner finds, in a picture or in place of .points, may lie anywhere.
+        self.given = self.points if isinstance(images, (Images, Records)) else None
 
     def __len__(self):
         return len(self.images)
@@ -462,9 +464,10 @@ class WholeImages(torch.utils.data.Dataset):
             if self.flip is not None:
                 points = torch.where(mirror[:, None, None], points[:, self.flip], points)
             batch["points"] = points.float()
+        if self.given is not None:
             for (_, i), image in zip(keys, images):
                 source = self.images.sources[i] if isinstance(self.images, Images) else None
-                datasets.check_inside(self.points[i].numpy(), image.shape[1::-1], source, i)
+                datasets.check_inside(self.given[i].numpy(), image.shape[1::-1], source, i)
         crops = [self._crop(image, own) for image, own in zip(images, matrix.numpy())]
         return batch | {"image": torch.from_numpy(np.stack(crops))}
 

@@ -120,8 +120,8 @@ def mean_curve_error(pred: torch.Tensor, data, args, pred_parts: dict | None = N
 def same_faces(own: list, others: list) -> list[int]:
     """Of each of `others` the row in `own` of its photograph, by the file's name; [] if one has
     none."""
-    rows = {Path(face.image).stem: row for row, face in enumerate(own)}
-    stems = [Path(face.image).stem for face in others]
+    rows = {Path(str(face.image)).stem: row for row, face in enumerate(own)}  # a drawing has no path
+    stems = [Path(str(face.image)).stem for face in others]
     return [rows[stem] for stem in stems] if rows.keys() >= set(stems) else []
 
 

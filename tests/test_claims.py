@@ -202,6 +202,8 @@ def test_photographs_of_two_sets_are_matched_by_name():
                    for names in (["a/1.jpg", "a/2.jpg", "b/3.jpg"], ["x/3.png", "x/1.jpg"]))
     assert measures.same_faces(own, others) == [2, 0]
     assert measures.same_faces(others, own) == []
+    drawn = datasets.Face(lambda: torch.zeros(8, 8, 3).numpy())
+    assert measures.same_faces([drawn], others) == []
 
 
 @pytest.mark.parametrize("case", first_gpu.CASES)

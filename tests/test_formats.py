@@ -87,7 +87,7 @@ def test_walk_follows_links_and_passes_over_what_is_hidden(tmp_path):
 
 
 def test_image_paths(tmp_path):
-    for name in ("a b.jpg", "sub/c.PNG", "sub/note.txt", ".x/d.png"):
+    for name in ("a b.jpg", "sub/c.PNG", "sub/c.pts", "sub/note.txt", ".x/d.png"):
         put_text(tmp_path / name, "")
     with pytest.warns(UserWarning, match=": 1 files of other kinds are left out, as .*note.txt"):
         assert set(formats.image_paths([str(tmp_path)])) == {"a b", "sub/c"}

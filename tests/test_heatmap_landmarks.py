@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import heatmap_landmarks as hl
 from common import UserError, datasets, run, synthetic, warp
+from tests import trees
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -1310,6 +1311,24 @@ def test_recognition_crops_lie_in_the_folder_of_their_person(tmp_path, monkeypat
         faces.append(datasets.Face(str(path), face.points, identity=person))
     found = cut(monkeypatch, faces, tmp_path / "set", tmp_path / "out")
     assert sorted(found) == ["Ann/Ann_1.png", "Bob/Bob_2.png", "Bob/Bob_3.png", "data/None_0.png"]
+
+
+def test_photographs_that_are_turned_are_cut_and_drawn_so(tmp_path, monkeypatch):
+    face, = synthetic.read_faces("test", 1, size=64, points=29)
+    upright = np.pad(datasets.load_image(face.image), ((0, 32), (0, 0), (0, 0)))
+    path = tmp_path / "set/a.jpg"
+    path.parent.mkdir()
+    trees.put_photo(path, np.rot90(upright), 6)
+    photo = datasets.Face(str(path), face.points, upright=True)
+    plain = datasets.Face(datasets.load_image(photo.image, upright=True), face.points)
+    assert plain.image.shape == (96, 64, 3)
+    found = cut(monkeypatch, [photo], tmp_path / "set", tmp_path / "out")
+    wanted = cut(monkeypatch, [plain], tmp_path / "set", tmp_path / "plain")
+    crop, other = (datasets.load_image(next(iter(each.values())).image) for each in (found, wanted))
+    assert np.array_equal(crop, other)
+    drawn = [hl.draw_alignment(datasets.CropDataset([each], np.eye(2, 3)[None], 64))
+             for each in (photo, plain)]
+    assert np.array_equal(*drawn)
 
 
 def test_a_prediction_that_is_no_face_gets_no_recognition_crop(tmp_path, monkeypatch, capsys):
