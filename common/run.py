@@ -109,7 +109,7 @@ def make_parser(script: str, description: str, paper: dict, presets: dict, argv,
     add("--weight-decay", type=nonnegative, default=0.0, help="weight decay")
     add("--gpus", type=within(int, 1, 64), default=1, help="processes to start, one a GPU")
     add("--device", default="auto", choices=["auto", "cuda", "cpu"], help="auto: a GPU if any")
-    add("--workers", type=within(int, -1, 256), default=-1, help="of each GPU; -1: at most 8")
+    add("--workers", type=within(int, -1, 256), default=-1, help="loaders of each GPU; -1: up to 8")
     add("--seed", type=natural, default=0, help="seed of weights, order and augmentation")
     add("--amp", action=switch, default=False, help="bfloat16 where matrices dominate")
     add("--compile", action=switch, default=False, help="torch.compile: minutes, then faster")

@@ -1145,8 +1145,11 @@ def test_a_run_leaves_what_it_should(tmp_path, capsys):
     for key in ("accuracy", "rank1", "accuracy@unaligned", "accuracy@noise0.05",
                 "rank1@unaligned@noise0.1"):
         assert 0 <= rows[1][key] <= 1 and scores[key] == rows[1][key]
+    assert {"accuracy@pixels", "rank1@pixels unaligned"} <= scores.keys()
+    assert not any("pixels" in key and "noise" in key for key in scores)
     printed = capsys.readouterr().out
     assert "  unaligned            accuracy" in printed and "kp-multihead" in printed
+    assert "  pixels unaligned     accuracy" in printed
     assert (tmp_path / "run" / "offsets.png").exists()
     state = state_of(tmp_path / "run")
     assert state["script"] == "kprpe" and state["data"] == [30, 3]

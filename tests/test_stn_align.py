@@ -771,8 +771,8 @@ def test_a_run_leaves_its_log_checkpoint_and_pictures(finished):
     for row in rows:
         assert row["loss"] == pytest.approx(row["fr"] + 3 * (row["lmk"] + row["reg"]), rel=1e-4)
     assert rows[-1]["lr"] == pytest.approx(0.05 / 1000)  # three drops
-    for key in ("accuracy", "rank1", "rank5", "anme", "anme/crops", "distance", "converged",
-                "folded", "alpha/min", "alpha/max"):
+    for key in ("accuracy", "accuracy/pixels", "rank1", "rank1/pixels", "rank5", "anme", "anme/crops",
+                "distance", "converged", "folded", "alpha/min", "alpha/max"):
         assert rows[-1][key] == result[key]
     assert cv2.imread(str(folder / "alignment.png")).shape == (4 * 224, 4 * 224, 3)
     assert cv2.imread(str(folder / "template.png")).shape == (520, 3 * 480, 3)
