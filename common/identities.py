@@ -55,7 +55,8 @@ def cached(make: Callable[[], np.ndarray], *sources: str) -> np.ndarray:
     """make(), kept beside the first of its source files as NAME.npy where that can be written, with
     a digest of it and of the sizes and times of the sources; written aside, then renamed."""
     kept = sources[0] + ".npy"
-    stamp = repr([(os.path.getsize(path), os.path.getmtime(path)) for path in sources]).encode()
+    found = map(os.stat, sources)
+    stamp = repr([(one.st_size, one.st_mtime_ns) for one in found]).encode()
     with contextlib.suppress(OSError, ValueError, EOFError):        # absent, damaged or empty
         with open(kept, "rb") as file:
             array = np.load(file, allow_pickle=False)
