@@ -108,9 +108,9 @@ def test_one_folder_is_trained_in_by_one_process(finished):
 
 
 def test_two_epochs_and_one_more_are_three(finished, tmp_path):
-    call(*TINY, "--epochs", "2", "--drops", "0", "--output", str(tmp_path / "a"))
+    call(*TINY, "--epochs", "2", "--schedule", "steps", "--drops", "0", "--output", str(tmp_path / "a"))
     call("--resume", "--epochs", "3", "--output", str(tmp_path / "a"))
-    call(*TINY, "--drops", "0", "--output", str(tmp_path / "b"))
+    call(*TINY, "--schedule", "steps", "--drops", "0", "--output", str(tmp_path / "b"))
     one, other = (run.load(tmp_path / name / "last.pt", "sdfl") for name in "ab")
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
 
