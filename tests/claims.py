@@ -4,6 +4,7 @@
     python -m tests.claims sdfl --only head loss --epochs 10 --jobs 2
     python -m tests.claims sdfl --small --table        # what has been run so far, nothing new
     python -m tests.claims --report --hardware "two cores of an AMD EPYC"   # all that has been run
+    python -m tests.claims --report --results tests/claims.jsonl            # the runs of CLAIMS.md
 
 Each finished run leaves a line in runs/claims.jsonl, named by its flags: a long series can be
 broken off and taken up again, and claims that share a run share its line. --small is each script's
@@ -445,8 +446,9 @@ def command_of(script: str, args) -> str:
 def report(rows: list[dict], hardware: str) -> str:
     """tests/CLAIMS.md: a table for each script and series of runs."""
     text = ["# The papers' claims, measured small", "",
-            "Written by `python -m tests.claims --report`. In brackets: of the first variant's "
-            "run, not part of the claim.", "Hardware: " + (hardware or "not said") + "."]
+            "Written by `python -m tests.claims --report --results tests/claims.jsonl`, which holds "
+            "a line for each run. In brackets: of the first variant's run, not part of the claim.",
+            "Hardware: " + (hardware or "not said") + "."]
     for script, claims in CLAIMS.items():
         series = {row["base"]: row["command"] for row in rows if row["script"] == script}
         for base, command in series.items():
