@@ -13,7 +13,7 @@ Laplacian, on each landmark's place among its neighbours.
 
 Train on WFLW on four GPUs (the paper: NME 4.35 %; not run here, see README):
   python sdfl.py --data wflw --data-root WFLW --gpus 4 --amp --cache device
-Without any data, on drawn faces, three minutes on two CPU cores:
+Without any data, on drawn faces, under four minutes on two CPU cores:
   python sdfl.py
 Continue, evaluate, use:
   python sdfl.py --data wflw --gpus 4 --resume
