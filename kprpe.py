@@ -1328,11 +1328,8 @@ def train(args) -> dict:
         job.save(epoch, scores if job.due(epoch) else {}, head=head)
     if job.start >= args.epochs:  # it was killed after its last checkpoint
         scores = evaluate(net, fc.whole(fc.weight), conditions, args, job.device)
-    if args.data == "faces":  # what needs no network, beside it
-        soon = [condition for condition in conditions if not condition.late]
-        for key, value in evaluate(recognition.Pixels(), None, soon, args, job.device).items():
-            name, _, condition = key.partition("@")
-            scores[f"{name}@pixels {condition}".strip()] = value
+    if args.data == "faces":
+        scores |= pixel_scores(conditions, args, job.device)
     if job.rank == 0 and scores:
         print_table(scores, args)
         write_pictures(job.folder, net, conditions, args.dfa)
@@ -1540,6 +1537,16 @@ def evaluate(net: nn.Module, centres: torch.Tensor | None, conditions: Sequence[
                 answers = recognition.score(protocol, found.features)
             for name, value in answers.items():
                 scores[f"{name}{condition.suffix}"] = value
+    return scores
+
+
+def pixel_scores(conditions: Sequence[TestCondition], args, device: torch.device) -> dict:
+    """What needs no network: scores as of `evaluate`, accuracy@pixels, rank1@pixels unaligned."""
+    soon = [condition for condition in conditions if not condition.late]
+    scores = {}
+    for key, value in evaluate(recognition.Pixels(), None, soon, args, device).items():
+        name, _, condition = key.partition("@")
+        scores[f"{name}@pixels {condition}".strip()] = value
     return scores
 
 

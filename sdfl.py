@@ -161,7 +161,8 @@ def neighbour_mask(landmarks: torch.Tensor, k: int) -> torch.Tensor:
         raise UserError(f"--k {k}: expected 0 to {points - 1}, less than the {points} landmarks")
     xy = landmarks.permute(2, 0, 1).contiguous().double()  # (2, M, N)
     xy -= xy.mean(1, keepdim=True)
-    products = torch.from_numpy(xy.mT.numpy() @ xy.numpy())  # NumPy computes half, and mirrors it
+    # (2, N, N); NumPy computes half of a symmetric product, and mirrors it
+    products = torch.from_numpy(xy.mT.numpy() @ xy.numpy())
     scale = products.diagonal(0, 1, 2).sqrt()  # (2, N)
     if not scale.isfinite().all():
         raise UserError("the training landmarks hold values that are not finite")
@@ -507,7 +508,8 @@ def make_dataset(args, split: str) -> datasets.CropDataset:
 
 # ---- Training: Sec. IV-B -------------------------------------------------------------------------
 
-def learning_rate(step: int, steps: int, base: float, drops: int = 4, schedule: str = "steps"):
+def learning_rate(step: int, steps: int, base: float, drops: int = 4,
+                  schedule: str = "steps") -> float:
     """The rate of a step: divided by 5, `drops` times, evenly over the run (with 4: every 100
     epochs of 500); or risen in a line over 8 % of the run, times half a cosine from 1 to 0."""
     if schedule == "steps":
