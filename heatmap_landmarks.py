@@ -933,8 +933,8 @@ def next_crops(args, points: torch.Tensor, crop_matrices: torch.Tensor) -> torch
     good = are_faces(args, points)
     matrices = crop_matrices.clone()
     if args.align == "box":
-        boxes = torch.cat([points.amin(1), points.amax(1)], 1)[good]
-        squares = datasets.square_crops(boxes.numpy(), args.size, args.margin)
+        boxes = datasets.landmark_boxes(points[good].numpy())
+        squares = datasets.square_crops(boxes, args.size, args.margin)
         matrices[good] = torch.from_numpy(squares)
     else:
         matrices[good] = align_five(five_of(points[good]), args.size)

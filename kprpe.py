@@ -1421,8 +1421,7 @@ def test_split(args, path: str, test) -> Split:
         note = "unaligned are whole images" if args.unaligned else ""
         boxes = None
         if args.box == "landmarks":
-            corners = [test.points.min(1), test.points.max(1)]
-            boxes = np.concatenate(corners, 1).astype(np.float64)
+            boxes = datasets.landmark_boxes(test.points.astype(np.float64))
             if args.unaligned:
                 count = test.points.shape[1]
                 note = f"unaligned are crops about the box of {count} landmarks x {args.margin}"

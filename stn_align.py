@@ -910,7 +910,7 @@ def recognise(net: AlignedRecognizer, image: np.ndarray, box: np.ndarray, margin
         if uses_template:
             places = from_112(net.maps.to_input(w, net.template)[0].cpu().double(), args.size)
             places = warp.apply_affine(warp.invert(matrix), places)[0].numpy()
-            box = np.concatenate([places.min(0), places.max(0)])
+            box = datasets.landmark_boxes(places)
     aligned = to_picture(net.align(crop, w)[0])
     feature = look(net, [batch], args)["features"].float()
     return aligned, places, F.normalize(feature)[0].numpy()
@@ -942,7 +942,7 @@ def predict(args) -> dict:
                 raise UserError(f"{beside} has {len(points)} points, the network's template "
                                 f"{len(net.template)}")
             if about_points:
-                boxes = np.concatenate([points.min(0), points.max(0)])[None]
+                boxes = datasets.landmark_boxes(points)[None]
                 margins = [args.margin]
         for box in boxes:
             aligned, places, feature = recognise(net, photo.image, box, margins, points, args)

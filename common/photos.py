@@ -205,7 +205,7 @@ def find_points(args, image: np.ndarray, box: np.ndarray, margins: Sequence[floa
         data = datasets.CropDataset([datasets.Face(image)], matrix, args.size)
         points = answer(data.__getitems__([(0, 0)]), look == len(margins)).double()
         points = warp.apply_affine(warp.invert(matrix), points)[0].numpy()
-        box = np.concatenate([points.min(0), points.max(0)])
+        box = datasets.landmark_boxes(points)
         if not np.ptp(points, 0).max() > 1:  # one place, or not finite
             return None
     return points

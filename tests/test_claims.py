@@ -92,7 +92,7 @@ def test_a_claim_from_end_to_end(tmp_path, in_process, capsys):
     text = output.read_text()
     assert "Hardware: one core." in text and "## lddmm_face" in text
     assert "`python -m tests.claims lddmm_face --data faces -- --device cpu" in text
-    assert "| 68 to 194 |" in text and "not run | not run |" in text.replace("; ", " | ")
+    assert "| 68 to 194 |" in text and "\n\nNot run: sparse to dense; " in text
 
 
 def test_a_run_that_needs_another_waits_for_it(tmp_path, monkeypatch):
@@ -127,8 +127,9 @@ def test_table_gives_mean_spread_and_order():
                     "three 25.00 ± 21.21 (2 seeds) | 1 of 2 |")
     chain = claims.Claim("c", "p", claim.variants, lower_is_better=False, chain=True)
     assert claims.table("sdfl", [chain], "", 2, done).endswith("| 1 of 2 |")
-    assert claims.table("sdfl", [claim], "", 2, rows_of(a=[0.1])).endswith(
-        "one 10.00 (1 seed); two not run; three not run | not run |")
+    assert claims.table("sdfl", [claim], "", 2, rows_of(a=[0.1], c=[0.3])).endswith(
+        "one 10.00 (1 seed); two not run; three 30.00 (1 seed) | not run |")
+    assert claims.table("sdfl", [claim], "", 2, rows_of(a=[0.1])).endswith("\n\nNot run: c.")
 
 
 # ---- What is measured ----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import UserError, datasets, recognition, warp
+from common import UserError, datasets, recognition, synthetic, warp
 from common.datasets import Face
 from tests.trees import put_photo
 
@@ -72,13 +72,27 @@ def test_square_crops_put_the_box_in_the_middle():
         datasets.square_crops(np.array([[0, 0, 1, 1], [5.0, 5, 5, 5]]), 64, 1.25)
 
 
+def test_five_points_stand_for_the_box_of_a_whole_face():
+    five = np.array([[[10, 20], [30, 20], [20, 30], [12, 44], [28, 44.0]]])  # 20 x 24 px
+    np.testing.assert_allclose(datasets.landmark_boxes(five), [[-4, 11.6, 44, 59.6]])
+    faces = synthetic.read_faces("test", 60, 64, 68)
+    points = np.stack([face.points for face in faces]).astype(np.float64)
+    whole = datasets.landmark_boxes(points)
+    np.testing.assert_allclose(whole[3], [*points[3].min(0), *points[3].max(0)])
+    five = datasets.landmark_boxes(datasets.group_means(points, datasets.SCHEMES[68].five))
+    side = (whole[:, 2:] - whole[:, :2]).max(1)
+    assert abs(np.median((five[:, 2] - five[:, 0]) / side) - 1) < 0.15
+    middle = (five - whole).reshape(-1, 2, 2).mean(1) / side[:, None]
+    assert np.abs(np.median(middle, 0)).max() < 0.08
+
+
 def test_face_boxes():
     face = dotted_face()
     np.testing.assert_allclose(datasets.face_boxes([face], "landmarks")[0],
                                [*face.points.min(0), *face.points.max(0)], rtol=1e-6)
     with pytest.raises(UserError, match="face 0: --box face finds a box of 0 px there"):
         datasets.face_boxes([face], "face")
-    for points in (np.ones((5, 2)), np.linspace(0, 0.9, 10).reshape(5, 2)):
+    for points in (np.ones((5, 2)), np.linspace(0, 0.4, 10).reshape(5, 2)):
         with pytest.raises(UserError, match="a.jpg: --box landmarks finds a box of 0.* wanted 1"):
             datasets.face_boxes([face, datasets.Face("a.jpg", points)], "landmarks")
     face.box = (1, 2, 3, 4)
