@@ -223,7 +223,8 @@ def not_finite(tensors: dict) -> list[str]:
 
 
 def init_backbone(backbone: nn.Module, path: str) -> str:
-    """Loads what a published state dict and the backbone share by name; returns what matched.
+    """Loads what a published state dict and the backbone share by name, but for a last layer with
+    another number of outputs; returns what matched.
     Raises: UserError when nothing matches, or a shared name has another shape."""
     state = read_state_dict(path)
     state = {re.sub(r"^(module\.|backbone\.)+", "", name): value for name, value in state.items()}
@@ -233,13 +234,18 @@ def init_backbone(backbone: nn.Module, path: str) -> str:
         raise UserError(f"--init {path}: none of its {len(state)} names, as "
                         f"{', '.join([*state][:3])}, is one of the backbone's {len(own)}, as "
                         f"{', '.join([*own][:3])}")
-    for name, value in shared.items():
-        if value.shape != own[name].shape:
+    last = [*own][-1].rpartition(".")[0]
+    for name, value in [*shared.items()]:
+        if value.shape == own[name].shape:
+            continue
+        if name.rpartition(".")[0] == last and value.shape[1:] == own[name].shape[1:]:
+            del shared[name]
+        else:
             raise UserError(f"--init {path}: {name} is {tuple(value.shape)}, the backbone's is "
                             f"{tuple(own[name].shape)}")
     backbone.load_state_dict(own | shared)
-    missing = [name for name in own if name not in state]
-    unused = [name for name in state if name not in own]
+    missing = [name for name in own if name not in shared]
+    unused = [name for name in state if name not in shared]
     return (f"--init: {len(shared)} of {len(own)} backbone tensors from {path}; "
-            f"not in the file: {', '.join(missing[:4]) or 'none'}; "
-            f"in the file only: {', '.join(unused[:4]) or 'none'}")
+            f"left as they were: {', '.join(missing[:4]) or 'none'}; "
+            f"not used of the file: {', '.join(unused[:4]) or 'none'}")

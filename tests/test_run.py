@@ -204,6 +204,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     assert run.load(tmp_path / "run" / "last.pt", "sdfl")["epoch"] == 1
 
 
+def test_init_leaves_out_a_head_for_other_landmarks(tmp_path):
+    source, target = lddmm_face.HRNetHeatmaps(98), lddmm_face.HRNetHeatmaps(68)
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    before = target.state_dict()["head.3.bias"].clone()
+    report = run.init_backbone(target, str(tmp_path / "a.pth"))
+    assert "left as they were: head.3.weight, head.3.bias" in report
+    own = target.state_dict()
+    assert torch.equal(own["head.3.bias"], before)
+    assert torch.equal(own["head.0.weight"], source.state_dict()["head.0.weight"])
+
+
 def test_init_takes_what_matches_by_name(tmp_path):
     source, target = sdfl.BACKBONES["resnet18"](), sdfl.BACKBONES["resnet18"]()
     state = {"module." + name: value + 1 for name, value in source.state_dict().items()}
