@@ -342,12 +342,13 @@ def bench_latency():
 
 
 def bench_face():
-    """One 96 px face of 68 points on the CPU, crop to points, by MobileNetV2 in the three scripts."""
+    """One 96 px face of 68 points on the CPU, crop to points, by MobileNetV2 in the three scripts:
+    the networks of --small in tests/claims.py, that of heatmaps with the others' backbone."""
     image = torch.randn(4, 3, 96, 96)
-    mask = torch.eye(68, dtype=torch.bool)
+    mask = sdfl.neighbour_mask(torch.randn(100, 68, 2), 3)
     args = lddmm_face.parse_args(["--data", "faces"])
-    nets = [(sdfl.SDFL("mobilenetv2", mask | mask.roll(1, 0), 96), lambda points: points),
-            (heatmap_landmarks.HeatmapNet("mobilenetv2_1.0", points=68, strategy="SSD"),
+    nets = [(sdfl.SDFL("mobilenetv2", mask, 96), lambda points: points),
+            (heatmap_landmarks.HeatmapNet("mobilenetv2_1.0", "SSD", 68, filters=64),
              heatmap_landmarks.decode_dark),
             (lddmm_face.build(args, 256 * torch.rand(68, 2), torch.device("cpu")),
              lambda points: points)]
