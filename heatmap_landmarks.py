@@ -801,10 +801,10 @@ def evaluate(net: HeatmapNet, loader, args):
 
     Args: loader, in order, of a CropDataset without augmentation.
     Returns: fractions "nme", "fr", "auc", "nme/pose", ...; to compare with, "nme/perfect argmax",
-        that of the argmax of perfect heatmaps of this size, "nme/mean face", that of the same mean
-        face in every crop, and "spread", a landmark's rms distance from its mean over the crop's
-        side; the NME of each face (M,); predictions (M, P, 2) px of the images; the crops, a
-        CropDataset: with --align two-pass not those of the loader.
+        that of the argmax of perfect heatmaps of this size, "nme/mean face", that of the test
+        faces' own mean in every crop, and "spread", a landmark's rms distance from its mean over
+        the crop's side; the NME of each face (M,); predictions (M, P, 2) px of the images; the
+        crops, a CropDataset: with --align two-pass not those of the loader.
     """
     points, data = predict_set(net, loader, args)
     divisors = data.divisors(args.norm)
@@ -840,7 +840,7 @@ def print_table(scores: dict, args, net: HeatmapNet):
     side = args.size // net.stride
     print(f"NME of the argmax of perfect {side} x {side} heatmaps: "
           f"{100 * scores['nme/perfect argmax']:.2f} %")
-    print(f"NME of a constant mean face: {100 * scores['nme/mean face']:.2f} %; a landmark is "
+    print(f"NME of the test faces' own mean: {100 * scores['nme/mean face']:.2f} %; a landmark is "
           f"{192 * scores['spread']:.1f} px (rms, of 192) from its mean")
 
 

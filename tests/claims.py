@@ -38,7 +38,8 @@ class Claim:
     """One claim: `variants` maps a label to flags, and the first is claimed to be the best by
     `metric`, in which {} stands for the label, or which names one for each label. Variants with the
     same flags are one run. In flags, @SCRIPT/ is the folder of that script's run without a
-    variant's flags, of the same seed and data, which is then made before."""
+    variant's flags, of the same seed and data, which is then made before. Of `own`, variants that
+    the paper does not rank, the numbers are shown, with a dagger, and no order is asked."""
 
     name: str
     paper: str  # what the paper reports, in its own metric
@@ -46,6 +47,7 @@ class Claim:
     metric: str | dict[str, str] = "nme"
     lower_is_better: bool = True
     chain: bool = False  # each variant is claimed to be better than the next, not only the first
+    own: tuple[str, ...] = ()
     beside: dict[str, str] = field(default_factory=dict)  # {label: metric}, shown: of the first
     scale: float = 100  # numbers are shown times this
 
@@ -55,9 +57,11 @@ class Claim:
         return self.metric.format(label)
 
 
-def higher(name: str, paper: str, variants: dict[str, str], metric="accuracy") -> Claim:
+def higher(name: str, paper: str, variants: dict[str, str], metric="accuracy", own=(),
+           chain=False) -> Claim:
     """A claim by a metric of which more is better."""
-    return Claim(name, paper, variants, metric, lower_is_better=False)
+    return Claim(name, paper, variants, metric, lower_is_better=False, own=own,
+                 chain=chain)
 
 
 def strategies(*words: str, more: str = "") -> dict[str, str]:
@@ -73,21 +77,23 @@ def same(flags: str, *labels: str) -> dict[str, str]:
 FC_SLOW = "--head fc --lr 0.002"  # on photographs 0.005 kills all hidden units of the FC head
 SDFL = [
     Claim("head", "Table I, MobileNetV2: NME 4.70 against 4.86",
-          {"graph": "", "fc": "--head fc", "graph, lr 0.002": "--lr 0.002", "fc, lr 0.002": FC_SLOW}),
+          {"graph": "", "fc": "--head fc", "fc, lr 0.002": FC_SLOW,
+           "graph, lr 0.002": "--lr 0.002"}, own=("graph, lr 0.002",)),
     Claim("head-resnet18", "Table I, ResNet18: NME 4.65 against 4.95",
           {"graph": "--backbone resnet18", "fc": "--backbone resnet18 --head fc"}),
     Claim("loss", "Table VII, eps 0.5: soft wing 4.65, wing 4.76, L1 4.76",
           {"soft wing": "--epsilon 0.5", "wing": "--epsilon 0.5 --loss wing", "L1": "--loss l1"}),
     Claim("epsilon", "Table VII, soft wing: eps 0.5 4.65, eps 2 4.72",
-          {"0.5": "--epsilon 0.5", "2": "--epsilon 2", "the preset's, small 5": ""}),
+          {"0.5": "--epsilon 0.5", "2": "--epsilon 2", "the preset's, small 5": ""},
+          own=("the preset's, small 5",)),
     Claim("relative", "Table VI, ResNet18: with 4.65, without 4.75",
           {"lambda 1": "", "lambda 0": "--lam 0"}),
     Claim("adjacency", "Table VI, ResNet18: dynamic 4.65, binary 4.85",
           {"dynamic": "", "binary": "--adjacency binary"}),
     Claim("k", "Fig. 8: best at k = 3 or 6, worse at 1 and N - 1",
-          {"k 3": "", "k 1": "--k 1", "k 6": "--k 6", "k N-1": "--k 67"}),
+          {"k 3": "", "k 1": "--k 1", "k 6": "--k 6", "k N-1": "--k 67"}, own=("k 6",)),
     Claim("occluder", "Fig. 2, by eye: the FC head's visible points move, the graph's stay",
-          {"graph": "", "fc": "--head fc"}, "moved@0.2"),
+          {"graph": "", "fc": "--head fc", "fc, lr 0.002": FC_SLOW}, "moved@0.2"),
 ]
 
 DECODERS = "Sec. 2.2, by argument: NME of dark < shift < argmax, on heatmaps of this size"
@@ -107,22 +113,26 @@ HEATMAP = [
     higher("scaling", "Sec. 5.1: AUC - 1.0", {"without": "", "0.1": "--scale 0.1"}, "auc"),
     higher("repositioning", "Sec. 5.1: AUC - 1.0", {"without": "", "10 px": "--shift 10"}, "auc"),
     Claim("alignment", "Sec. 3.1, by argument: five points rather than the box",
-          {"five points": "", "two passes": "--align two-pass", "box": "--align box"}),
+          {"five points": "", "two passes": "--align two-pass", "box": "--align box"},
+          own=("two passes",)),
     Claim("spread", "not measured: a landmark's rms distance from its mean, over the crop's side",
           {"five points": "", "box": "--align box"}, "spread"),
-    Claim("decoders at 24 px", DECODERS, same("", "dark", "shift", "argmax"), "nme@{}"),
+    Claim("decoders at 24 px", DECODERS, same("", "dark", "shift", "argmax"), "nme@{}",
+          chain=True),
     Claim("decoders at 48 px", DECODERS,
-          same("--strategy SSSD --sigma 2 --kernel 11", "dark", "shift", "argmax"), "nme@{}"),
+          same("--strategy SSSD --sigma 2 --kernel 11", "dark", "shift", "argmax"), "nme@{}",
+          chain=True),
     Claim("decoders at 96 px", DECODERS,
           same("--size 192 --strategy SSSD --sigma 2 --kernel 11", "dark", "shift", "argmax"),
-          "nme@{}"),
+          "nme@{}", chain=True),
 ]
 
 SPARSE = "--train-points 50"
 
 
 def across(own: int, other: int, paper: str) -> Claim:
-    """Table 3: another annotation is predicted, or the landmarks of the own one stand for it."""
+    """Table 3: another annotation is predicted, or the landmarks of the own one stand for it, in
+    the paper those of HRNet's heatmaps, here of the same network."""
     labels = (f"{other} predicted", f"{own} alone")
     names = dict(zip(labels, (f"curves@{other}", f"curves@alone@{other}")))
     flags = "" if own == 68 else f"--points {own}"
@@ -143,12 +153,12 @@ LDDMM = [
           same(SPARSE, "flow", "interpolated", "spline"),
           {"flow": "nme", "interpolated": "nme@interpolated", "spline": "nme@spline"}),
     Claim("folds", "Table 1: DetJN 0", {"2 steps": "", "8 steps": "--steps 8"}, "detjn", scale=1),
-    across(68, 194, "Table 3, 300W to HELEN: NME_c HRNet 5.60, LDDMM-Face 4.13"),
-    across(68, 98, "Table 3, 300W to WFLW: NME_c HRNet 6.61, LDDMM-Face 6.04"),
-    across(98, 68, "Table 3, WFLW to 300W: NME_c HRNet 3.91, LDDMM-Face 3.88"),
+    across(68, 194, "Table 3, 300W to HELEN: NME_c HRNet's 68 5.60, LDDMM-Face 4.13"),
+    across(68, 98, "Table 3, 300W to WFLW: NME_c HRNet's 68 6.61, LDDMM-Face 6.04"),
+    across(98, 68, "Table 3, WFLW to 300W: NME_c HRNet's 98 3.91, LDDMM-Face 3.88"),
     Claim("beta", "Table 5, tested on all points: NME 3.67 at 0.1, 7.02 at 1, 5.78 at 0.01",
           {"0.1": SPARSE, "1": f"{SPARSE} --beta 1", "10": f"{SPARSE} --beta 10",
-           "0.01": f"{SPARSE} --beta 0.01"}),
+           "0.01": f"{SPARSE} --beta 0.01"}, own=("10",)),
     Claim("beta, squared", "as beta, in the form of the authors' code",
           {"0.1": f"{SPARSE} --squared", "1": f"{SPARSE} --squared --beta 1",
            "10": f"{SPARSE} --squared --beta 10"}),
@@ -161,8 +171,11 @@ LDDMM = [
 STN = {"affine2d": "--method affine2d", "proj": "--method proj --lam 0",
        "tps2": "--method tps2 --lam 0", "tps3": "--method tps3 --lam 0",
        "tps8": "--lam 0", "fullalign": "--method fullalign"}  # Sec. 3.1
-LADDER = {"affine2d": STN["affine2d"], "none": "--method none"} | STN
-RISES = "Fig. 3, rank-1 on MegaFace: 84.21 unaligned, rises, then falls to fullalign"
+# Text and Table 2 put tps8 before no alignment and before fullalign; the rest is in a figure alone.
+LADDER = {label: STN[label] for label in ("tps8", "fullalign")} | {"none": "--method none"} | STN
+NOT_RANKED = ("affine2d", "proj", "tps2", "tps3")
+RISES = ("Fig. 3, rank-1 on MegaFace: unaligned 84.21, rises from affine2d on, then falls to "
+         "fullalign; tps8 at fmap 89.71 (Table 2)")
 LAMBDA = {f"lambda {value}": f"--lam {value}" if value != 3 else "" for value in (3, 0, 1, 5, 7)}
 JOINT = {"lambda 3": "", "lambda 0": "--lam 0", "none": "--method none",
          "affine2d": "--method affine2d"}
@@ -171,14 +184,14 @@ ALIGN = [
     Claim("ladder, strength", "Fig. 2: ANME falls from affine2d to fullalign (0)",
           dict(reversed(STN.items())) | {"none": "--method none"},
           dict.fromkeys(STN, "anme") | {"none": "anme/crops"}, chain=True),
-    higher("ladder, verification", RISES, LADDER),
-    higher("ladder, rank-1", RISES, LADDER, "rank1"),
+    higher("ladder, verification", RISES, LADDER, own=NOT_RANKED),
+    higher("ladder, rank-1", RISES, LADDER, "rank1", own=NOT_RANKED),
     Claim("lambda, strength", "Fig. 7: ANME falls as lambda rises",
           {label: LAMBDA[label] for label in sorted(LAMBDA, reverse=True)}, "anme", chain=True),
     higher("lambda, verification", "Fig. 7, rank-1: best at 3", LAMBDA),
     higher("lambda, rank-1", "Fig. 7, rank-1: best at 3", LAMBDA, "rank1"),
     *(higher(f"joint{where}", "Table 2, rank-1 on MegaFace: lambda 3 90.20, lambda 0 89.71, "
-             "unaligned 84.21", JOINT, f"accuracy{end}")
+             "unaligned 84.21", JOINT, f"accuracy{end}", own=("affine2d",))
       for where, end in ((", own pairs", ""), (", CFP-FP by --test", "@CFP-FP"),
                          (", CFP-FF by --test", "@CFP-FF"))),
     *(higher(f"fmap, {name}", "Fig. 4 and Table 2, rank-1 on MegaFace: "
@@ -186,25 +199,30 @@ ALIGN = [
              {"fmap": flags, "input": f"{flags} --align-at input".strip()})
       for name, flags in (STN | {"ours": ""}).items()),
     higher("template", "Table 3, rank-1 on MegaFace at fmap: learned 90.20, fixed 89.60, re-used "
-           "90.37", {"learned": "", "fixed": "--template fixed",
-                     "re-used": "--template fixed --template-file @stn_align/template.pts"}),
+           "90.37", {"re-used": "--template fixed --template-file @stn_align/template.pts",
+                     "learned": "", "fixed": "--template fixed"}, chain=True),
     higher("weights", "Fig. 8(a): learned before fixed", {"learned": "", "fixed": "--alpha fixed"}),
 ]
 
 ENCODINGS = {"KP-RPE": "", "constant keypoints": CONSTANT, "iRPE": "--rpe irpe",
              "ViT": "--rpe none"}
+ALIGNED = {"iRPE": "--rpe irpe"} | ENCODINGS  # the order of Table 1's aligned column
+HELD = ("constant keypoints",)
 NOISE = {"0": "", "0.02": "@noise0.02", "0.05": "@noise0.05", "0.1": "@noise0.1"}
 FUSED = "--dfa @kprpe-dfa/last.pt --fusion average,norm,landmark"
 RULES = ("landmark", "average", "norm")
 KPRPE = [
-    higher("unaligned", "Table 1, CFP-FP unaligned: KP-RPE 93.56, iRPE 77.91, ViT 72.81; no "
-           "constant keypoints", ENCODINGS, "accuracy@unaligned"),
-    higher("aligned", "Table 1, CFP-FP aligned: KP-RPE 96.60, iRPE 97.01, ViT 96.11", ENCODINGS),
+    higher("unaligned", "Table 1, CFP-FP (here the test split's own pairs): KP-RPE 93.56, iRPE "
+           "77.91, ViT 72.81", ENCODINGS, "accuracy@unaligned", own=HELD),
+    higher("aligned", "Table 1, CFP-FP (here own pairs): iRPE 97.01, KP-RPE 96.60, ViT 96.11",
+           ALIGNED, chain=True, own=HELD),
     higher("CFP-FP unaligned, by --test", "Table 1, as unaligned", ENCODINGS,
-           "accuracy@CFP-FP@unaligned"),
-    higher("CFP-FP aligned, by --test", "Table 1, as aligned", ENCODINGS, "accuracy@CFP-FP"),
-    *(higher(f"{t:.0%} aligned", "Fig. 5, CFP-FP: KP-RPE stays, the others fall from aligned to "
-             "unaligned", ENCODINGS, f"accuracy@t{t:g}") for t in (0.75, 0.5, 0.25)),
+           "accuracy@CFP-FP@unaligned", own=HELD),
+    higher("CFP-FP aligned, by --test", "Table 1, as aligned", ALIGNED, "accuracy@CFP-FP",
+           chain=True, own=HELD),
+    *(higher(f"{t:.0%} aligned", "Fig. 5, CFP-FP (here own pairs): KP-RPE stays, the others fall "
+             "from aligned to unaligned", ENCODINGS, f"accuracy@t{t:g}", own=HELD)
+      for t in (0.75, 0.5, 0.25)),
     higher("f(P)", "Table 2, CFP-FP unaligned: multihead 93.56, relative 89.70, absolute 68.09",
            {"multihead": "", "relative": "--rpe kp-relative", "absolute": "--rpe kp-absolute"},
            "accuracy@unaligned"),
@@ -212,7 +230,7 @@ KPRPE = [
            "69.26 with 2, 68.24 with none",
            {"5": "", "4": "--num-keypoints 4", "3": "--num-keypoints 3", "2": "--num-keypoints 2",
             "none": "--rpe none"}, "accuracy@unaligned"),
-    *(higher(f"noise{where}", "Fig. 6: CFP-FP falls with alpha, by about 1.5 up to 0.1",
+    *(higher(f"noise{where}", "Fig. 6: CFP-FP falls with alpha, by about 1.5 at realistic noise",
              same("", *NOISE), {label: f"accuracy{where}{end}" for label, end in NOISE.items()})
       for where in ("", "@unaligned")),
     higher("losses", "Table 7, TinyFace rank-1: AdaFace 75.80, ArcFace 75.62, CosFace 75.48",
@@ -230,7 +248,7 @@ DIGITS = [
     higher("digits", "Fig. 1, affNIST: Abs-PE 77.27, KP-RPE the best (no number)",
            {"KP-RPE": "", "constant keypoints": CONSTANT, "iRPE": "--rpe irpe",
             "RPE": "--rpe product", "Abs-PE*": "--rpe none --draw-keypoints",
-            "Abs-PE": "--rpe none"}, "accuracy@affine"),
+            "Abs-PE": "--rpe none"}, "accuracy@affine", own=HELD),
 ]
 DIGITS.append(higher(
     "local start", "not in the paper: tables begin by distance", {"KP-RPE": "--local 0.5"} | {
@@ -395,11 +413,11 @@ def cell(label: str, values: list[float], scale: float) -> str:
     return f"{label} {scale * statistics.mean(values):.2f}{spread} ({seeds})"
 
 
-def order_held(claim: Claim, values: list[dict[int, float]]) -> str:
-    """In how many of the seeds that all variants have the claim holds: "2 of 3".
+def order_held(claim: Claim, values: dict[str, dict[int, float]]) -> str:
+    """In how many of the seeds that all ranked variants have the claim holds: "2 of 3".
     Args: values, of each variant a number by seed."""
-    first, *others = values
-    pairs = list(itertools.pairwise(values)) if claim.chain else [(first, v) for v in others]
+    first, *others = ranked = [of for label, of in values.items() if label not in claim.own]
+    pairs = list(itertools.pairwise(ranked)) if claim.chain else [(first, v) for v in others]
     sign = 1 if claim.lower_is_better else -1
     seeds = [seed for seed in first if all(seed in other for other in others)]
     held = sum(all(sign * a[seed] < sign * b[seed] for a, b in pairs) for seed in seeds)
@@ -421,16 +439,17 @@ def table(script: str, claims: list[Claim], base: str, seeds: int, done: dict) -
              "|---|---|---|---|"]
     missing = []
     for claim in claims:
-        values = []
+        values = {}
         cells = []
         for label, flags in claim.variants.items():
-            values.append(values_of(flags, claim.metric_of(label)))
-            cells.append(cell(label, list(values[-1].values()), claim.scale))
+            values[label] = values_of(flags, claim.metric_of(label))
+            mark = "†" if label in claim.own else ""
+            cells.append(cell(label + mark, list(values[label].values()), claim.scale))
         for label, metric in claim.beside.items():
             found = values_of(next(iter(claim.variants.values())), metric)
             if found:
                 cells.append(f"[{cell(label, list(found.values()), claim.scale)}]")
-        if sum(map(bool, values)) < 2:  # one alone says nothing of a claim
+        if sum(map(bool, values.values())) < 2:  # one alone says nothing of a claim
             missing.append(claim.name)
             continue
         lines.append(f"| {claim.name} | {claim.paper} | {'; '.join(cells)} | "
@@ -460,7 +479,8 @@ def report(rows: list[dict], hardware: str) -> str:
     """tests/CLAIMS.md: a table for each script and series of runs."""
     text = ["# The papers' claims, measured small", "",
             "Written by `python -m tests.claims --report --results tests/claims.jsonl`, which holds "
-            "a line for each run. In brackets: of the first variant's run, not part of the claim.",
+            "a line for each run. The order is the paper's: the first before all others, or each "
+            "before the next; †: not ranked. In brackets: of the first variant's run.",
             "Hardware: " + (hardware or "not said") + "."]
     for script, claims in CLAIMS.items():
         series = {row["base"]: row["command"] for row in rows if row["script"] == script}

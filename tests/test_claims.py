@@ -114,6 +114,35 @@ def test_a_run_that_needs_another_waits_for_it(tmp_path, monkeypatch):
     assert order.index(first) < order.index(own) and len(rows) == 3
 
 
+@pytest.mark.parametrize("script", claims.CLAIMS)
+def test_an_order_is_asked_of_two_variants_that_the_paper_has(script):
+    for claim in claims.CLAIMS[script]:
+        assert set(claim.own) < set(claim.variants) and len(claim.variants) - len(claim.own) >= 2
+        assert next(iter(claim.variants)) not in claim.own
+
+
+PAPERS = [  # what a paper's own numbers say of a claim's order: {label: number}
+    ("stn_align", "template", {"re-used": 90.37, "learned": 90.20, "fixed": 89.60}),
+    ("stn_align", "ladder, rank-1", {"tps8": 89.71, "none": 84.21, "fullalign": 0}),
+    ("stn_align", "joint, own pairs", {"lambda 3": 90.20, "lambda 0": 89.71, "none": 84.21}),
+    ("sdfl", "loss", {"soft wing": 4.65, "wing": 4.76, "L1": 4.76}),
+    ("sdfl", "epsilon", {"0.5": 4.65, "2": 4.72}),
+    ("sdfl", "head", {"graph": 4.70, "fc": 4.86, "fc, lr 0.002": 4.86}),
+    ("kprpe", "unaligned", {"KP-RPE": 93.56, "iRPE": 77.91, "ViT": 72.81}),
+    ("kprpe", "aligned", {"iRPE": 97.01, "KP-RPE": 96.60, "ViT": 96.11}),
+    ("kprpe", "f(P)", {"multihead": 93.56, "relative": 89.70, "absolute": 68.09}),
+    ("kprpe", "losses", {"AdaFace": 75.80, "ArcFace": 75.62, "CosFace": 75.48}),
+    ("lddmm_face", "beta", {"0.1": 3.67, "1": 7.02, "0.01": 5.78})]
+
+
+@pytest.mark.parametrize("script, name, numbers", PAPERS)
+def test_a_papers_own_numbers_hold_its_claim(script, name, numbers):
+    claim = next(claim for claim in claims.CLAIMS[script] if claim.name == name)
+    assert set(numbers) == set(claim.variants) - set(claim.own)
+    values = {label: {0: numbers[label]} for label in claim.variants if label in numbers}
+    assert claims.order_held(claim, values) == "1 of 1"
+
+
 def rows_of(**results):
     return {f"sdfl {flags} --seed {seed}": dict(result=dict(nme=value))
             for flags, values in results.items() for seed, value in enumerate(values)}
@@ -127,6 +156,12 @@ def test_table_gives_mean_spread_and_order():
                     "three 25.00 ± 21.21 (2 seeds) | 1 of 2 |")
     chain = claims.Claim("c", "p", claim.variants, lower_is_better=False, chain=True)
     assert claims.table("sdfl", [chain], "", 2, done).endswith("| 1 of 2 |")
+    own = claims.Claim("c", "p", claim.variants, own=("three",))  # shown, not ranked
+    line = claims.table("sdfl", [own], "", 2, done).splitlines()[-1]
+    assert "; three† 25.00 ± 21.21 (2 seeds) | 1 of 2 |" in line
+    done = rows_of(a=[0.1, 0.3], b=[0.2, 0.4], c=[0.4, 0.1])
+    assert claims.table("sdfl", [claim], "", 2, done).endswith("| 1 of 2 |")
+    assert claims.table("sdfl", [own], "", 2, done).endswith("| 2 of 2 |")
     assert claims.table("sdfl", [claim], "", 2, rows_of(a=[0.1], c=[0.3])).endswith(
         "one 10.00 (1 seed); two not run; three 30.00 (1 seed) | not run |")
     assert claims.table("sdfl", [claim], "", 2, rows_of(a=[0.1])).endswith("\n\nNot run: c.")
