@@ -223,6 +223,9 @@ KPRPE = [
     *(higher(f"{t:.0%} aligned", "Fig. 5, CFP-FP (here own pairs): KP-RPE stays, the others fall "
              "from aligned to unaligned", ENCODINGS, f"accuracy@t{t:g}", own=HELD)
       for t in (0.75, 0.5, 0.25)),
+    higher("iRPE's rate", "not in the paper: rate of its tables over --lr, against KP-RPE",
+           {"KP-RPE": "", **{f"iRPE x {rate}": f"--rpe irpe --rpe-lr {rate}" for rate in (1, 12)},
+            "iRPE": "--rpe irpe"}, "accuracy@unaligned"),
     higher("f(P)", "Table 2, CFP-FP unaligned: multihead 93.56, relative 89.70, absolute 68.09",
            {"multihead": "", "relative": "--rpe kp-relative", "absolute": "--rpe kp-absolute"},
            "accuracy@unaligned"),
