@@ -42,7 +42,8 @@ Where the paper is silent, or the authors' code (CRazorback/LDDMM-Face at cb45e9
     Two steps can fold the plane where the exact flow cannot; DetJN counts it.
   - sigma_V is the scale of a curve of the mean face, as in the paper; we take the mean of width and
     height, as the code does. The code measures it in another frame than it flows in, so that its
-    sigma_V is 0.35 of that for 300W, 0.44 for HELEN: --sigma-factor. sigma_W is half of sigma_V for
+    sigma_V is 0.35 of that for 300W (0.80 with half of the landmarks: at 0.35 the flow leaves those
+    between them behind), 0.44 for HELEN, 1 for WFLW: --sigma-factor. sigma_W is half of sigma_V for
     each curve, as in the paper; a wrong index in the code takes that of the contour for nearly all.
   - Eq. (8) is taken with the curve discrepancy as a norm, summed over the curves. The code squares
     it, over the number of landmarks, and averages the other term over all landmarks: --squared.

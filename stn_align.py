@@ -66,7 +66,10 @@ What the paper leaves open, and where we differ (the authors have published no c
   - LocNet's learning rate is 0.01 of --lr (--loc-lr; 0.03 on drawn faces); the paper has one rate.
     Its last layer sums thousands of features: at the full rate, lambda 0 throws the lattice out of
     the image within an epoch, and lambda 3 folds four drawn faces in ten: their warp turns over,
-    and mirrors a part of the face.
+    and mirrors a part of the face. A number of the homography moves the whole face, one of tps8's
+    a 64th of it: by the same gradient the face would shift 58 times as far, by tps2 13, by tps3 10
+    times. So LocNet's outputs are multiplied, for these by 1/8, 2/8 and 3/8, and one rate serves
+    all: without it the homographies run away.
   - Half of the training images are mirrored, and the rate rises over the first 500 steps.
   - Outside the image is mid-grey, outside the feature map 0. Images are RGB. The embedding of a
     test image is the sum of its own and its mirror image's. We report the last epoch.
@@ -177,6 +180,8 @@ def from_112(points, size: int):
 class Maps(nn.Module):
     """A family of maps W from the aligned face to the input image; this one aligns nothing.
     A batch of maps is a tensor `w` of length B. Points are (S, 2) or (B, S, 2) px of a 112 px crop.
+    Those that LocNet learns have `outputs`, how many numbers `fit` takes, and `gain`, by which
+    LocNet's are multiplied.
     """
 
     def fit(self, given):
@@ -225,6 +230,7 @@ class Affine2D(Maps):
 class Projective(Maps):
     """STN-Proj: a homography, by eight numbers about the identity."""
     outputs = 8
+    gain = 1 / 8  # each number moves the whole face
 
     def fit(self, given):
         """(B, 8) px, by which the crop's edge moves -> (B, 3, 3), in normalised coordinates."""
@@ -272,6 +278,7 @@ class TPSGrid(ThinPlate):
         lattice = torch.cartesian_prod(axis, axis).flip(1)               # (k^2, 2), row after row
         super().__init__(lattice)
         self.outputs = 2 * k**2
+        self.gain = k / 8  # each point moves a k^2th of the face
         self.register_buffer("lattice", lattice.float(), persistent=False)
 
     def fit(self, given):
@@ -367,7 +374,7 @@ class AlignedRecognizer(nn.Module):
     def find_map(self, image, landmarks=None):
         """The map W of each face, the w of `maps`.   Raises: UserError for missing landmarks."""
         if self.locnet is not None:
-            return self.maps.fit(self.locnet(image))
+            return self.maps.fit(self.maps.gain * self.locnet(image))
         if self.method == "none":
             return self.maps.fit(image)  # the same for all
         found = 0 if landmarks is None else landmarks.shape[1]

@@ -68,7 +68,7 @@ def moves(method, amount=5.0):
 def set_moves(net, amount=5.0, spread=0.0):
     """Makes LocNet say `moves`, and for each image a little else."""
     with torch.no_grad():
-        net.locnet.fc.bias.copy_(moves(net.method, amount))
+        net.locnet.fc.bias.copy_(moves(net.method, amount) / net.maps.gain)
         if spread:
             net.locnet.fc.weight.normal_(std=spread)
     return net
@@ -317,6 +317,22 @@ def test_the_homography_by_its_eight_numbers():
     assert maps.grid(wild, 32).isfinite().all()  # the divisor stays positive all over the crop
     corners = torch.tensor([[-1.0, -1, 1], [1, -1, 1], [-1, 1, 1], [1, 1, 1]])
     assert (wild[0, 2] @ corners.T).min() > 0.09
+
+
+def test_a_step_of_gradient_descent_shifts_the_face_alike_by_every_map():
+    """A gradient that asks all px of the face for one shift, and how far a step moves them."""
+    points = sa.to_112(warp.pixel_centres((16, 16)), 16)
+    shifts = {}
+    for method in sa.BY_LOCNET:
+        maps = network(method).maps
+        outputs = torch.zeros(1, maps.outputs, requires_grad=True)
+        x = maps.to_input(maps.fit(maps.gain * outputs), points)[0, :, 0]
+        x.mean().backward()
+        moved = maps.to_input(maps.fit(maps.gain * outputs.grad), points)[0, :, 0] - points[:, 0]
+        shifts[method] = moved.mean().item()
+    assert shifts["tps8"] == pytest.approx(0.019, abs=1e-3)
+    for shift in shifts.values():
+        assert 0.7 < shift / shifts["tps8"] < 1.5
 
 
 def test_an_affine_family_is_aligned_perfectly():
