@@ -925,16 +925,22 @@ def interpolation(scheme: int, subset: dict[str, list[int]]) -> torch.Tensor:
     return weights
 
 
-def scores_without_flow(net: LDDMMFace, trained: torch.Tensor, data, divisors) -> dict:
-    """What the flow has to beat: "nme@interpolated" and "curves@interpolated", displacements of the
-    training landmarks (M, K, 2) image px interpolated along curves; "nme/mean face", of none."""
+def interpolated(net: LDDMMFace, trained: torch.Tensor, data) -> torch.Tensor:
+    """All landmarks (M, P, 2) px of the images without a flow: the mean face's, moved as its
+    training landmarks were, `trained` (M, K, 2), interpolated along the curves."""
     mean = from_frame(net.mean.cpu().double(), data.size)
     start = from_frame(net.start.cpu().double(), data.size)
     moved = warp.apply_affine(data.crop_matrices, trained) - start
     moved = net.interpolate.cpu().double() @ moved  # (M, P, 2)
-    to_image = warp.invert(data.crop_matrices)
-    between = warp.apply_affine(to_image, mean + moved)
-    still = warp.apply_affine(to_image, mean.expand_as(data.points))
+    return warp.apply_affine(warp.invert(data.crop_matrices), mean + moved)
+
+
+def scores_without_flow(net: LDDMMFace, trained: torch.Tensor, data, divisors) -> dict:
+    """What the flow has to beat: "nme@interpolated" and "curves@interpolated", displacements of the
+    training landmarks (M, K, 2) image px interpolated along curves; "nme/mean face", of none."""
+    between = interpolated(net, trained, data)
+    mean = from_frame(net.mean.cpu().double(), data.size)
+    still = warp.apply_affine(warp.invert(data.crop_matrices), mean.expand_as(data.points))
     parts = datasets.SCHEMES[net.scheme].parts
     curves = metrics.curve_error(between, data.points, parts, divisors)["overall"]
     return {"nme@interpolated": float(metrics.nme(between, data.points, divisors).mean()),

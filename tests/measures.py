@@ -126,8 +126,9 @@ def same_faces(own: list, others: list) -> list[int]:
 
 
 def measure_lddmm(path: str, also) -> dict:
-    """Of a checkpoint: "fr@hidden" with a fifth of each crop hidden; "nme@spline"; "curves@floor",
-    of true training landmarks alone; and in other annotations, of the drawn faces or of the sets
+    """Of a checkpoint: "fr@hidden" with a fifth of each crop hidden; "nme@spline"; of the landmarks
+    that were not learned "nme@unseen", "nme@unseen@interpolated" and "nme@unseen@spline";
+    "curves@floor", of true training landmarks alone; and in other annotations, of the drawn faces or of the sets
     `also` [(data, root)], "curves@194", ..., with "curves@floor@194", of the same true landmarks,
     where the faces are drawn, or photographs of the same names."""
     args = lddmm_face.parse_args(["--eval", path])
@@ -135,7 +136,8 @@ def measure_lddmm(path: str, also) -> dict:
     data = lddmm_face.make_dataset(args, "test")
     loader = ordered_loader(args, data, net.mean.device)
     hidden = lddmm_face.evaluate(net, Hidden(loader), args)[0]
-    trained = lddmm_face.predict_set(net, loader, args, lddmm_face.sparse_to_dense(net))[1]
+    extra = lddmm_face.sparse_to_dense(net)
+    flowed, trained, _ = lddmm_face.predict_set(net, loader, args, extra)
     splined = by_spline(net, trained, data)
     true = data.points[:, net.landmarks]
     true_parts = {part: [net.landmarks.index(i) for i in ids if i in net.landmarks]
@@ -145,6 +147,12 @@ def measure_lddmm(path: str, also) -> dict:
               "nme@spline": errors.mean().item(),
               "curves@spline": mean_curve_error(splined, data, args),
               "curves@floor": mean_curve_error(true, data, args, true_parts)}
+    unseen = sorted({*range(data.points.shape[1])} - {*net.landmarks})
+    ways = {"nme@unseen": flowed, "nme@unseen@spline": splined,
+            "nme@unseen@interpolated": lddmm_face.interpolated(net, trained, data)}
+    for name, points in ways.items() if unseen else ():
+        errors = metrics.nme(points[:, unseen], data.points[:, unseen], data.divisors(args.norm))
+        scores[name] = errors.mean().item()
     others = [dict(data=name, data_root=root) for name, root in also]
     if args.data == "faces":  # the same faces, annotated otherwise
         others += [dict(points=points) for points in (68, 98, 194) if points != net.scheme]

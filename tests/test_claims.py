@@ -95,6 +95,16 @@ def test_a_claim_from_end_to_end(tmp_path, in_process, capsys):
     assert "| 68 to 194 |" in text and "\n\nNot run: sparse to dense; " in text
 
 
+def test_landmarks_that_were_not_learned_are_measured_apart(tmp_path, in_process):
+    flags = ["--only", "sparse to dense, honest", "--", *TINY, "--backbone", "mobilenetv2"]
+    result = run_claims(tmp_path, "lddmm_face", *flags)[0]["result"]
+    learned = 46  # of 68, the published half
+    for end in ("", "@interpolated", "@spline"):
+        unseen = result[f"nme@unseen{end}"]
+        assert 0 < unseen * (68 - learned) / 68 < result[f"nme{end}"]
+    assert result["nme@unseen"] != result["nme@unseen@spline"]
+
+
 def test_a_run_that_needs_another_waits_for_it(tmp_path, monkeypatch):
     order = []
 
