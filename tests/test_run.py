@@ -59,7 +59,7 @@ def test_presets_are_flags_and_flags_beat_presets():
     ("--init no.pt", "no file no.pt"), ("--predict a.jpg", "belong together"),
     ("--weights a.pt", "belong together"), ("--detector a.onnx", "no file a.onnx"),
     ("--eval a.pt --resume", "only one of"), ("--box head", "expected landmarks, face"),
-    ("--box 1,2,3,4", "with --predict x0,y0,x1,y1")])
+    ("--box 1,2,3,4", "with --predict, without --detector, x0,y0,x1,y1")])
 def test_bad_flags_are_named(flags, message, capsys):
     with pytest.raises(SystemExit):
         sdfl.parse_args(flags.split())
@@ -70,7 +70,7 @@ def test_a_box_and_a_detector_are_one_too_many(capsys):
     with pytest.raises(SystemExit):
         sdfl.parse_args(["--predict", "a.jpg", "--weights", "a.pt", "--box", "1,2,3,4",
                          "--detector", __file__])
-    assert "--box 1,2,3,4 and --detector: give one of them" in capsys.readouterr().err
+    assert "--box 1,2,3,4: expected landmarks, face; with --predict, without" in capsys.readouterr().err
 
 
 def test_types():
