@@ -13,7 +13,8 @@ tells people apart is gone.
 
 Train on VGGFace2 on four GPUs (the paper: 90.20 % rank-1 on MegaFace, a set that has since been
 withdrawn; not run here). POINTS are landmarks of its images, as a landmark script writes them:
-  python sdfl.py --predict VGGFace2 --weights runs/sdfl-wflw/last.pt --output POINTS
+  python sdfl.py --predict VGGFace2 --weights runs/sdfl-wflw/last.pt --detector yunet.onnx \
+      --output POINTS
   python stn_align.py --data vggface2 --data-root VGGFace2 --landmarks POINTS --gpus 4 --amp
 Without any data, on drawn faces, 90 s on two CPU cores; then the spatial transformer without the
 alignment loss (Sec. 5.2's baseline):

@@ -564,6 +564,11 @@ def face_boxes(faces: list[Face], kind: str) -> np.ndarray:
     "face" box.   Raises: UserError for a box too small or too large to be a face's."""
     if kind == "landmarks":
         boxes = [landmark_boxes(face.points) for face in faces]
+        count = len(faces[0].points) if faces else 0
+        if count and count not in SCHEMES:
+            warnings.warn(f"crops are about the box of {count} landmarks of no known scheme: if "
+                          "they leave out brows or chin, a larger --margin shows the whole face",
+                          stacklevel=2)
     elif kind == "face":
         boxes = [face.box or (0, 0, 0, 0) for face in faces]
     else:

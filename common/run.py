@@ -120,7 +120,7 @@ def make_parser(script: str, description: str, paper: dict, presets: dict, argv,
     add("--weights", default="", metavar="CKPT", help="checkpoint for --predict, or for --test")
     add("--detector", type=file, default="", metavar="ONNX", help="YuNet model for --predict")
     add("--box", default=boxes[0], help=f"what is cropped: {', '.join(boxes)} (landmarks: their "
-        "true box; face: the set's own); with --predict, x0,y0,x1,y1 in pixels")
+        "true box, brows to chin; face: the set's own); with --predict, x0,y0,x1,y1 in pixels")
     add("--upright", action=switch, default=False, help="turn photographs as their tags say")
     add("--margin", type=within(float, 0.1, 10), default=1.25, help="crop's side over the box's")
     add("--cache", default="", help="keep decoded crops: a folder, which the next run opens again, "
@@ -152,9 +152,9 @@ def parse(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
     args.given = sorted(key for key, value in vars(typed).items() if value is not None)
     if args.batch_size % args.gpus:
         parser.error(f"--batch-size {args.batch_size} does not divide over --gpus {args.gpus}")
-    if args.box not in args.boxes and not (args.predict and parse_box(args.box)):
-        parser.error(f"--box {args.box}: expected {', '.join(args.boxes)}; with --predict "
-                     "x0,y0,x1,y1 in pixels, x0 < x1, y0 < y1 (--box=-5,... where x0 is negative)")
+    if not (args.box in args.boxes or args.predict and not args.detector and parse_box(args.box)):
+        parser.error(f"--box {args.box}: expected {', '.join(args.boxes)}; with --predict, without "
+                     "--detector, x0,y0,x1,y1 in px, x0 < x1, y0 < y1 (--box=-5,... if x0 < 0)")
     if bool(args.predict) != bool(args.weights):
         if args.predict or args.eval or not getattr(args, "test", None):
             parser.error("--predict PATH and --weights CKPT belong together")

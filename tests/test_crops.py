@@ -86,6 +86,12 @@ def test_five_points_stand_for_the_box_of_a_whole_face():
     assert np.abs(np.median(middle, 0)).max() < 0.08
 
 
+def test_a_box_about_landmarks_of_no_scheme_may_be_half_a_face_and_says_so():
+    face = datasets.Face("a.png", np.random.default_rng(0).uniform(0, 90, (7, 2)))
+    with pytest.warns(UserWarning, match="box of 7 landmarks of no known scheme.*larger --margin"):
+        datasets.face_boxes([face], "landmarks")
+
+
 def test_face_boxes():
     face = dotted_face()
     np.testing.assert_allclose(datasets.face_boxes([face], "landmarks")[0],

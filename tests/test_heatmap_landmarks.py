@@ -1229,7 +1229,7 @@ def test_faces_of_a_detector_are_aligned_at_once():
     assert passes == 1 and hl.find_crops(args, image, Detector(None))[0].shape == (0, 2, 3)
     args.align = "box"
     matrices, passes = hl.find_crops(args, image, detector)
-    ends = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1).astype(np.float64)
+    ends = datasets.landmark_boxes(five.astype(np.float64))
     np.testing.assert_allclose(matrices, datasets.square_crops(ends, 64, args.margin))
     assert passes == 2
     args.trained_box = "face"  # it has never seen a crop by the landmarks' box

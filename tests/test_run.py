@@ -59,11 +59,18 @@ def test_presets_are_flags_and_flags_beat_presets():
     ("--init no.pt", "no file no.pt"), ("--predict a.jpg", "belong together"),
     ("--weights a.pt", "belong together"), ("--detector a.onnx", "no file a.onnx"),
     ("--eval a.pt --resume", "only one of"), ("--box head", "expected landmarks, face"),
-    ("--box 1,2,3,4", "with --predict x0,y0,x1,y1")])
+    ("--box 1,2,3,4", "with --predict, without --detector, x0,y0,x1,y1")])
 def test_bad_flags_are_named(flags, message, capsys):
     with pytest.raises(SystemExit):
         sdfl.parse_args(flags.split())
     assert message in capsys.readouterr().err
+
+
+def test_a_box_and_a_detector_are_one_too_many(capsys):
+    with pytest.raises(SystemExit):
+        sdfl.parse_args(["--predict", "a.jpg", "--weights", "a.pt", "--box", "1,2,3,4",
+                         "--detector", __file__])
+    assert "--box 1,2,3,4: expected landmarks, face; with --predict, without" in capsys.readouterr().err
 
 
 def test_types():
@@ -262,8 +269,24 @@ def test_faces_are_looked_for_at_two_scales_and_the_better_of_two_boxes_is_kept(
     np.testing.assert_allclose(found[:, 0], [101, 1500], atol=1.5)  # pixel centres are whole numbers
     np.testing.assert_allclose(found[:, 14], [0.9, 0.8], rtol=1e-6)
     assert photos.detect(Detector([]), np.zeros((90, 80, 3), np.uint8)).shape == (0, 15)
-    boxes = photos.find_boxes(argparse.Namespace(), np.zeros((1000, 2000, 3), np.uint8), detector)
+    args = argparse.Namespace(box="face")
+    boxes = photos.find_boxes(args, np.zeros((1000, 2000, 3), np.uint8), detector)
     np.testing.assert_allclose(boxes[:, 2:] - boxes[:, :2], [[900, 900], [40, 40]], rtol=1e-3)
+
+
+def test_a_network_trained_on_boxes_of_landmarks_gets_such_boxes_of_a_detector(monkeypatch):
+    five = np.array([[30, 40], [50, 40], [40, 50], [32, 60], [48, 60]], float)
+    found = np.array([[10, 5, 60, 80, *five.ravel(), 0.9]])
+    monkeypatch.setattr(photos, "detect", lambda detector, image: found)
+    image = np.zeros((90, 90, 3), np.uint8)
+    for kind, box in (("landmarks", [20, 33, 60, 73]), ("face", [10, 5, 70, 85]),
+                      ("image", [10, 5, 70, 85])):
+        boxes = photos.find_boxes(argparse.Namespace(box=kind), image, "YuNet")
+        np.testing.assert_allclose(boxes, [box])
+    found = np.zeros((0, 15))
+    for kind in ("landmarks", "face"):
+        boxes = photos.find_boxes(argparse.Namespace(box=kind), image, "YuNet")
+        assert boxes.shape == (0, 4)
 
 
 def test_another_kind_of_file_is_no_detector(tmp_path):

@@ -973,7 +973,8 @@ def test_predict_writes_crop_points_and_embedding(finished, tmp_path):
 def test_predict_looks_at_each_face_twice(finished, tmp_path, monkeypatch):
     put_photos(tmp_path / "in", 1)
     boxes, original = [], datasets.square_crops
-    faces = np.array([[10.0, 10, 60, 70, *[0] * 11], [20, 30, 80, 90, *[0] * 11]])
+    five = np.array([[30, 40], [50, 40], [40, 50], [32, 60], [48, 60]], float)
+    faces = np.array([[0, 0, 70, 90, *(five + move).ravel(), 1] for move in (0, 20)])
     monkeypatch.setattr(photos, "open_detector", lambda path: "YuNet")
     monkeypatch.setattr(photos, "detect", lambda detector, image: faces)
     monkeypatch.setattr(datasets, "square_crops",
@@ -981,8 +982,8 @@ def test_predict_looks_at_each_face_twice(finished, tmp_path, monkeypatch):
     predict(finished[0], tmp_path / "in", tmp_path / "out", "--detector", __file__)
     for name in ("one two", "one two.face2"):
         assert all((tmp_path / "out" / f"{name}{end}").exists() for end in (".png", ".pts", ".npy"))
-    np.testing.assert_allclose(boxes[0], [10, 10, 70, 80])
-    np.testing.assert_allclose(boxes[2], [20, 30, 100, 120])
+    np.testing.assert_allclose(boxes[0], [20, 33, 60, 73])
+    np.testing.assert_allclose(boxes[2], [40, 53, 80, 93])
     for i in (1, 3):  # the second look is about W(T), which starts at the mean face in the first
         assert boxes[i].shape == (4,) and np.abs(boxes[i] - boxes[i - 1]).max() < 40
 
