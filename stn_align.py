@@ -936,10 +936,9 @@ def predict(args) -> dict:
     detector = photos.open_detector(args.detector) if args.detector else None
     about_points = trained_on == "landmarks"
     margins = [args.margin]
-    if about_points and net.locnet is not None and args.lam:
-        margins = [args.margin, args.margin]
-    if not detector and args.box in args.boxes:
-        margins[0] = 1.0  # the whole image has its margin in it
+    if net.method not in BY_LANDMARKS or not about_points:
+        twice = about_points and net.locnet is not None and args.lam
+        margins = photos.find_margins(args, 2 if twice else 1)
     for photo in photos.photos(args, (".png", ".pts", ".npy")):
         boxes = photos.find_boxes(args, photo.image, detector)
         points = None
@@ -951,7 +950,6 @@ def predict(args) -> dict:
                                 f"{len(net.template)}")
             if about_points:
                 boxes = datasets.landmark_boxes(points)[None]
-                margins = [args.margin]
         for box in boxes:
             aligned, places, feature = recognise(net, photo.image, box, margins, points, args)
             target = photo.target()

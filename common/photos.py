@@ -177,6 +177,15 @@ def photos(args, endings: Sequence[str]) -> Iterator[Photo]:
         raise UserError(f"{len(unread)} images could not be read, the first is {unread[0]}")
 
 
+def find_margins(args, looks: int) -> list[float]:
+    """The margin of each look at a face, the first about a box of `find_boxes`."""
+    margins = [args.margin] * looks
+    if not args.detector and args.box in args.boxes:
+        print("note: each picture is taken for one face that fills it; give --detector or --box")
+        margins[0] = 1.0  # the whole image has its margin in it
+    return margins
+
+
 def predict_landmarks(args, answer: Callable, passes: int = 2):
     """--predict of a network that finds landmarks in the crop about a box: NAME.pts for each face,
     and NAME.png, the image with the points drawn.
@@ -186,9 +195,7 @@ def predict_landmarks(args, answer: Callable, passes: int = 2):
         `last` says whether the answer is the last.
     """
     detector = open_detector(args.detector) if args.detector else None
-    margins = [args.margin] * passes
-    if not detector and args.box in args.boxes:
-        margins[0] = 1.0  # the whole image has its margin in it
+    margins = find_margins(args, passes)
     for photo in photos(args, (".pts", ".png")):
         picture = photo.image.copy()
         for box in find_boxes(args, photo.image, detector):

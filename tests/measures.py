@@ -128,9 +128,9 @@ def same_faces(own: list, others: list) -> list[int]:
 def measure_lddmm(path: str, also) -> dict:
     """Of a checkpoint: "fr@hidden" with a fifth of each crop hidden; "nme@spline"; of the landmarks
     that were not learned "nme@unseen", "nme@unseen@interpolated" and "nme@unseen@spline";
-    "curves@floor", of true training landmarks alone; and in other annotations, of the drawn faces or of the sets
-    `also` [(data, root)], "curves@194", ..., with "curves@floor@194", of the same true landmarks,
-    where the faces are drawn, or photographs of the same names."""
+    "curves@floor", of true training landmarks alone; and in other annotations, of the drawn faces
+    or of the sets `also` [(data, root)], "curves@194", ..., with "curves@floor@194", of the same
+    true landmarks, where the faces are drawn, or photographs of the same names."""
     args = lddmm_face.parse_args(["--eval", path])
     net, _ = lddmm_face.open_checkpoint(args, path)
     data = lddmm_face.make_dataset(args, "test")
