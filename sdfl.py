@@ -58,8 +58,8 @@ Where the paper is silent, or the authors' code (BeierZhu/Sturcture-Coherency-Fa
     warp, grey outside; in the test, too, so that place and size of a face are known. The paper says
     "center-cropped"; the code reads files that were cropped beforehand.
   - From the code, as the paper is silent: z-score of each image and channel; 256 channels in
-    map-to-node; 2N hidden units in the weighting network (there with a batch norm); an occluder of
-    one random colour in half of the images, 20 % of the area, its centre anywhere; even bins of the
+    map-to-node; 2N hidden units and a batch norm in the weighting network; an occluder of one
+    random colour in half of the images, 20 % of the area, its centre anywhere; even bins of the
     absolute pose value.
   - Pose balancing aligns the shapes before it takes the principal component, as the paper's [2]
     does; the code does not align them.
@@ -204,18 +204,22 @@ class MapToNode(nn.Module):
 class DynamicAdjacency(nn.Module):
     """Sec. III-B: a weight for each edge of M from the image: global average pooling and two linear
     layers. (B, 4N, h, w) -> sigma(A) (B, N, N), the softmax over a row's edges: rows sum to 1, the
-    rest is 0."""
+    rest is 0.   Raises: UserError for one image in training."""
 
     def __init__(self, mask: torch.Tensor):
         super().__init__()
         self.points = len(mask)
         nodes = EXPANSION * len(mask)
         self.register_buffer("edges", mask.flatten().nonzero()[:, 0])  # row by row
-        # Hidden width: code, which has a batch norm behind it as well.
+        # Hidden width and batch norm: code. Without the norm most hidden units die within a hundred
+        # steps, as all inputs are positive, and the weights become the same for every image.
         self.mlp = nn.Sequential(nn.Linear(nodes, nodes // 2), nn.ReLU(inplace=True),
+                                 nn.BatchNorm1d(nodes // 2),
                                  nn.Linear(nodes // 2, len(self.edges)))
 
     def forward(self, maps):
+        if self.training and len(maps) < 2:
+            raise UserError("a training batch of 1 image: batch norm needs two; raise --batch-size")
         a = self.mlp(maps.mean((2, 3)))  # (B, edges)
         A = a.new_full((len(a), self.points**2), -math.inf)
         A = A.index_copy(1, self.edges, a).view(-1, self.points, self.points)
