@@ -137,7 +137,7 @@ PAPERS = [  # what a paper's own numbers say of a claim's order: {label: number}
     ("stn_align", "joint, own pairs", {"lambda 3": 90.20, "lambda 0": 89.71, "none": 84.21}),
     ("sdfl", "loss", {"soft wing": 4.65, "wing": 4.76, "L1": 4.76}),
     ("sdfl", "epsilon", {"0.5": 4.65, "2": 4.72}),
-    ("sdfl", "head", {"graph": 4.70, "fc": 4.86, "fc, lr 0.002": 4.86}),
+    ("sdfl", "head", {"graph": 4.70, "fc": 4.86}),
     ("kprpe", "unaligned", {"KP-RPE": 93.56, "iRPE": 77.91, "ViT": 72.81}),
     ("kprpe", "aligned", {"iRPE": 97.01, "KP-RPE": 96.60, "ViT": 96.11}),
     ("kprpe", "f(P)", {"multihead": 93.56, "relative": 89.70, "absolute": 68.09}),
