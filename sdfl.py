@@ -92,7 +92,7 @@ from common import UserError, datasets, metrics, photos, run, synthetic, warp
 # Sec. IV-B. The paper names no backbone for its best rows; HRNetW18C has their 4.35 % in Table I.
 PAPER = dict(size=256, epochs=500, batch_size=64, lr=0.01, weight_decay=5e-4, backbone="hrnet_w18",
              k=3, lam=1.0, pdb=9, drops=4, norm="io", threshold=0.10, margin=1.25, eval_every=10)
-SMALL = dict(size=128, epochs=30, batch_size=16, pdb=0, optimizer="adam", lr=1e-2, weight_decay=0.0,
+SMALL = dict(size=128, epochs=30, batch_size=16, pdb=0, optimizer="adam", lr=5e-3, weight_decay=0.0,
              schedule="cosine", epsilon=5.0, backbone="mobilenetv2", norm="auto", cache="device",
              eval_every=1)
 PRESETS = {
