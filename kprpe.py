@@ -192,8 +192,6 @@ def face_flags(parser):
         "the classes that a step sees")
     add("--rpe-lr", type=run.nonnegative, default=0.0, help="learning rate of relative encodings "
         "over --lr; 0: sqrt(d_k) for biases, as the code's form of Eq. (5) learns; 1 for irpe")
-    add("--local", type=run.nonnegative, default=0.0, help="ours: tables of product and kp-* start "
-        "at this many times minus the distance, so that near patches are seen first; 0: at 0")
     add("--augment", default="full", choices=[*MOVES, "none"], help="Table 6's; wide: moves more")
     add("--repeat", type=run.fraction, help="chance that the same person comes next")
     add("--landmarks", default="", metavar="PATH", help="landmarks of a set that has none: a CSV "
@@ -230,8 +228,6 @@ def check_faces(args, error: Callable):
         error(f"--dim {args.dim}: expected a multiple of --heads {args.heads}")
     if convolutional and args.rpe != "none":
         error(f"--model {args.model} has no position encoding: give --rpe none")
-    if args.local and args.rpe != "product" and not (args.rpe in KEYPOINT and args.num_keypoints):
-        error(f"--local: --rpe {args.rpe} has no table by rows and columns")
     if args.data in (*RECORDS, "affnist") and not (args.data_root or args.eval or args.resume):
         error(f"--data {args.data}: give --data-root, the folder of its files")
 
@@ -378,16 +374,6 @@ class KPRPE(nn.Module):
         """What W_L puts out, (A, depth * H * K) or (A, K), times scale: (depth, H, A, K)."""
         f = (self.scale * f).unflatten(1, (*self.table_counts, -1)).permute(1, 2, 0, 3)
         return f.expand(self.depth, self.heads, -1, -1)
-
-
-@torch.no_grad()
-def start_locally(rpe: StaticRPE | KPRPE, slope: float):
-    """--local: a bias over sqrt(d_k) is -slope times the distance of its bucket, where the paper's
-    tables start at 0; of f(P) this is the bias of W_L."""
-    places = torch.arange(-3.0, 4)                                            # as `bucket_ids`
-    start = -slope / rpe.scale * torch.cartesian_prod(places, places).norm(dim=1)
-    table = rpe.keypoint_linear.bias if isinstance(rpe, KPRPE) else rpe.table
-    table.view(-1, len(start)).copy_(start)
 
 
 def check_keypoints(points: torch.Tensor, count: int) -> torch.Tensor:
@@ -1298,8 +1284,6 @@ def train(args) -> dict:
     loader = crop_loader(args, data, batches, job.device)
     # Network and classes, each with its optimizer
     net = build(args, job.device)
-    if args.local:
-        start_locally(net.rpe, args.local)
     if initial:
         run.load_weights(net, initial["model"], args.init)
     fc = PartialFC(512, classes, MARGINS[args.loss](scale=args.scale), args.sample_rate)

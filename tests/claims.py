@@ -256,11 +256,6 @@ DIGITS = [
             "RPE": "--rpe product", "Abs-PE*": "--rpe none --draw-keypoints",
             "Abs-PE": "--rpe none"}, "accuracy@affine", own=HELD),
 ]
-DIGITS.append(higher(
-    "local start", "not in the paper: tables begin by distance", {"KP-RPE": "--local 0.5"} | {
-        "KP-RPE, at 0": "", "RPE": "--rpe product --local 0.5", "RPE, at 0": "--rpe product",
-        "constant keypoints": f"{CONSTANT} --local 0.5", "constant keypoints, at 0": CONSTANT},
-    "accuracy@affine"))
 DFA = [
     Claim("aggregation", "Supp. 3.1, WIDER FACE: NME 0.0518, without 0.0527",
           same("", "aggregation", "best anchor", "mean face"),

@@ -163,24 +163,6 @@ def test_static_biases_are_read_from_their_table(method):
     assert bias.stride()[-2] == 16  # rows of 16 for the GPU's attention
 
 
-@pytest.mark.parametrize("rpe", ["product", *kprpe.KEYPOINT])
-def test_local_tables_start_by_distance(rpe):
-    net = kprpe.ViT(TINY, rpe)
-    kprpe.start_locally(net.rpe, 0.5)
-    for bias in net.biases(torch.rand(2, 5, 2)):
-        query = bias[0, 0].reshape(5, 3, 5, 3)[2, 1]  # of the patch in the middle
-        rows, columns = torch.meshgrid(torch.arange(5) - 2.0, torch.arange(3) - 1.0, indexing="ij")
-        same(query, -0.5 * rows.hypot(columns), 1e-6)
-        assert torch.equal(bias[0, 0], bias[-1, -1])
-
-
-def test_local_tables_are_refused_where_there_are_none(capsys):
-    for flags in ("--rpe irpe", "--rpe none", "--num-keypoints 0"):
-        with pytest.raises(SystemExit):
-            kprpe.parse_args(f"{flags} --local 0.5".split())
-        assert "--local: --rpe" in capsys.readouterr().err
-
-
 def test_a_joint_shift_of_grid_and_keypoints_changes_nothing():
     points, shift = batch(2, dtype=torch.float64)[1], torch.tensor([0.3, -0.1])
     for variant in kprpe.KEYPOINT:
