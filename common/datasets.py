@@ -549,8 +549,8 @@ BORDER = 127  # grey level outside the image
 
 
 def landmark_boxes(points: np.ndarray) -> np.ndarray:
-    """Boxes x0 y0 x1 y1 (..., 4) about landmarks (..., P, 2) px. Five span half a face only: theirs
-    are as high and wide as the box of a face's 68 landmarks is long, and as far down."""
+    """Boxes x0 y0 x1 y1 (..., 4) about landmarks (..., P, 2) px. Five span half a face only: they
+    get a square of the size and place that the box of the face's 68 landmarks would have."""
     low, high = points.min(-2), points.max(-2)
     if points.shape[-2] == 5:
         side = (high - low).max(-1, keepdims=True)
