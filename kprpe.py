@@ -126,7 +126,7 @@ PRESETS = {
     "folder": SMALL,
     "youtube": SMALL,
     "affnist": dict(SMALL, size=40, patch=5, dim=64, depth=3, heads=4, mlp_ratio=2.0, pool="mean",
-                    epochs=16, lr=3e-3, rpe_lr=17.0, scale=16.0, eval_every=2),
+                    epochs=16, lr=3e-3, rpe_lr=17.0, scale=16.0, eval_every=2, unaligned=False),
     "faces": dict(SMALL, size=48, depth=4, dim=64, heads=4, limit=6000, epochs=12, batch_size=32,
                   eval_every=6),
 }
@@ -1058,6 +1058,7 @@ def wants_keypoints(args) -> bool:
 
 def identity_faces(args, split: str) -> list[datasets.Face] | None:
     """The faces of a split, in folders or drawn; None for a test split that is not there."""
+    recognition.refuse_second_landmarks(args)
     if args.data == "faces":
         return drawn_faces(args, split)
     folder = os.path.join(args.data_root, split)
@@ -1129,9 +1130,17 @@ def make_crops(args, split: Split, t: float, augment: str = "none"):
                                 reflect=True)
 
 
+def refuse_flags_of_faces(args):
+    """Raises: UserError for --data affnist with a flag that only faces have."""
+    given = [name for name in ("test", "fusion", "dfa") if getattr(args, name)]
+    if given:
+        raise UserError(f"--{given[0]}: --data affnist has digits, no faces")
+
+
 def training_set(args, device: torch.device):
     """Images with .labels and .ids, and their crops, aligned, then moved as --augment says."""
     if args.data == "affnist":
+        refuse_flags_of_faces(args)
         images, labels = digits.read_mnist(args.data_root, "train", args.limit)
         data = digits.Digits(images, labels, args.size, seed=args.seed)
         return data, data
@@ -1140,7 +1149,8 @@ def training_set(args, device: torch.device):
         points = None
         if args.landmarks:
             points = recognition.read_landmarks(images.keys.astype(str), args.landmarks)
-            points = five_points(points, args.landmarks)
+            points = five_points(points, args.landmarks)[:args.limit or None]
+        images.keep(args.limit or len(images))
         check_keypoints_known(args, Split(images, points), f"--data {args.data}")
         flip = datasets.SCHEMES[5].flip
         crops = recognition.WholeImages(images, args.size, points, MOVES.get(args.augment), flip,
@@ -1403,18 +1413,17 @@ def read_tests(args) -> dict[str, tuple[Split, list]]:
         raise UserError(f"--fusion: --data {args.data} has no test split, PERSON/VIDEO/*.jpg in "
                         "the folder test, whose videos could be fused")
     for path in args.test:
-        test = recognition.read_test(path)
-        if f"@{test.name}" in found:
-            raise UserError(f"--test {path}: another set is {test.name}, too; evaluate them apart")
-        found[f"@{test.name}"] = test_split(args, path, test), [test]
+        for test in recognition.read_tests(path, args.upright):
+            if f"@{test.name}" in found:
+                raise UserError(f"--test {path}: another set is {test.name}, too; evaluate them "
+                                "apart")
+            found[f"@{test.name}"] = test_split(args, path, test), [test]
     return found
 
 
 def test_split(args, path: str, test) -> Split:
-    """The images of a set of --test, with its landmarks or those of PATH.landmarks.csv."""
-    beside = os.path.normpath(path) + ".landmarks.csv"
-    if os.path.exists(beside):
-        test = recognition.with_landmarks(test, beside, args.upright)
+    """The images of a set of --test, with its landmarks."""
+    beside = recognition.landmarks_beside(path)
     note = f"no {beside}: its images are taken as aligned"
     split = Split(test.images, None)
     if test.points is not None:
@@ -1426,10 +1435,12 @@ def test_split(args, path: str, test) -> Split:
                 count = test.points.shape[1]
                 note = f"unaligned are crops about the box of {count} landmarks x {args.margin}"
         split = Split(test.images, five_points(test.points, beside), boxes)
-    elif not path.endswith(".bin"):  # those are aligned
+    elif not path.endswith(".bin"):
         check_keypoints_known(args, split, f"--test {path}")
+    elif wants_keypoints(args) and not args.dfa:  # a .bin is aligned
+        note += ", and all their keypoints as ArcFace's five points; --dfa finds their own"
     if note and ranks()[0] == 0:
-        print(f"--test {path}: {note}")
+        print(f"--test {test.name}: {note}")
     return split
 
 
@@ -1449,6 +1460,7 @@ def test_conditions(args, device: torch.device) -> list[TestCondition]:
                                             alpha, late=True))
 
     if args.data == "affnist":
+        refuse_flags_of_faces(args)
         images, labels = digits.read_mnist(args.data_root, "test", args.limit)
         image, points = digits.mnist_canvas(images, 0, canvas=args.size)
         add(digits.Digits(image, labels, args.size, points), [labels], "")
@@ -1632,8 +1644,11 @@ def photo_faces(args, photo, detector, device: torch.device) -> list[tuple]:
     box = photos.find_boxes(args, photo.image, None)[0]
     beside = os.path.splitext(photo.path)[0] + ".pts"
     if os.path.isfile(beside):
-        points = datasets.read_pts(beside)[None]
-        return [(box, five_points(points, beside)[0].astype(np.float64))]
+        points = five_points(datasets.read_pts(beside)[None], beside)[0].astype(np.float64)
+        if not np.ptp(points, axis=0).any():
+            raise UserError(f"{beside}: its eyes, nose tip and mouth corners coincide, which aligns "
+                            "nothing; correct it, or take it away")
+        return [(box, points)]
     if args.dfa:
         typed = None if args.box in args.boxes else box
         return [(box, find_face(open_dfa(args.dfa, device), photo.image, typed))]

@@ -113,6 +113,7 @@ def save(path: Path, **state):
         raise UserError(f"{path} could not be written, after {size:,} bytes: {error}") from None
 
 
+LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 # Of .safetensors files, by their name there.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
@@ -138,6 +139,10 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+class Callback:
+    """Stands for Lightning's class, by which a .ckpt names the state of a callback."""
+
+
 def read_tensors(path) -> dict:
     """A file's dict of tensors and plain values, on the CPU.   Raises: UserError."""
     if not os.path.isfile(path):
@@ -154,7 +159,8 @@ def read_tensors(path) -> dict:
         if str(path).endswith(".safetensors"):
             state = read_safetensors(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            with torch.serialization.safe_globals([(Callback, LIGHTNING)]):
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # zip, pickle and storage errors all mean the same here
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} is damaged, or holds more than tensors and plain values: "

@@ -164,6 +164,13 @@ class Records:
     def __getstate__(self):
         return self.__dict__ | {"_file": None}                      # each process opens its own
 
+    def keep(self, count: int):
+        """Leaves out all but the first `count` images."""
+        ids = self.ids[self.labels[:count]]
+        self.ids, self.labels = np.unique(ids, return_inverse=True)
+        self.keys, self._offsets, self._lengths = (part[:count] for part in (
+            self.keys, self._offsets, self._lengths))
+
     def __len__(self):
         return len(self.keys)
 
@@ -311,8 +318,7 @@ def read_landmarks(names: Sequence[str], path: str) -> np.ndarray:
             or a folder of .pts that mirrors the images', which `--predict --output` of the landmark
             scripts writes (NAME.pts; the further faces of an image, NAME.face2.pts, are left
             aside); or CVLface's ldmk_5points.csv, header idx,ldmk_0,...,ldmk_9: place of an image
-            (its record's place, not key), then x y as fractions of its images, 112 px wide and
-            high.
+            (its record's place, not key), then x y over 112, the side of its images in px.
     Raises: FileNotFoundError; UserError if it covers none of the images, has several rows for one,
         numbers of points that differ, fractions where px are due or px where fractions are."""
     if os.path.isdir(path):
@@ -334,6 +340,12 @@ def read_landmarks(names: Sequence[str], path: str) -> np.ndarray:
     result = np.full((len(names), *np.shape(points)[1:]), np.nan, np.float32)
     result[found] = points
     return result
+
+
+def refuse_second_landmarks(args):
+    """Raises: UserError for --landmarks with a set that has its own."""
+    if args.landmarks and args.data in ("faces", "faces-geometry", "youtube"):
+        raise UserError(f"--landmarks {args.landmarks}: --data {args.data} has landmarks of its own")
 
 
 def _stem(name: str) -> str:
@@ -364,7 +376,7 @@ def _cvlface_points(count, path):
                         "(0 to 1); px go into rows image,x0,y0,... with another header")
     if found.min() < 0 or found.max() >= count:
         return [], [], f"image {found.max()}"
-    return found, rows[:, 1:].reshape(-1, 5, 2) * 112 - 0.5, ""
+    return found, rows[:, 1:].reshape(-1, 5, 2) * 112, ""  # no half px, as in the code
 
 
 def _csv_points(names, path):

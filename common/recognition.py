@@ -26,7 +26,8 @@ from common.formats import IMAGE_SUFFIXES, below, text_lines, walk
 # Some of these names are only passed on: the scripts say recognition.Records.
 from common.identities import (FolderImages, Images, Records, WholeImages, attach_points, cached,
                                check_points, decode, first_line, image_names, natural,
-                               read_identities, read_landmarks, refuse_missing, sources_of, table)
+                               read_identities, read_landmarks, refuse_missing,
+                               refuse_second_landmarks, sources_of, table)
 
 # ---- Verification: pairs of templates ------------------------------------------------------------
 
@@ -43,14 +44,19 @@ class VerificationSet:
     folds: int = 10                             # consecutive blocks of pairs, each with both kinds
 
 
-def with_landmarks(test, path: str, upright: bool = False):
-    """The test, its images checked, with the points of a file or folder, which must cover it."""
+def with_landmarks(test, path: str):
+    """The test with the points of a file or folder, which must cover it."""
     points = read_landmarks(test.names, path)
     missing = np.flatnonzero(~np.isfinite(points).all((1, 2)))
     refuse_missing(test.names, missing, f"--landmarks {path}")
+    return dataclasses.replace(test, points=points)
+
+
+def with_checked_images(test, upright: bool = False):
+    """The test after `check_images`; with `upright`, JPEGs are turned by their orientation tag."""
     faces = [Face(source) for source in test.images.sources]
     datasets.check_images(faces, upright)
-    return dataclasses.replace(test, points=points, images=Images(sources_of(faces)))
+    return dataclasses.replace(test, images=Images(sources_of(faces)))
 
 
 def _need(reader: Callable, root: str, *parts: str) -> str:
@@ -432,12 +438,13 @@ class IdentificationSet:
 
 
 def read_identification(path: str) -> IdentificationSet:
-    """A test of your own, or Multi-PIE, or MegaFace with its noise lists (role skip leaves an image
-    out), as a table. A distractor has no mate: its id does not count.
+    """A test of your own, or Multi-PIE, as a table. Role skip leaves an image out; a distractor has
+    no mate: its id does not count. All gallery images of a person are searched at once (MegaFace
+    takes one at a time among its distractors, and the mean over all).
 
     Tree: NAME.csv: header path,id,role,group; paths relative to it; role gallery, probe, distractor
           or skip; group (may be left out): results are told for each, as |yaw| for Multi-PIE
-    Source: you. Multi-PIE is sold by CMU; MegaFace is no longer distributed.
+    Source: you. Multi-PIE is sold by CMU.
     """
     rows = []
     for where, row in _csv_rows(path, "path,id,role"):
@@ -587,6 +594,24 @@ def read_test(path: str) -> VerificationSet | IdentificationSet | TemplateSet:
     raise FileNotFoundError(f"--test {path}: no test found. Looked for a .bin of insightface, a "
                             ".csv with the header image_a,image_b,same or path,id,role,group, and "
                             f"a folder with one of {', '.join(FOLDERS)}")
+
+
+def landmarks_beside(path: str) -> str:
+    """Where the landmarks of the test at `path` lie, if it has none of its own."""
+    return os.path.normpath(path) + ".landmarks.csv"
+
+
+def read_tests(path: str, upright: bool = False) -> list:
+    """The tests that `--test PATH` names, one or, of CFP, frontal-profile and frontal-frontal, their
+    images checked, with the points of `landmarks_beside` where there are any."""
+    tests = [read_test(path)]
+    if os.path.isdir(os.path.join(path, "Protocol", "Split", "FF")):
+        tests.append(read_cfp(path, "FF"))
+    tests = [with_checked_images(test, upright) for test in tests]
+    beside = landmarks_beside(path)
+    if os.path.exists(beside):
+        tests = [with_landmarks(test, beside) for test in tests]
+    return tests
 
 
 def _people(faces: Sequence[Face]) -> tuple[FolderImages, list[np.ndarray]]:

@@ -121,8 +121,12 @@ def test_points_of_tables(tmp_path):
     rows = [",".join(map(str, [place, *row])) for place, row in zip((2, 0), values)]
     put_text(path, "\n".join([CVLFACE, *rows]))
     found = identities.read_landmarks("abc", str(path))
-    np.testing.assert_allclose(found[[2, 0]], values.reshape(2, 5, 2) * 112 - 0.5, atol=1e-4)
+    np.testing.assert_allclose(found[[2, 0]], values.reshape(2, 5, 2) * 112, atol=1e-4)
     assert np.isnan(found[1]).all()
+    line = ",".join(map(str, [0, *(datasets.ARCFACE_5 / 112).flatten()]))  # of an aligned image
+    put_text(path, f"{CVLFACE}\n{line}\n")
+    found = identities.read_landmarks("a", str(path))[0]
+    np.testing.assert_allclose(found, datasets.ARCFACE_5, atol=1e-4)
     with pytest.raises(FileNotFoundError, match="--landmarks .*none.csv: no such"):
         identities.read_landmarks("abc", str(tmp_path / "none.csv"))
 

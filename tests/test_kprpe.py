@@ -981,6 +981,9 @@ def test_records_need_landmarks_beside_them(tmp_path):
     found = data.__getitems__([(0, 4)])
     same(found["points"][0], points + 0.5, 1e-3)  # as they are: records are aligned already
     assert np.array_equal(found["image"][0].numpy(), images[4])
+    args.limit = 2  # of the first two identities
+    images, data = kprpe.training_set(args, CPU)
+    assert len(images) == len(data) == len(data.points) == 2 and images.ids.tolist() == [0, 1]
 
 
 def test_keypoints_of_an_aligner_are_found_once_in_still_crops(tmp_path, monkeypatch):
@@ -1078,6 +1081,20 @@ def test_templates_are_of_unit_features_times_faceness_and_come_last(monkeypatch
     monkeypatch.setattr(kprpe, "read_tests", lambda args: {
         "@IJB-B": (kprpe.Split(noise(3), None), [test])})
     assert kprpe.test_conditions(arguments(), CPU)[0].late
+
+
+def test_a_bin_without_an_aligner_has_keypoints_that_are_no_images_own(tmp_path, capsys):
+    pairs = ([encoded(image) for image in noise(8)], [True, False, True, False])
+    (tmp_path / "a.bin").write_bytes(pickle.dumps(pairs))
+    kprpe.read_tests(arguments("--rpe", "none", "--test", str(tmp_path / "a.bin")))
+    assert "ArcFace's" not in capsys.readouterr().out
+    kprpe.read_tests(arguments("--test", str(tmp_path / "a.bin")))
+    assert "ArcFace's five points; --dfa finds their own" in capsys.readouterr().out
+
+
+def test_landmarks_for_a_set_that_has_its_own_are_refused():
+    with pytest.raises(UserError, match="--landmarks a.csv: --data faces has landmarks of its own"):
+        kprpe.training_set(arguments("--data", "faces", "--landmarks", "a.csv"), CPU)
 
 
 def test_sets_that_need_landmarks_name_the_file(tmp_path, capsys):
@@ -1258,6 +1275,10 @@ def test_detected_faces_and_boxes_are_predicted(tmp_path, monkeypatch):
     (tmp_path / "photo.pts").write_text("version: 1\nn_points: 2\n{\n1 1\n9 9\n}\n")
     with pytest.raises(UserError, match="photo.pts: 2 landmarks are no known scheme"):
         call(*weights, *photo, tmp_path / "no")
+    points = "\n".join(5 * ["9 9"])
+    (tmp_path / "photo.pts").write_text(f"version: 1\nn_points: 5\n{{\n{points}\n}}\n")
+    with pytest.raises(UserError, match="photo.pts: its eyes, .* coincide"):
+        call(*weights, *photo, tmp_path / "no")
 
 
 def test_digits_are_classified(tmp_path):
@@ -1273,6 +1294,9 @@ def test_digits_are_classified(tmp_path):
                   ["--data", "faces", "--eval", tmp_path / "run" / "last.pt"]):
         with pytest.raises(UserError, match="is of a run on affnist"):
             call(*flags)
+    for flags in (["--data-root", root], ["--eval", tmp_path / "run" / "last.pt"]):
+        with pytest.raises(UserError, match="--test: --data affnist has digits, no faces"):
+            call("--data", "affnist", *flags, "--test", "lfw", "--output", tmp_path / "no")
 
 
 def test_records_are_trained_on_and_what_is_missing_is_said(tmp_path, capsys):

@@ -159,18 +159,24 @@ def test_landmarks_of_a_test_must_cover_it(tmp_path):
         recognition.with_landmarks(test, few)
 
 
-def test_photographs_of_a_test_with_landmarks(tmp_path):
-    """They are as stored, with a warning, or on demand upright."""
+def test_photographs_of_a_test(tmp_path):
+    """With landmarks or without, they are as stored, with a warning, or on demand upright."""
     for name in "abcd":
         trees.put_photo(tmp_path / f"{name}.jpg", np.zeros((16, 24, 3), np.uint8), 6)
     rows = ["a.jpg,b.jpg,1", "c.jpg,d.jpg,1", "a.jpg,c.jpg,0", "b.jpg,d.jpg,0"]
     table = put_text(tmp_path / "t.csv", "\n".join(["image_a,image_b,same", *rows]))
-    points = put_text(tmp_path / "p.csv", "".join(f"{name}.jpg,2,3,9,4,5,9\n" for name in "abcd"))
-    test = read_test(table)
-    with pytest.warns(UserWarning, match="orientation tag; .* --upright; so for 4 of 4 images"):
-        stored = recognition.with_landmarks(test, points)
-    upright = recognition.with_landmarks(test, points, upright=True)
-    assert stored.images[0].shape == (16, 24, 3) and upright.images[0].shape == (24, 16, 3)
+    for points in (None, 3):
+        if points:  # beside the table
+            put_text(tmp_path / "t.csv.landmarks.csv",
+                     "".join(f"{name}.jpg,2,3,9,4,5,9\n" for name in "abcd"))
+        with pytest.warns(UserWarning, match="orientation tag; .* --upright; so for 4 of 4 images"):
+            stored, = recognition.read_tests(table)
+        upright, = recognition.read_tests(table, upright=True)
+        assert stored.images[0].shape == (16, 24, 3) and upright.images[0].shape == (24, 16, 3)
+        assert (upright.points is None) == (points is None)
+    put_text(tmp_path / "d.jpg", "<html>")
+    with pytest.raises(UserError, match="d.jpg"):  # before a run, not in its first evaluation
+        recognition.read_tests(table)
 
 
 def lfw(root, people=3, suffix=".jpg"):
@@ -259,6 +265,7 @@ def test_ytf_that_is_wrong(tmp_path, text, error, message):
 
 
 def test_cfp(tmp_path):
+    tmp_path = tmp_path / "cfp"
     for view, letter in (("frontal", "F"), ("profile", "P")):
         put(tmp_path / f"Data/Images/001/{view}", "01.jpg", "02.jpg")
         put_text(tmp_path / f"Protocol/Pair_list_{letter}.txt",
@@ -272,7 +279,13 @@ def test_cfp(tmp_path):
     assert test.names[test.pairs[0]].tolist() == [f"Data/Images/001/{name}.jpg"
                                                   for name in ("frontal/01", "profile/02")]
     assert test.images[3].shape == (20, 16, 3)
-    assert len(recognition.read_cfp(str(tmp_path), "FF").images) == 2
+    points = [f"Data/Images/001/{view}/0{n}.jpg,{n},2,3,4\n" for view in ("frontal", "profile")
+              for n in (1, 2)]
+    put_text(tmp_path.with_name("cfp.landmarks.csv"), "".join(points))
+    frontal_profile, frontal = recognition.read_tests(str(tmp_path))
+    assert frontal_profile.name == "CFP-FP" and frontal_profile.points.shape == (4, 2, 2)
+    assert frontal.name == "CFP-FF" and len(frontal.images) == 2
+    assert frontal.points[:, 0, 0].tolist() == [1, 2]
     put_text(tmp_path / "Protocol/Split/FP/03/diff.txt", "2,3\n")
     with pytest.raises(UserError, match="FP/03/diff.txt: found '2,3', wanted numbers of Pair"):
         read_test(tmp_path)

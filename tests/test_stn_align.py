@@ -627,7 +627,7 @@ def test_the_template_is_the_mean_of_frontal_faces():
             faces[10:, 30, 0] = five[0] + share * (five[1] - five[0])
             faces[:10, 30, 0] = five[0] + 0.5 * (five[1] - five[0])
             same(sa.mean_frontal_template(faces), faces.mean(0) if counts else faces[0], 1e-3)
-    with pytest.warns(UserWarning, match="9 of 39 faces are frontal: T is the mean of all"):
+    with pytest.warns(UserWarning, match="9 of 39 faces are frontal and upright: T is"):
         same(sa.mean_frontal_template(both[:39]), both[:39].mean(0), 1e-4)
     with pytest.raises(UserError, match="84 landmarks are no known scheme.*--template-file"):
         sa.mean_frontal_template(torch.rand(20, 84, 2))
@@ -645,6 +645,18 @@ def people(root, count=9, points=True, side=48):
         if points:
             datasets.write_pts(str(path.with_suffix(".pts")), face.points)
     return found
+
+
+def test_weights_that_would_die_are_told():
+    """Of D_s px and |S| landmarks the best weight is 1 - D_s / (2 |S|)."""
+    images = [np.zeros((112, 112, 3), np.uint8)] * 4
+    for points, distance, told in ((5, 6, True), (5, 4, False), (68, 6, False)):
+        t = torch.rand(points, 2, generator=torch.Generator().manual_seed(0)) * 60 + 20
+        moved = (t + torch.tensor([0.6, 0.8]) * distance).expand(4, -1, -1).numpy()
+        faces = [datasets.Face(*both) for both in zip(images, moved)]
+        data = datasets.CropDataset(faces, np.stack([np.eye(2, 3)] * 4), 112)
+        assert sa.far_from_template(t, data) == told
+    assert not sa.far_from_template(None, None)
 
 
 def folder_args(root, *flags, data="folder"):

@@ -323,7 +323,7 @@ def records(root):
         encoded = cv2.imencode(".jpg", pixels[..., ::-1])[1].tobytes()
         images.append(payload(int(person.rpartition("-")[2]), encoded))
         pictures.append(encoded)
-        rows.append(f"{i},{joined((points + 0.5) / 112, ',')}")
+        rows.append(f"{i},{joined(points / 112, ',')}")
     put_records(root, [payload((TRAIN + 1, TRAIN + 1)), *images])
     put_text(root / "ldmk_5points.csv", "\n".join(rows) + "\n")
     listed = []  # ten folds: a pair of one person's images (there are four), a pair of two people's
