@@ -1646,8 +1646,8 @@ def photo_faces(args, photo, detector, device: torch.device) -> list[tuple]:
     if os.path.isfile(beside):
         points = five_points(datasets.read_pts(beside)[None], beside)[0].astype(np.float64)
         if not np.ptp(points, axis=0).any():
-            raise UserError(f"{beside}: its eyes, nose tip and mouth corners coincide, which aligns "
-                            "nothing; correct it, or take it away")
+            raise UserError(f"{beside}: its eyes, nose tip and mouth corners coincide, which "
+                            "aligns nothing; correct it, or take it away")
         return [(box, points)]
     if args.dfa:
         typed = None if args.box in args.boxes else box

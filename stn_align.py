@@ -58,9 +58,9 @@ What the paper leaves open, and where we differ (the authors have published no c
     at the start. So Fig. 8(b) does not follow from the equations as printed. Of five landmarks the
     best weight is 0 from 10 px on, and the loss is gone: loose crops need --alpha fixed.
   - T starts as the mean of frontal, upright training faces, told by the place of the nose between
-    the eyes, along x (the paper: yaw within 15 degrees). Weights start at 0.5; fixed ones are 1. Weight decay would
-    draw T to the crop's corner, so neither has any. L_fr has no gradient to either: it acts on them
-    only by changing LocNet.
+    the eyes, along x (the paper: yaw within 15 degrees). Weights start at 0.5; fixed ones are 1.
+    Weight decay would draw T to the crop's corner, so neither has any. L_fr has no gradient to
+    either: it acts on them only by changing LocNet.
   - "TPS-Grid-2" is 2 x 2 points (tps2), 8 numbers as the homography has, and fits landmarks less
     well than the homography, which the paper ranks below it. 2 x 2 cells (tps3) fit its order.
     Both are here.

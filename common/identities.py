@@ -345,7 +345,8 @@ def read_landmarks(names: Sequence[str], path: str) -> np.ndarray:
 def refuse_second_landmarks(args):
     """Raises: UserError for --landmarks with a set that has its own."""
     if args.landmarks and args.data in ("faces", "faces-geometry", "youtube"):
-        raise UserError(f"--landmarks {args.landmarks}: --data {args.data} has landmarks of its own")
+        raise UserError(f"--landmarks {args.landmarks}: --data {args.data} has landmarks of its "
+                        "own")
 
 
 def _stem(name: str) -> str:

@@ -602,8 +602,8 @@ def landmarks_beside(path: str) -> str:
 
 
 def read_tests(path: str, upright: bool = False) -> list:
-    """The tests that `--test PATH` names, one or, of CFP, frontal-profile and frontal-frontal, their
-    images checked, with the points of `landmarks_beside` where there are any."""
+    """The tests that `--test PATH` names, one or, of CFP, frontal-profile and frontal-frontal;
+    their images checked, with the points of `landmarks_beside` where there are any."""
     tests = [read_test(path)]
     if os.path.isdir(os.path.join(path, "Protocol", "Split", "FF")):
         tests.append(read_cfp(path, "FF"))
