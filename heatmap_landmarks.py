@@ -41,7 +41,7 @@ met within 0.01 MB, every GFLOPS but ResNet18's within 1 %. What we settle, or d
     256 channels; a D is 4x4, an S has a 3x3 before its shuffle and hands on a quarter of its
     filters; widths of MobileNetV2 are cut to whole numbers, not to multiples of 8. Three letters
     give 48 x 48 heatmaps, four give 96 x 96. The heatmaps come from a 1x1 convolution behind the
-    last block: the paper's words put it before the upsampling, which its sizes exclude.
+    last block: for pixel shuffles the paper's words put it before that, which its sizes exclude.
   - Misprints: in Eq. (3) the exponent 1/2 belongs to |Sigma| only; Eq. (4) calls N the number of
     images, but the mean is over the landmarks of one. DDSS has 13.00 MB, not 12.00; "SDDSD" in
     Table 4 is SDSD. ResNet18's 1.13 GFLOPS in Table 6 cannot be: the backbone alone has 1.33 G
@@ -133,7 +133,7 @@ def parse_args(argv=None):
         "(the paper); by a box, then by the five points predicted there; by the box alone")
     add("--five", type=run.file, default="", metavar="CSV", help="a detector's five points, or all "
         "of a scheme: rows image,x0,y0,... in px from 0, images below --data-root; without it the "
-        "true five, with noise")
+        "true five, with noise; with --align two-pass in training only")
     add("--five-noise", type=run.within(float, 0, 10), default=0.03, help="standard deviation of "
         "the noise, over the distance of the eyes, or from eyes to mouth if that is longer")
     add("--align-out", type=empty_folder, default="", metavar="DIR", help="with --predict or "
@@ -161,6 +161,10 @@ def parse_args(argv=None):
         check_strategy(args.strategy)
     except UserError as error:
         parser.error(str(error))
+    if args.align_out and not (args.predict or args.eval):
+        parser.error(f"--align-out {args.align_out}: give --predict or --eval")
+    if args.five and args.align == "box":
+        parser.error(f"--five {args.five}: --align box looks at no points")
     if args.align_out and Path(args.align_out).resolve() == Path(args.output).resolve():
         parser.error(f"--align-out {args.align_out} is --output too: both write NAME.pts there")
     return args
@@ -787,13 +791,15 @@ def predict_batches(net: HeatmapNet, batches, crop_matrices: torch.Tensor,
     return points, torch.cat(confidence)
 
 
-def predict_set(net: HeatmapNet, loader, args) -> tuple[torch.Tensor, datasets.CropDataset]:
-    """Landmarks (M, P, 2) px of a set's images, and the crops that they were predicted in."""
+def predict_set(net: HeatmapNet, loader, args):
+    """Landmarks (M, P, 2) px of a set's images; the crops that they were predicted in, a
+    CropDataset; and the landmarks of the first pass, others with --align two-pass."""
     data = loader.dataset
-    points, _ = predict_batches(net, loader, data.crop_matrices, args)
+    first, _ = predict_batches(net, loader, data.crop_matrices, args)
+    points = first
     if args.align == "two-pass":
-        return second_pass(net, data, points, args)
-    return points, data
+        points, data = second_pass(net, data, first, args)
+    return points, data, first
 
 
 def evaluate(net: HeatmapNet, loader, args):
@@ -802,11 +808,12 @@ def evaluate(net: HeatmapNet, loader, args):
     Args: loader, in order, of a CropDataset without augmentation.
     Returns: fractions "nme", "fr", "auc", "nme/pose", ...; to compare with, "nme/perfect argmax",
         that of the argmax of perfect heatmaps of this size, "nme/mean face", that of the test
-        faces' own mean in every crop, and "spread", a landmark's rms distance from its mean over
-        the crop's side; the NME of each face (M,); predictions (M, P, 2) px of the images; the
-        crops, a CropDataset: with --align two-pass not those of the loader.
+        faces' own mean in every crop, "nme/first pass" with --align two-pass, and "spread", a
+        landmark's rms distance from its mean over the crop's side; the NME of each face (M,);
+        predictions (M, P, 2) px of the images; the crops, a CropDataset: with --align two-pass not
+        those of the loader.
     """
-    points, data = predict_set(net, loader, args)
+    points, data, first = predict_set(net, loader, args)
     divisors = data.divisors(args.norm)
     errors = metrics.nme(points, data.points, divisors)  # Eq. (4)
     scores = metrics.landmark_scores(errors, datasets.subsets(data.faces), args.threshold)
@@ -817,6 +824,8 @@ def evaluate(net: HeatmapNet, loader, args):
     scores["nme/perfect argmax"] = float(metrics.nme(argmax, data.points, divisors).mean())
     mean_face = warp.apply_affine(to_image, truth.mean(0).expand_as(truth))
     scores["nme/mean face"] = float(metrics.nme(mean_face, data.points, divisors).mean())
+    if args.align == "two-pass":
+        scores["nme/first pass"] = float(metrics.nme(first, data.points, divisors).mean())
     variance = (truth - truth.mean(0)).square().sum(2).mean(0)  # (P,) px^2
     scores["spread"] = float(variance.sqrt().mean()) / args.size
     return scores, errors, points, data
@@ -840,6 +849,8 @@ def print_table(scores: dict, args, net: HeatmapNet):
     side = args.size // net.stride
     print(f"NME of the argmax of perfect {side} x {side} heatmaps: "
           f"{100 * scores['nme/perfect argmax']:.2f} %")
+    if "nme/first pass" in scores:
+        print(f"NME of the first pass: {100 * scores['nme/first pass']:.2f} %")
     print(f"NME of the test faces' own mean: {100 * scores['nme/mean face']:.2f} %; a landmark is "
           f"{192 * scores['spread']:.1f} px (rms, of 192) from its mean")
 
@@ -943,7 +954,8 @@ def next_crops(args, points: torch.Tensor, crop_matrices: torch.Tensor) -> torch
 
 def second_pass(net: HeatmapNet, data: datasets.CropDataset, points: torch.Tensor,
                 args) -> tuple[torch.Tensor, datasets.CropDataset]:
-    """What `predict_set` returns, from crops by the predictions (M, P, 2) px of a first pass."""
+    """Landmarks (M, P, 2) px, predicted in crops by the `points` (M, P, 2) px of a first pass, and
+    these crops."""
     data = datasets.CropDataset(data.faces, next_crops(args, points, data.crop_matrices), args.size)
     uncached = argparse.Namespace(**vars(args) | {"cache": ""})  # these crops are not seen again
     batches = datasets.in_order(len(data), 64)
@@ -1026,7 +1038,7 @@ def align_set(net: HeatmapNet, args, folder: Path, split: str):
     data = make_dataset(args, read_faces(args, split), augmented=False)
     batches = datasets.in_order(len(data), args.batch_size)
     loader = run.make_loader(args, data, batches, net.head.weight.device)
-    points, _ = predict_set(net, loader, args)
+    points, *_ = predict_set(net, loader, args)
     good = are_faces(args, points)
     written = set()
     for i in tqdm(good.nonzero()[:, 0].tolist(), f"aligned {split}"):

@@ -39,7 +39,7 @@ Where the paper is silent, or the authors' code (BeierZhu/Sturcture-Coherency-Fa
 97513e9) differs from it:
   - sigma in Eq. (4) is a softmax over the edges of a node: if the zeros of A entered it, each would
     get the weight e^0, and every pair of landmarks would be joined. The code takes it over the
-    edges too, but then transposes A, so that columns sum to 1.
+    edges too; its dynamic layer then transposes A, so that columns sum to 1.
   - We have one W a graph layer, k + 1 entries in each row of M, and edge weights from the image, as
     the paper does. The code has two W (for the node and for its neighbours), makes M symmetric, and
     its released model learns fixed edge weights.
