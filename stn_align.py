@@ -69,9 +69,10 @@ What the paper leaves open, and where we differ (the authors have published no c
     Its last layer sums thousands of features: at the full rate, lambda 0 throws the lattice out of
     the image within an epoch, and lambda 3 folds four drawn faces in ten: their warp turns over,
     and mirrors a part of the face. A number of the homography moves the whole face, one of tps8's
-    a 64th of it: by the same gradient the face would shift 58 times as far, by tps2 13, by tps3 10
-    times. So LocNet's outputs are multiplied, for these by 1/8, 2/8 and 3/8, and one rate serves
-    all: without it the homographies run away.
+    a 64th of it: by the same gradient, alike all over the crop, the face would shift 58 times as
+    far, by tps2 13, by tps3 10 times. So LocNet's outputs are multiplied, for these by 1/8, 2/8 and
+    3/8, and one rate serves all: without it the homographies run away. Twice as much for proj and
+    tps2, by a gradient at the landmarks alone, gave the same accuracy on drawn faces.
   - Half of the training images are mirrored, and the rate rises over the first 500 steps.
   - Outside the image is mid-grey, outside the feature map 0. Images are RGB. The embedding of a
     test image is the sum of its own and its mirror image's. We report the last epoch.
