@@ -9,9 +9,9 @@ What a query adds to the attention of a key at some distance (one of 49 quantise
 learned number but a linear function of where the query is from the keypoints, for each head of each
 layer. The image is not touched.
 
-Train on WebFace4M on four GPUs (the paper: TinyFace rank-1 75.80 %; not run here), its keypoints in
-a file like CVLface's, those of TinyFace in tinyface.landmarks.csv:
-  python kprpe.py --data webface-base --data-root WF4M --landmarks WF4M.csv --gpus 4 --amp \
+Train on WebFace4M on four GPUs (the paper: TinyFace rank-1 75.80 %; not run here); the keypoints of
+all images are found by a face aligner, CVLface's or one of --task dfa:
+  python kprpe.py --data webface-base --data-root WF4M --dfa dfa/model.safetensors --gpus 4 --amp \
       --test agedb_30.bin cfp_fp.bin tinyface IJBC
 Without any data, on drawn faces, three minutes on two CPU cores; the plain ViT, to compare:
   python kprpe.py

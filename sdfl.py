@@ -211,8 +211,9 @@ class DynamicAdjacency(nn.Module):
         self.points = len(mask)
         nodes = EXPANSION * len(mask)
         self.register_buffer("edges", mask.flatten().nonzero()[:, 0])  # row by row
-        # Hidden width and batch norm: code. Without the norm most hidden units die within a hundred
-        # steps, as all inputs are positive, and the weights become the same for every image.
+        # Hidden width and batch norm: code. Without the norm nearly all hidden units die within a
+        # hundred steps, as all inputs are positive, and the weights are the same for every image;
+        # with it, behind the ReLU as in the code, a third to a half stay alive.
         self.mlp = nn.Sequential(nn.Linear(nodes, nodes // 2), nn.ReLU(inplace=True),
                                  nn.BatchNorm1d(nodes // 2),
                                  nn.Linear(nodes // 2, len(self.edges)))
