@@ -43,7 +43,7 @@ Where the paper is silent, or the authors' code (BeierZhu/Sturcture-Coherency-Fa
   - We have one W a graph layer, k + 1 entries in each row of M, and edge weights from the image, as
     the paper does. The code has two W (for the node and for its neighbours), makes M symmetric, and
     its released model learns fixed edge weights. With one W, landmarks that share a row of M (of 68
-    with k = 3 ten pairs, as 37 and 42 of an eye) differ by their edges' weights alone, and not at
+    with k = 3 ten pairs, as 36 and 41 of an eye) differ by their edges' weights alone, and not at
     all with --adjacency binary; a second W gained nothing on 1,207 photographs.
   - We average the loss over the coordinates, as the code does; Eq. (10) sums, which is 2N times
     larger and does not train at lr 0.01. Both terms use one l(.), as in the paper; the code's
