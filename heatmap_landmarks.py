@@ -107,6 +107,9 @@ PRESETS = {
     "faces": dict(SMALL, size=96, batch_size=16, epochs=8, eval_every=4, rotate=0.0, sigma=1.0,
                   backbone="mobilenetv2_0.5", filters=64, strategy="SSD"),
 }
+# How far a first pass turns, scales and shifts the crop of a second, by flags. Noise of each point
+# alone, as of --five-noise, shrinks training faces: a second look would then magnify each face.
+SECOND_LOOK = dict(rotate=10.0, scale=0.1, shift=6.0)
 NOISE_SEED = 5  # of the five points; not --seed, as a detector's error is the same in every run
 DRAWN = {"train": 1600, "test": 400}  # faces of --data faces
 
@@ -133,7 +136,7 @@ def parse_args(argv=None):
         "(the paper); by a box, then by the five points predicted there; by the box alone")
     add("--five", type=run.file, default="", metavar="CSV", help="a detector's five points, or all "
         "of a scheme: rows image,x0,y0,... in px from 0, images below --data-root; without it the "
-        "true five, with noise; with --align two-pass in training only")
+        "true five, with noise")
     add("--five-noise", type=run.within(float, 0, 10), default=0.03, help="standard deviation of "
         "the noise, over the distance of the eyes, or from eyes to mouth if that is longer")
     add("--align-out", type=empty_folder, default="", metavar="DIR", help="with --predict or "
@@ -163,8 +166,8 @@ def parse_args(argv=None):
         parser.error(str(error))
     if args.align_out and not (args.predict or args.eval):
         parser.error(f"--align-out {args.align_out}: give --predict or --eval")
-    if args.five and args.align == "box":
-        parser.error(f"--five {args.five}: --align box looks at no points")
+    if args.five and args.align != "five":
+        parser.error(f"--five {args.five}: --align {args.align} looks at no points of a detector")
     if args.align_out and Path(args.align_out).resolve() == Path(args.output).resolve():
         parser.error(f"--align-out {args.align_out} is --output too: both write NAME.pts there")
     return args
@@ -617,13 +620,20 @@ def read_faces(args, split: str) -> list[datasets.Face]:
 
 def make_dataset(args, faces: list, augmented: bool) -> datasets.CropDataset:
     """Faces as crops, as --align says; augmented by the tricks, or as they are.
-    A network for two passes is trained on each face twice, aligned and as it stands in its box."""
+    A network for two passes is trained on each face twice, as it stands in its box and aligned, and
+    moved as far as a first pass is wrong."""
     if not augmented:
         matrices = first_crops(args, faces, "five" if args.align == "five" else "box")
         return datasets.CropDataset(faces, matrices, args.size)
-    aligns = ["five", "box"] if args.align == "two-pass" else [args.align]
-    matrices = np.concatenate([first_crops(args, faces, align) for align in aligns])
-    faces = faces * len(aligns)
+    if args.align == "two-pass":
+        args = argparse.Namespace(**vars(args) | {name: max(getattr(args, name), least)
+                                                  for name, least in SECOND_LOOK.items()})
+        five = five_of(np.stack([face.points for face in faces]))
+        matrices = [align_five(five, args.size).numpy(), first_crops(args, faces, "box")]
+        matrices = np.concatenate(matrices)
+        faces = faces * 2
+    else:
+        matrices = first_crops(args, faces, args.align)
     # How far beyond the crop its own corners can come to lie: rotated, shifted, zoomed out.
     turn = min(math.radians(args.rotate), math.pi / 4)
     reach = (math.cos(turn) + math.sin(turn)) * (1 + 2 * args.shift / 192) / (1 - args.scale)

@@ -11,7 +11,7 @@ import kprpe
 import lddmm_face
 import sdfl
 import stn_align
-from common import datasets
+from common import datasets, warp
 from tests import bench, claims, first_gpu, measures
 
 MODULES = {module.__name__: module
@@ -221,6 +221,17 @@ def test_decoders_are_measured_as_a_run_measures_its_own(tmp_path, in_process):
     result = run_claims(tmp_path, "heatmap_landmarks", *flags)[0]["result"]
     assert result["nme@dark"] == result["nme@flip none"] == pytest.approx(result["nme"])
     assert {"auc@shift", "auc@argmax", "auc@flip coordinates", "auc@flip heatmaps"} <= set(result)
+
+
+def test_rough_boxes_are_looked_at_twice(tmp_path, in_process):
+    flags = ["--only", "rough boxes", "--", *TINY, "--backbone", "mobilenetv2_0.25"]
+    twice, once = (row["result"] for row in run_claims(tmp_path, "heatmap_landmarks", *flags))
+    assert twice["nme@rough"] != twice["nme@rough@first"] != twice["nme/first pass"]
+    assert once["nme@rough"] == once["nme@rough@first"] != once["nme"]
+    data = measures.rough_boxes(drawn_loader()[1].dataset)
+    still = drawn_loader()[1].dataset
+    moved = warp.apply_affine(data.crop_matrices, data.points) - still.crop_points()
+    assert 2 < moved.norm(dim=2).mean() < 8  # px of 64
 
 
 def test_constant_keypoints_are_those_of_all_images(tmp_path, in_process):

@@ -972,8 +972,13 @@ def test_a_network_for_two_passes_learns_both_crops():
     args = drawn_args("--align", "two-pass", "--no-flip-copies")
     faces = hl.read_faces(args, "train")
     both = hl.make_dataset(args, faces, augmented=True)
+    args.five_noise = 0.0
     alone = [torch.from_numpy(hl.first_crops(args, faces, align)) for align in ("five", "box")]
     assert torch.equal(both.crop_matrices, torch.cat(alone)) and len(both) == 48
+    keywords = both.augment.keywords
+    assert (keywords["rotate"], keywords["scale"], keywords["shift"]) == (10, 0.1, 6)
+    args.rotate = 20.0  # what is more, stays
+    assert hl.make_dataset(args, faces, augmented=True).augment.keywords["rotate"] == 20
 
 
 # ---- Train, evaluate, use ------------------------------------------------------------------------
@@ -1013,7 +1018,7 @@ def test_learning_rate_falls_tenfold_after_half_and_after_three_quarters():
     ("--erase 2", "expected a number"), ("--rotate 190", "expected a number"),
     ("--align-out tests", "tests is not an empty folder"),
     ("--align-out new", "--align-out new: give --predict or --eval"),
-    ("--five README.md --align box", "--five README.md: --align box looks at no points"),
+    ("--five README.md --align box", "--five README.md: --align box looks at no points of"),
     ("--align-out new --output new --eval x.pt", "--align-out new is --output too")])
 def test_flags_that_cannot_be_meant_are_named(flags, message, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
