@@ -227,10 +227,10 @@ KPRPE = [
            "77.91, ViT 72.81", ENCODINGS, "accuracy@unaligned", own=HELD),
     higher("aligned", "Table 1, CFP-FP (here own pairs): iRPE 97.01, KP-RPE 96.60, ViT 96.11",
            ALIGNED, chain=True, own=HELD),
-    higher("CFP-FP unaligned, by --test", "Table 1, as unaligned", ENCODINGS,
-           "accuracy@CFP-FP@unaligned", own=HELD),
-    higher("CFP-FP aligned, by --test", "Table 1, as aligned", ALIGNED, "accuracy@CFP-FP",
-           chain=True, own=HELD),
+    *(higher(f"{test} unaligned, by --test", "Table 1, as unaligned", ENCODINGS,
+             f"accuracy@{test}@unaligned", own=HELD) for test in ("CFP-FP", "CFP-FF")),
+    *(higher(f"{test} aligned, by --test", "Table 1, as aligned", ALIGNED, f"accuracy@{test}",
+             chain=True, own=HELD) for test in ("CFP-FP", "CFP-FF")),
     *(higher(f"{t:.0%} aligned", "Fig. 5, CFP-FP (here own pairs): KP-RPE stays, the others fall "
              "from aligned to unaligned", ENCODINGS, f"accuracy@t{t:g}", own=HELD)
       for t in (0.75, 0.5, 0.25)),
