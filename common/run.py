@@ -267,7 +267,10 @@ def setup(args) -> tuple[int, int, torch.device]:
             print("warning: this GPU only emulates --amp's bfloat16, slowly", file=sys.stderr)
     elif rank == 0 and args.device == "auto" and (args.amp or args.gpus > 1):
         print("warning: PyTorch sees no GPU here; this runs on the CPU", file=sys.stderr)
-    if world > 1 and not dist.is_initialized():  # two hours: the others wait while rank 0 evaluates
+    if whole and not dist.is_initialized():
+        # Of nccl: kprpe.py's shards go to rank 0 one after the other, which it would warn of.
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
+        # Two hours: the others wait while rank 0 evaluates.
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2),
                                 device_id=device if cuda else None)
     return rank, world, device
@@ -296,9 +299,10 @@ def open_checkpoint(args, path: str, data_flags=(), read=load) -> tuple[dict, to
 
 def make_loader(args, data, batches, device: torch.device, shared: bool = False):
     """Loader over `batches`, lists of keys. Keeps decoded crops as --cache says; those of data that
-    all processes load (`shared`) are kept by the first of a machine, then opened by the others."""
+    all processes load (`shared`) are written to a folder by the first of a machine, then opened by
+    the others."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    wait = shared and dist.is_initialized()
+    wait = shared and args.cache != "device" and dist.is_initialized()
     if args.cache:
         if wait and not first:
             dist.barrier()
@@ -354,7 +358,7 @@ class Job:
         """The network to step through: compiled, and in several processes with mean gradients."""
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"  # CUDA graphs
         model = torch.compile(net, mode=mode) if self.args.compile else net
-        if self.world == 1:
+        if not dist.is_initialized():
             return model
         ids = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, ids, broadcast_buffers=False)
@@ -406,6 +410,7 @@ class Job:
         if self.world > 1:
             dist.all_reduce(losses, dist.ReduceOp.SUM)
         self.means = dict(zip(self.losses, (losses / self.world).tolist()))
+        self.seconds = time.time() - self.epoch_began  # of training: the GPU has been waited for
         if not all(map(math.isfinite, self.means.values())) or not_finite(self.net.state_dict()):
             raise FloatingPointError(f"epoch {epoch + 1} left a loss or weights that are not "
                                      "finite, and is not saved: try a lower --lr")
@@ -433,9 +438,8 @@ class Job:
         Args: more, what else, or instead, the checkpoint holds."""
         if self.rank > 0:
             return
-        seconds = time.time() - self.epoch_began
         row = dict(epoch=epoch + 1, **self.means, lr=self.optimizer.param_groups[0]["lr"],
-                   images_per_second=self.steps * self.args.batch_size / seconds)
+                   images_per_second=self.steps * self.args.batch_size / self.seconds)
         if self.device.type == "cuda":
             row["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
         row |= scores | dict(minutes=(time.time() - self.began) / 60)

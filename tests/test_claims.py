@@ -269,3 +269,9 @@ def test_first_gpu_has_flags_and_timings_that_exist(case):
         script, *flags = first_gpu.flags_of(case, tiny)
         MODULES[script.removesuffix(".py")].parse_args([*flags, *first_gpu.FAST.split()])
     assert all(hasattr(bench, f"bench_{name}") for name in first_gpu.BENCHES)
+
+
+def test_first_gpu_tells_scores_that_differ():
+    seen = dict(nme=0.5, accuracy=0.9, loss=3.0)
+    assert not first_gpu.agree(seen, dict(nme=0.509, accuracy=0.915, loss=9.0))
+    assert first_gpu.agree(seen, dict(nme=0.53, accuracy=0.9)) == ["nme 0.5000, on a CPU 0.5300"]
