@@ -113,8 +113,7 @@ def make_parser(script: str, description: str, paper: dict, presets: dict, argv,
     add("--seed", type=natural, default=0, help="seed of weights, order and augmentation")
     add("--amp", action=switch, default=False, help="bfloat16 where matrices dominate")
     add("--compile", action=switch, default=False, help="torch.compile: minutes, then faster")
-    add("--limit", type=natural, default=0, help="images of a split (of walks: people), "
-        "at most; 0: all")
+    add("--limit", type=natural, default=0, help="images (walks: people) of a split at most; 0: all")
     add("--resume", action="store_true", help="continue the run in --output, or --data's newest")
     add("--eval", default="", metavar="CKPT", help="evaluate this checkpoint and stop")
     add("--predict", nargs="+", default=[], metavar="PATH", help="images, folders for --weights")
@@ -267,10 +266,7 @@ def setup(args) -> tuple[int, int, torch.device]:
             print("warning: this GPU only emulates --amp's bfloat16, slowly", file=sys.stderr)
     elif rank == 0 and args.device == "auto" and (args.amp or args.gpus > 1):
         print("warning: PyTorch sees no GPU here; this runs on the CPU", file=sys.stderr)
-    if whole and not dist.is_initialized():
-        # Of nccl: kprpe.py's shards go to rank 0 one after the other, which it would warn of.
-        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
-        # Two hours: the others wait while rank 0 evaluates.
+    if whole and not dist.is_initialized():  # two hours: the others wait while rank 0 evaluates
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2),
                                 device_id=device if cuda else None)
     return rank, world, device
@@ -298,9 +294,8 @@ def open_checkpoint(args, path: str, data_flags=(), read=load) -> tuple[dict, to
 
 
 def make_loader(args, data, batches, device: torch.device, shared: bool = False):
-    """Loader over `batches`, lists of keys. Keeps decoded crops as --cache says; those of data that
-    all processes load (`shared`) are written to a folder by the first of a machine, then opened by
-    the others."""
+    """Loader over `batches`, lists of keys. Keeps decoded crops as --cache says; in a folder a
+    machine's first process makes those of data that all load (`shared`), and the others open it."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     wait = shared and args.cache != "device" and dist.is_initialized()
     if args.cache:
