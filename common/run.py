@@ -113,7 +113,7 @@ def make_parser(script: str, description: str, paper: dict, presets: dict, argv,
     add("--seed", type=natural, default=0, help="seed of weights, order and augmentation")
     add("--amp", action=switch, default=False, help="bfloat16 where matrices dominate")
     add("--compile", action=switch, default=False, help="torch.compile: minutes, then faster")
-    add("--limit", type=natural, default=0, help="images (walks: people) of a split at most; 0: all")
+    add("--limit", type=natural, default=0, help="images (walks: people) of a split; 0: all")
     add("--resume", action="store_true", help="continue the run in --output, or --data's newest")
     add("--eval", default="", metavar="CKPT", help="evaluate this checkpoint and stop")
     add("--predict", nargs="+", default=[], metavar="PATH", help="images, folders for --weights")
