@@ -626,14 +626,11 @@ def make_dataset(args, faces: list, augmented: bool) -> datasets.CropDataset:
         matrices = first_crops(args, faces, "five" if args.align == "five" else "box")
         return datasets.CropDataset(faces, matrices, args.size)
     if args.align == "two-pass":
-        args = argparse.Namespace(**vars(args) | {name: max(getattr(args, name), least)
-                                                  for name, least in SECOND_LOOK.items()})
-        five = five_of(np.stack([face.points for face in faces]))
-        matrices = [align_five(five, args.size).numpy(), first_crops(args, faces, "box")]
-        matrices = np.concatenate(matrices)
-        faces = faces * 2
-    else:
-        matrices = first_crops(args, faces, args.align)
+        moves = {name: max(getattr(args, name), least) for name, least in SECOND_LOOK.items()}
+        args = argparse.Namespace(**vars(args) | moves | dict(five_noise=0.0))
+    aligns = ["five", "box"] if args.align == "two-pass" else [args.align]
+    matrices = np.concatenate([first_crops(args, faces, align) for align in aligns])
+    faces = faces * len(aligns)
     # How far beyond the crop its own corners can come to lie: rotated, shifted, zoomed out.
     turn = min(math.radians(args.rotate), math.pi / 4)
     reach = (math.cos(turn) + math.sin(turn)) * (1 + 2 * args.shift / 192) / (1 - args.scale)

@@ -113,7 +113,6 @@ def save(path: Path, **state):
         raise UserError(f"{path} could not be written, after {size:,} bytes: {error}") from None
 
 
-LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 # Of .safetensors files, by their name there.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
@@ -137,6 +136,9 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
         whole = torch.frombuffer(data, dtype=dtype, count=count, offset=start + first)
         tensors[name] = whole.view(entry["shape"])
     return tensors
+
+
+LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 
 
 class Callback:

@@ -166,10 +166,11 @@ class Records:
 
     def keep(self, count: int):
         """Leaves out all but the first `count` images."""
+        self.keys = self.keys[:count]
+        self._offsets = self._offsets[:count]
+        self._lengths = self._lengths[:count]
         ids = self.ids[self.labels[:count]]
         self.ids, self.labels = np.unique(ids, return_inverse=True)
-        self.keys, self._offsets, self._lengths = (part[:count] for part in (
-            self.keys, self._offsets, self._lengths))
 
     def __len__(self):
         return len(self.keys)
