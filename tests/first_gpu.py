@@ -7,8 +7,8 @@ does a CPU agree with what came out?
 
 Each script trains for three short epochs on what it draws, with all flags for speed, as the one
 process of a torchrun, so that nccl and DistributedDataParallel are met; it goes on for a fourth
-without torchrun and --compile, and a CPU evaluates in float32 what it left. A line for each; what was printed stays in OUT, and
-of a failure its end is shown. Exit code 1 if anything failed.
+without torchrun and --compile, and a CPU evaluates in float32 what it left. A line for each; what
+was printed stays in OUT, and of a failure its end is shown. Exit code 1 if anything failed.
 """
 import argparse
 import json
